@@ -1,0 +1,285 @@
+"""What is to be learned and what comes back: the bilevel problem, the meta-gradient, its diagnostics, its status."""
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._pytree import PyTree, static, strategy
+
+Params = PyTree
+MetaParams = PyTree
+Task = PyTree
+Number = float | complex | jax.Array
+Loss = Callable[[Params, MetaParams, Task], Any]
+
+
+class Status(enum.IntEnum):
+    """What happened, in rising order of severity: of several statuses the largest is reported.
+
+    Values are what `result.diagnostics.status` holds; `describe` gives the message and the remedy.
+    """
+
+    CONVERGED = 0
+    APPROXIMATE = 1
+    FREE_NOT_CONVERGED = 2
+    NUDGED_NOT_CONVERGED = 3
+    LOST_IN_NOISE = 4
+    INDEFINITE_CURVATURE = 5
+    UNBOUNDED_NUDGE = 6
+    DIVERGED = 7
+    INVALID_SCHEME = 8
+    NOT_FINITE = 9
+
+    def describe(self) -> str:
+        """What the status means and what to do about it, in one sentence each."""
+        return _DESCRIPTIONS[self]
+
+
+_DESCRIPTIONS = {
+    Status.CONVERGED: "Every check passed.",
+    Status.APPROXIMATE: (
+        "This estimator is biased or noisy by construction, so convergence cannot vouch for it. "
+        "Compare it with an exact one: `contrastive_meta.compare`."
+    ),
+    Status.FREE_NOT_CONVERGED: (
+        "Learning stopped before a stationary point, where the meta-gradient is defined. "
+        "Give the solver more steps or a faster optimiser, or meta-differentiate the steps themselves "
+        "with `BackpropThroughLearning`."
+    ),
+    Status.NUDGED_NOT_CONVERGED: (
+        "The nudged phases (or the linear solve) stopped before they answered the nudge. "
+        "Give `nudged_solver` (or the linear solver) more steps."
+    ),
+    Status.LOST_IN_NOISE: (
+        "The response to the nudge is not far above the rounding noise of the losses. "
+        "Raise beta or `displacement`, or use float64 or `complex_step`."
+    ),
+    Status.INDEFINITE_CURVATURE: (
+        "The inner loss curves downwards in the direction of the response, so this is no minimum. "
+        "Learn for longer, regularise the inner loss, or add damping to the linear solver."
+    ),
+    Status.UNBOUNDED_NUDGE: (
+        "A nudged phase ran away: the nudged loss has no minimum near the free one. Lower beta, use `LinearNudge()`, or `forward_difference`."
+    ),
+    Status.DIVERGED: "Learning diverged: the loss and its gradient grew. Lower the inner learning rate.",
+    Status.INVALID_SCHEME: (
+        "The scheme's weights do not satisfy Re sum w = 0 and sum w beta = 1 (beta = 0 breaks both). "
+        "Use one of the scheme functions with a nonzero beta."
+    ),
+    Status.NOT_FINITE: (
+        "A loss, a gradient or a solution holds NaN or infinity. "
+        "Look for NaN in the task, then for a learning rate or a beta that is too large."
+    ),
+}
+
+
+def worst(*statuses: Any) -> jax.Array:
+    """The most severe of several statuses, as an int32 array."""
+    return jnp.max(jnp.stack([jnp.max(jnp.asarray(status, jnp.int32)) for status in statuses]))
+
+
+def flag(condition: Any, status: Status) -> jax.Array:
+    """`status` where the condition holds, else `CONVERGED`."""
+    return jnp.where(condition, jnp.int32(status), jnp.int32(Status.CONVERGED))
+
+
+class Diagnostics(NamedTuple):
+    """How far a meta-gradient can be trusted: scalars of the same structure for every estimator.
+
+    What an estimator has no notion of is NaN (floats) or 0 (counts).
+
+    Attributes:
+      beta: nudging strength used, in the units of `outer_loss`; the modulus for complex nudges.
+      free_residual: norm of the inner loss's gradient in `params` at `result.params`.
+      nudged_residual: how far the response to the nudge is from solved, relative to the nudge: the norm of
+        v - H u over that of v, with v the outer loss's gradient in `params` and u the response.
+      displacement: distance that the nudge of strength `beta` moved `params`, relative to their norm.
+      num_gradients: gradients of the inner (or nudged) loss evaluated, all phases together.
+      num_hvps: Hessian-vector products evaluated.
+      error_estimate: estimated relative error of `grad`; NaN where no estimate is made.
+      status: value of a `Status`; the most severe wins.
+    """
+
+    beta: jax.Array
+    free_residual: jax.Array
+    nudged_residual: jax.Array
+    displacement: jax.Array
+    num_gradients: jax.Array
+    num_hvps: jax.Array
+    error_estimate: jax.Array
+    status: jax.Array
+
+
+def make_diagnostics(dtype: Any, **known: Any) -> Diagnostics:
+    """Diagnostics in one dtype, with NaN or 0 for what is not among `known`."""
+    counts = {"num_gradients": jnp.int32, "num_hvps": jnp.int32, "status": jnp.int32}
+    missing = {name: 0 if name in counts else jnp.nan for name in Diagnostics._fields}
+    values = missing | known
+    return Diagnostics(**{name: jnp.asarray(value, counts.get(name, dtype)) for name, value in values.items()})
+
+
+class EstimatorState(NamedTuple):
+    """What one estimate hands to the next as a warm start; the same structure from the first call on.
+
+    Attributes:
+      params: the last solution, where the next free phase starts.
+      memory: the inner solver's own memory (curvature pairs, optimiser state), or ().
+      displacement: response u of `params` per unit nudge; zeros before the first call.
+      beta: the last nudging strength; 0 before the first call.
+    """
+
+    params: Params
+    memory: PyTree
+    displacement: Params
+    beta: jax.Array
+
+
+@strategy
+class MetaGradient:
+    """A meta-gradient with what is needed to judge it.
+
+    Attributes:
+      grad: dPhi/dtheta, a pytree like `meta_params`: the gradient of the outer loss after learning. Descend it.
+      outer_loss: outer loss at `params`.
+      params: the free-phase solution.
+      state: warm start for the next call, `estimate(..., state=result.state)`.
+      diagnostics: residuals, counts and the status.
+      aux: what `outer_loss` returned beside the loss (problems with `has_aux`), else None.
+      unseen: names of meta-parameters that this estimator cannot see; their gradient is an exact zero.
+    """
+
+    grad: MetaParams
+    outer_loss: jax.Array
+    params: Params
+    state: EstimatorState
+    diagnostics: Diagnostics
+    aux: Any = None
+    unseen: tuple[str, ...] = static(default=())
+
+
+@strategy
+class BilevelProblem:
+    """Meta-parameters shape a learning process whose outcome is judged: algorithm (1) and (2).
+
+    All three functions take `task` last: any pytree of arrays, with support and query data, targets and PRNG
+    keys. Nothing a task needs is captured by closure, so that tasks can be batched.
+
+    Args:
+      inner_loss: `(params, meta_params, task) -> scalar`, minimised over `params` by learning.
+      outer_loss: `(params, meta_params, task) -> scalar`, the judge of the learned `params`.
+      init_params: `(meta_params, task) -> params`, where learning starts.
+      has_aux: whether both losses return `(scalar, aux)`; the outer loss's aux is returned with the result.
+      sample: `(key, task, step) -> task`, the minibatch (and dropout key) of inner step number `step`. `key` is
+        already folded with the step. Every phase sees the same sequence, so the sampling noise cancels in the
+        contrast. Residuals, statistics and the reported loss use the whole `task`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, log_decay, task: jnp.sum((w - task) ** 2) + jnp.exp(log_decay) * jnp.sum(w**2),
+      ...     outer_loss=lambda w, log_decay, task: jnp.sum((w - 1.0) ** 2),
+      ...     init_params=lambda log_decay, task: jnp.zeros_like(task),
+      ... )
+    """
+
+    inner_loss: Loss = static()
+    outer_loss: Loss = static()
+    init_params: Callable[[MetaParams, Task], Params] = static()
+    has_aux: bool = static(default=False)
+    sample: Callable[[jax.Array, Task, jax.Array], Task] | None = static(default=None)
+
+    def inner(self, params: Params, meta_params: MetaParams, task: Task) -> jax.Array:
+        """The inner loss alone, checked to be a real or complex floating scalar."""
+        return self._split(self.inner_loss, "inner_loss", params, meta_params, task)[0]
+
+    def outer(self, params: Params, meta_params: MetaParams, task: Task) -> jax.Array:
+        """The outer loss alone, checked likewise."""
+        return self.outer_with_aux(params, meta_params, task)[0]
+
+    def outer_with_aux(self, params: Params, meta_params: MetaParams, task: Task) -> tuple[jax.Array, Any]:
+        """The outer loss and its aux (None without `has_aux`)."""
+        return self._split(self.outer_loss, "outer_loss", params, meta_params, task)
+
+    def nudged(self, params: Params, meta_params: MetaParams, task: Task, beta: Any) -> jax.Array:
+        """The nudged loss L_in + beta L_out, algorithm (5)."""
+        inner = self.inner(params, meta_params, task)
+        strength = beta if jnp.iscomplexobj(beta) else jnp.asarray(beta, inner.dtype)
+        return inner + strength * self.outer(params, meta_params, task)
+
+    def init(self, meta_params: MetaParams, task: Task) -> Params:
+        """The starting point, checked to be floating arrays and stripped of weak types."""
+        return as_float_arrays(self.init_params(meta_params, task), "params", "init_params must return")
+
+    def minibatch(self, key: jax.Array, task: Task, step: Any) -> Task:
+        """The task that inner step `step` sees."""
+        return task if self.sample is None else self.sample(jax.random.fold_in(key, step), task, step)
+
+    def _split(
+        self, loss: Loss, name: str, params: Params, meta_params: MetaParams, task: Task
+    ) -> tuple[jax.Array, Any]:
+        returned = loss(params, meta_params, task)
+        if self.has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
+            raise TypeError(f"`{name}` must return `(scalar, aux)` when `has_aux=True`; got {type(returned).__name__}.")
+        value, aux = returned if self.has_aux else (returned, None)
+        if isinstance(value, tuple):
+            raise TypeError(
+                f"`{name}` must return a scalar; got a tuple of {len(value)}. "
+                "Losses that return `(scalar, aux)` need `BilevelProblem(..., has_aux=True)`."
+            )
+        value = jnp.asarray(value)
+        if value.ndim != 0 or not jnp.issubdtype(value.dtype, jnp.inexact):
+            raise TypeError(
+                f"`{name}` must return a floating scalar; got shape {value.shape}, dtype {value.dtype}. "
+                "Reduce it with `jnp.sum` or `jnp.mean`."
+            )
+        return value, aux
+
+
+def as_float_arrays(values: PyTree, name: str, what: str) -> PyTree:
+    """`values` as strongly typed floating arrays.
+
+    Raises:
+      TypeError: a leaf is not a real floating array; the message names it.
+    """
+
+    def convert(path: Any, leaf: Any) -> jax.Array:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        try:
+            array = jnp.asarray(leaf)
+        except TypeError as error:
+            raise TypeError(f"{what} a pytree of arrays; {where} is a {type(leaf).__name__}.") from error
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{what} real floating arrays; {where} has dtype {array.dtype}. "
+                "Convert it to a floating dtype, or put it in `task` if it is not learned."
+            )
+        return jnp.asarray(array, dtype=array.dtype)
+
+    return jax.tree_util.tree_map_with_path(convert, values)
+
+
+def check_same_structure(got: PyTree, expected: PyTree, name: str, remedy: str) -> None:
+    """Raise unless `got` has the structure, shapes and dtypes of `expected`.
+
+    Raises:
+      ValueError: naming both and the remedy.
+    """
+
+    def describe(tree_: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree_)
+
+    got, expected = describe(got), describe(expected)
+    same = jax.tree.structure(got) == jax.tree.structure(expected)
+    if not same or jax.tree.leaves(got) != jax.tree.leaves(expected):
+        raise ValueError(f"{name}: expected {expected}, got {got}. {remedy}")
+
+
+def float_dtype_of(problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> Any:
+    """The real dtype in which the problem's inner loss is computed."""
+    loss = jax.eval_shape(problem.inner, params, meta_params, task)
+    return tree.float_dtype(loss)

@@ -1,0 +1,147 @@
+"""Strategies as frozen dataclass pytrees, and the tree arithmetic that the rest is written in."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+T = TypeVar("T")
+
+
+def static(*, default: Any = dataclasses.MISSING) -> Any:
+    """A field of a `strategy` that is structure: hashable, part of the compilation key, never traced."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
+def strategy(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen dataclass and a pytree: plain fields are leaves, `static` ones are structure.
+
+    A new number in a plain field therefore recompiles nothing; a new function in a static one does.
+
+    Args:
+      cls: a class with annotated fields.
+
+    Returns:
+      The same class, frozen and registered with JAX.
+
+    Example:
+      >>> @strategy
+      ... class Momentum:
+      ...     step_size: float
+      ...     num_steps: int = static(default=100)
+      >>> jax.tree.leaves(Momentum(0.1))
+      [0.1]
+    """
+    frozen: Any = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(frozen)
+    data = [field.name for field in fields if not field.metadata.get("static")]
+    meta = [field.name for field in fields if field.metadata.get("static")]
+    jax.tree_util.register_dataclass(frozen, data_fields=data, meta_fields=meta)
+    result: type[T] = frozen
+    return result
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """`a + b`, leaf by leaf."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def subtract(a: PyTree, b: PyTree) -> PyTree:
+    """`a - b`, leaf by leaf."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def scale(factor: Any, a: PyTree) -> PyTree:
+    """`factor * a`, each leaf keeping its dtype unless `factor` is complex."""
+    return jax.tree.map(lambda x: _in_dtype_of(factor, x) * x, a)
+
+
+def add_scaled(a: PyTree, factor: Any, b: PyTree) -> PyTree:
+    """`a + factor * b`, in the dtypes of `a` unless `factor` is complex."""
+    return add(a, scale(factor, b))
+
+
+def vdot(a: PyTree, b: PyTree) -> jax.Array:
+    """The real inner product over all leaves; for complex leaves the real part of `conj(a) . b`."""
+    products = jax.tree.map(lambda x, y: jnp.real(jnp.vdot(x, y)), a, b)
+    return _sum(products)
+
+
+def norm(a: PyTree) -> jax.Array:
+    """The Euclidean norm over all leaves, safe from overflow and underflow of the squares.
+
+    Norms only ever measure (residuals, scales): no derivative passes through them.
+    """
+    a = jax.lax.stop_gradient(a)
+    largest = max_abs(a)
+    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    squares = jax.tree.map(lambda x: jnp.sum(jnp.square(jnp.abs(x) / safe.astype(jnp.real(x).dtype))), a)
+    return safe * jnp.sqrt(_sum(squares))
+
+
+def max_abs(a: PyTree) -> jax.Array:
+    """The largest absolute entry of any leaf; 0 for a tree without entries."""
+    leaves = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(a)]
+    return jnp.max(jnp.stack([jnp.asarray(x) for x in leaves])) if leaves else jnp.zeros(())
+
+
+def zeros_like(a: PyTree) -> PyTree:
+    """Zeros in the shapes and dtypes of `a`."""
+    return jax.tree.map(jnp.zeros_like, a)
+
+
+def where(condition: Any, a: PyTree, b: PyTree) -> PyTree:
+    """`a` where the scalar `condition` holds, else `b`; never arithmetic, so a NaN on the other side stays there."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def all_finite(a: PyTree) -> jax.Array:
+    """Whether every entry of every leaf is finite."""
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(a)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
+
+
+def float_dtype(a: PyTree) -> Any:
+    """The real floating dtype that the leaves of `a` promote to."""
+    leaves = jax.tree.leaves(a)
+    dtype = jnp.result_type(*leaves) if leaves else jnp.result_type(float)
+    return jnp.finfo(dtype).dtype
+
+
+def value_and_grad(function: Callable[..., jax.Array], argnums: int | tuple[int, ...] = 0) -> Callable[..., Any]:
+    """`jax.value_and_grad` that takes the holomorphic derivative when the first differentiated argument is complex."""
+    first = argnums if isinstance(argnums, int) else argnums[0]
+
+    def evaluate(*args: Any) -> Any:
+        holomorphic = is_complex(args[first])
+        return jax.value_and_grad(function, argnums=argnums, holomorphic=holomorphic)(*args)
+
+    return evaluate
+
+
+def grad(function: Callable[..., jax.Array], argnums: int | tuple[int, ...] = 0) -> Callable[..., Any]:
+    """The gradient part of `value_and_grad`."""
+    return lambda *args: value_and_grad(function, argnums)(*args)[1]
+
+
+def is_complex(a: PyTree) -> bool:
+    """Whether any leaf is complex."""
+    return any(jnp.iscomplexobj(x) for x in jax.tree.leaves(a))
+
+
+def to_complex(a: PyTree) -> PyTree:
+    """The leaves in the complex dtype of their own precision."""
+    return jax.tree.map(lambda x: x.astype(jnp.result_type(x, jnp.complex64)), a)
+
+
+def _in_dtype_of(factor: Any, x: jax.Array) -> Any:
+    return factor if jnp.iscomplexobj(factor) else jnp.asarray(factor, dtype=jnp.real(x).dtype)
+
+
+def _sum(tree: PyTree) -> jax.Array:
+    leaves = jax.tree.leaves(tree)
+    return jnp.asarray(sum(leaves)) if leaves else jnp.zeros(())

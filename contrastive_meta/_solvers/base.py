@@ -1,0 +1,104 @@
+"""What every inner solver offers: from a loss and a start to a solution that says how far it came."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
+from contrastive_meta._pytree import PyTree
+
+InnerLoss = Callable[[Params], jax.Array]
+MinibatchLoss = Callable[[Params, jax.Array], jax.Array]
+
+
+class Stop(NamedTuple):
+    """When a solve ends, where the caller knows better than the solver's own settings.
+
+    Attributes:
+      tol: tolerance on the gradient norm, or None for the solver's own.
+      max_steps: step budget, possibly traced, or None for the solver's own.
+      group: name of the mapped axis whose members take the same number of steps: all go on until all are done.
+    """
+
+    tol: Any = None
+    max_steps: Any = None
+    group: str | None = None
+
+
+class Solution(NamedTuple):
+    """Where learning ended.
+
+    Attributes:
+      params: the solution.
+      residual: norm of the gradient of the (full) loss at `params`.
+      num_gradients: gradients evaluated, int32.
+      num_steps: steps taken, int32.
+      status: value of a `Status`.
+      memory: what `solve(..., memory=)` takes to go on from here; () for solvers without any.
+    """
+
+    params: Params
+    residual: jax.Array
+    num_gradients: jax.Array
+    num_steps: jax.Array
+    status: jax.Array
+    memory: PyTree
+
+
+class InnerSolver(abc.ABC):
+    """A learner: minimises a loss from a starting point.
+
+    Subclasses are final strategies. `solve` must work under jit and vmap; only a solver meant for
+    `BackpropThroughLearning` need be differentiable.
+    """
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        loss: InnerLoss,
+        init: Params,
+        *,
+        minibatch_loss: MinibatchLoss | None = None,
+        memory: PyTree = (),
+        stop: Stop = Stop(),
+    ) -> Solution:
+        """Minimise `loss` from `init`.
+
+        Args:
+          loss: `params -> scalar`, the whole loss. It may close over traced values.
+          init: pytree of floating arrays (complex ones in a complex phase).
+          minibatch_loss: `(params, step) -> scalar`, followed instead of `loss` by solvers that take stochastic
+            steps; the others minimise `loss`.
+          memory: from an earlier solution's `memory`; () starts afresh.
+          stop: overrides of the solver's own stopping rule.
+        """
+
+    def init_memory(self, params: Params) -> PyTree:
+        """A memory that carries nothing yet, in the structure of `Solution.memory`."""
+        return ()
+
+    def bind(self, meta_params: MetaParams) -> "InnerSolver":
+        """The solver for these meta-parameters; differs from `self` only where settings are meta-learned."""
+        return self
+
+    def check_holomorphic(self, params: Params) -> None:
+        """Return if the solver's own operations are holomorphic, as complex phases need.
+
+        Raises:
+          TypeError: they are not, or are not known to be.
+        """
+        raise TypeError(
+            f"Complex schemes need a learner whose steps are holomorphic; {type(self).__name__} is not. "
+            "Pass `nudged_solver=OptaxDescent(optax.sgd(..., momentum=...), num_steps=...)`."
+        )
+
+
+def judge(loss_before: Any, residual_before: Any, params: Params, loss: Any, residual: Any) -> jax.Array:
+    """Not finite, or diverged (loss and gradient both above where they began), or as it should be."""
+    finite = tree.all_finite(params) & jnp.isfinite(residual) & jnp.isfinite(loss)
+    grew = (jnp.real(loss) > jnp.real(loss_before)) & (residual > residual_before)
+    return worst(flag(grew, Status.DIVERGED), flag(~finite, Status.NOT_FINITE))
