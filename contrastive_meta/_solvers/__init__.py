@@ -1,0 +1,7 @@
+"""Inner solvers: the learners that both phases run."""
+
+from contrastive_meta._solvers.base import InnerSolver as InnerSolver
+from contrastive_meta._solvers.base import Solution as Solution
+from contrastive_meta._solvers.base import Stop as Stop
+from contrastive_meta._solvers.lbfgs import LBFGS as LBFGS
+from contrastive_meta._solvers.optax_descent import OptaxDescent as OptaxDescent

@@ -49,6 +49,20 @@ class Solution(NamedTuple):
     memory: PyTree
 
 
+class UnrolledLosses(NamedTuple):
+    """The inner loss of each step, for unrolling.
+
+    Attributes:
+      loss: `params -> scalar`, the whole loss.
+      minibatch_loss: `(params, step) -> scalar`, or None.
+      detached: `(params, step) -> scalar`, the same values with no derivative in the meta-parameters.
+    """
+
+    loss: InnerLoss
+    minibatch_loss: MinibatchLoss | None
+    detached: MinibatchLoss
+
+
 class InnerSolver(abc.ABC):
     """A learner: minimises a loss from a starting point.
 
@@ -85,6 +99,24 @@ class InnerSolver(abc.ABC):
         """The solver for these meta-parameters; differs from `self` only where settings are meta-learned."""
         return self
 
+    def unroll(self, losses: "UnrolledLosses", init: Params, *, truncate: int | None, checkpoint: bool) -> Params:
+        """The solution as a function that reverse mode can differentiate, for `BackpropThroughLearning`.
+
+        Args:
+          losses: the losses to follow, with and without derivative.
+          init: where learning starts.
+          truncate: differentiate only the last `truncate` steps; None for all.
+          checkpoint: keep only every sqrt(num_steps)-th iterate and recompute the others on the way back.
+
+        Raises:
+          TypeError: the solver cannot be unrolled.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot be differentiated in reverse through its steps. "
+            "Use `OptaxDescent(optimizer, num_steps=...)` or a differentiable `CallableSolver`; "
+            "solvers that stop at a tolerance can be differentiated by `Contrastive` or `ImplicitDifferentiation`."
+        )
+
     def check_holomorphic(self, params: Params) -> None:
         """Return if the solver's own operations are holomorphic, as complex phases need.
 
@@ -98,7 +130,7 @@ class InnerSolver(abc.ABC):
 
 
 def judge(loss_before: Any, residual_before: Any, params: Params, loss: Any, residual: Any) -> jax.Array:
-    """Not finite, or diverged (loss and gradient both above where they began), or as it should be."""
+    """Not finite, or diverged (the loss rose and its gradient grew tenfold), or as it should be."""
     finite = tree.all_finite(params) & jnp.isfinite(residual) & jnp.isfinite(loss)
-    grew = (jnp.real(loss) > jnp.real(loss_before)) & (residual > residual_before)
+    grew = (jnp.real(loss) > jnp.real(loss_before)) & (residual > 10 * residual_before)
     return worst(flag(grew, Status.DIVERGED), flag(~finite, Status.NOT_FINITE))

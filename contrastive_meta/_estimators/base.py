@@ -1,0 +1,227 @@
+"""One interface and one result for every meta-gradient estimator."""
+
+import abc
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._dependence import leaf_names, used_leaves
+from contrastive_meta._problem import (
+    BilevelProblem,
+    EstimatorState,
+    MetaGradient,
+    MetaParams,
+    Params,
+    Task,
+    as_float_arrays,
+    check_same_structure,
+    float_dtype_of,
+)
+from contrastive_meta._pytree import static, strategy
+from contrastive_meta._solvers.base import InnerSolver, Solution
+
+
+@strategy
+class Setting:
+    """One bilevel problem at one point: what an estimator works on.
+
+    Attributes:
+      problem: the losses.
+      meta_params: theta.
+      task: the task.
+      key: randomness of minibatches, and of estimators that sample.
+      dtype: real floating dtype of the inner loss.
+    """
+
+    problem: BilevelProblem
+    meta_params: MetaParams
+    task: Task
+    key: jax.Array
+    dtype: Any = static()
+
+    def replace_problem(self, problem: BilevelProblem) -> "Setting":
+        """The same setting with other losses."""
+        return Setting(problem, self.meta_params, self.task, self.key, self.dtype)
+
+    def inner(self, params: Params) -> jax.Array:
+        """The inner loss on the whole task."""
+        return self.problem.inner(params, self.meta_params, self.task)
+
+    def outer(self, params: Params) -> jax.Array:
+        """The outer loss."""
+        return self.problem.outer(params, self.meta_params, self.task)
+
+    def nudged(self, params: Params, beta: Any) -> jax.Array:
+        """The nudged loss on the whole task."""
+        return self.problem.nudged(params, self.meta_params, self.task, beta)
+
+    def nudged_minibatch(self, params: Params, beta: Any, step: Any) -> jax.Array:
+        """The nudged loss on the minibatch of a step; every phase sees the same one."""
+        task = self.problem.minibatch(self.key, self.task, step)
+        return self.problem.nudged(params, self.meta_params, task, beta)
+
+    def inner_minibatch(self, params: Params, step: Any) -> jax.Array:
+        """The inner loss on the minibatch of a step."""
+        return self.problem.inner(params, self.meta_params, self.problem.minibatch(self.key, self.task, step))
+
+    def free_phase(self, solver: InnerSolver, state: EstimatorState) -> Solution:
+        """Learn: minimise the inner loss from where `state` stands."""
+        minibatch = self.inner_minibatch if self.problem.sample is not None else None
+        solution = solver.bind(self.meta_params).solve(
+            self.inner, state.params, minibatch_loss=minibatch, memory=state.memory
+        )
+        check_same_structure(
+            solution.params, state.params, "The solver's solution", "It must be a pytree like what `init_params` returns."
+        )
+        return solution
+
+
+class MetaGradientEstimator(abc.ABC):
+    """A way to estimate dPhi/dtheta, the gradient of the outer loss after learning.
+
+    Subclasses are final strategies with a `solver` field and one method, `_estimate`.
+    """
+
+    solver: InnerSolver
+
+    def estimate(
+        self,
+        problem: BilevelProblem,
+        meta_params: MetaParams,
+        task: Task,
+        *,
+        state: EstimatorState | None = None,
+        key: jax.Array | None = None,
+    ) -> MetaGradient:
+        """Learn one task and estimate the meta-gradient there.
+
+        Compiled once per problem, estimator structure and shapes: new numbers in any argument, beta included, do
+        not recompile.
+
+        Args:
+          problem: the bilevel problem.
+          meta_params: pytree of real floating arrays.
+          task: a single task: pytree of arrays.
+          state: `result.state` of an earlier call, or `init_state(...)`: learning starts from its solution.
+          key: PRNG key of the minibatch sequence and of sampling estimators; `jax.random.key(0)` by default.
+
+        Returns:
+          The meta-gradient, with the free-phase solution and diagnostics. `jax.grad` of `result.outer_loss` in
+          `meta_params` gives `result.grad`; nothing else of the result carries a derivative.
+
+        Raises:
+          TypeError: a loss is not a floating scalar; params or meta-parameters are not floating arrays.
+          ValueError: trees do not match, or none of the meta-parameters can be seen by this estimator.
+        """
+        meta_params = as_float_arrays(meta_params, "meta_params", "meta_params must be")
+        key = jax.random.key(0) if key is None else key
+        with jax.default_matmul_precision("highest"):
+            return _estimate(self, problem, meta_params, task, state, key)
+
+    def init_state(self, problem: BilevelProblem, meta_params: MetaParams, task: Task) -> EstimatorState:
+        """A state that carries nothing yet, in the structure of every later one: a `scan` carry.
+
+        Args:
+          problem: the bilevel problem.
+          meta_params: as in `estimate`.
+          task: as in `estimate`.
+        """
+        meta_params = as_float_arrays(meta_params, "meta_params", "meta_params must be")
+        params = problem.init(meta_params, task)
+        memory = self.solver.bind(meta_params).init_memory(params)
+        dtype = float_dtype_of(problem, params, meta_params, task)
+        return _strong(EstimatorState(params, memory, tree.zeros_like(params), jnp.zeros((), dtype)))
+
+    @abc.abstractmethod
+    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+        """The estimate, under jit, with everything validated."""
+
+    def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
+        """For each leaf of `meta_params`, whether this estimator can see it; by default, whether a loss depends on it."""
+        inner = used_leaves(lambda meta: problem.inner(params, meta, task), meta_params)
+        outer = used_leaves(lambda meta: problem.outer(params, meta, task), meta_params)
+        return [a or b for a, b in zip(inner, outer, strict=True)]
+
+
+@functools.partial(jax.jit, inline=True)
+def _estimate(
+    estimator: MetaGradientEstimator,
+    problem: BilevelProblem,
+    meta_params: MetaParams,
+    task: Task,
+    state: EstimatorState | None,
+    key: jax.Array,
+) -> MetaGradient:
+    # The estimate is the derivative: nothing is differentiated through the phases by accident.
+    meta_params_outside = meta_params
+    meta_params, task, state = jax.lax.stop_gradient((meta_params, task, state))
+    fresh = estimator.init_state(problem, meta_params, task)
+    if state is None:
+        state = fresh
+    check_same_structure(
+        state.params, fresh.params, "`state.params`", "Pass the state of an earlier estimate of the same problem."
+    )
+    dtype = float_dtype_of(problem, state.params, meta_params, task)
+    unseen = _unseen(estimator, problem, state.params, meta_params, task)
+    result = estimator._estimate(Setting(problem, meta_params, task, key, dtype), state)
+    check_same_structure(
+        result.grad, meta_params, "The meta-gradient", "A rule's `statistic` must return a pytree like `meta_params`; "
+        "return zeros for meta-parameters that it leaves alone."
+    )  # fmt: skip
+    return MetaGradient(
+        grad=result.grad,
+        outer_loss=_differentiable(result.outer_loss, result.grad, meta_params_outside),
+        params=result.params,
+        state=_strong(result.state),
+        diagnostics=result.diagnostics,
+        aux=result.aux,
+        unseen=unseen,
+    )
+
+
+@jax.custom_jvp
+def _differentiable(outer_loss: jax.Array, grad: MetaParams, meta_params: MetaParams) -> jax.Array:
+    """The outer loss, with the estimate as its derivative in `meta_params`."""
+    return outer_loss
+
+
+@_differentiable.defjvp
+def _differentiable_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    outer_loss, grad, _ = primals
+    products = jax.tree.map(lambda g, t: jnp.sum(g * t), grad, tangents[2])
+    return outer_loss, jnp.asarray(sum(jax.tree.leaves(products)), outer_loss.dtype)
+
+
+def _unseen(
+    estimator: MetaGradientEstimator, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task
+) -> tuple[str, ...]:
+    names = leaf_names(meta_params)
+    seen = estimator._sees(problem, params, meta_params, task)
+    unseen = tuple(name for name, visible in zip(names, seen, strict=True) if not visible)
+    name = type(estimator).__name__
+    remedy = (
+        "Only BackpropThroughLearning sees the initialisation and the optimiser's settings; "
+        "FirstOrder and Reptile see the initialisation. To learn an initialisation with the others, anchor `params` to it "
+        "in the inner loss."
+    )
+    if names and len(unseen) == len(names):
+        raise ValueError(
+            f"{name} sees none of the meta-parameters: neither inner_loss nor outer_loss depends on {', '.join(unseen)}, "
+            f"so the meta-gradient would be identically zero. {remedy}"
+        )
+    if unseen:
+        warnings.warn(
+            f"{name} cannot see the meta-parameters {', '.join(unseen)}: their gradient is an exact zero. {remedy}",
+            UserWarning,
+            stacklevel=4,
+        )
+    return unseen
+
+
+def _strong(values: Any) -> Any:
+    """Strip weak types, so that a state has one type from the first call on."""
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype=jnp.result_type(x)), values)

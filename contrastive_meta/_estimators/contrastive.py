@@ -1,0 +1,319 @@
+"""The contrastive estimator: run learning twice, free and nudged, and contrast what each phase measures."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._estimators._free_point import (
+    NOISE_FLOOR,
+    NUM_GRADIENTS,
+    UNANSWERED,
+    FreePoint,
+    free_status,
+    survey,
+)
+from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
+from contrastive_meta._holomorphic import require_holomorphic
+from contrastive_meta._nudging import LossNudge, Nudge, NudgeScheme, NudgeStrength, central_difference, relative
+from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule, measure
+from contrastive_meta._problem import (
+    EstimatorState,
+    MetaGradient,
+    MetaParams,
+    Params,
+    Status,
+    flag,
+    make_diagnostics,
+    worst,
+)
+from contrastive_meta._pytree import static, strategy
+from contrastive_meta._response import Probe
+from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
+
+_PHASES = "phases"
+
+
+class Phases(NamedTuple):
+    """What the phases of a scheme left behind; every leaf has a leading axis of phases.
+
+    Attributes:
+      params: where each phase ended.
+      statistic: what the plasticity rule measured there.
+      residual: gradient of the phase's own loss there.
+      status: of each phase's solver.
+      num_gradients: of all phases together (no leading axis).
+    """
+
+    params: Params
+    statistic: MetaParams
+    residual: Params
+    status: jax.Array
+    num_gradients: jax.Array
+
+
+@strategy
+class Contrastive(MetaGradientEstimator):
+    """Meta-gradients by contrast: the equilibrium-propagation rule applied to learning itself.
+
+    A free phase learns; nudged phases, started from its solution, learn with beta times the outer loss added; the
+    weighted sum of what each phase measures is dPhi/dtheta, algorithm (7) and (8). Needs gradients only, no second
+    derivatives, no trajectory: memory does not grow with the number of inner steps. It sees what the losses see: not
+    the initialisation, nor the optimiser's settings.
+
+    Args:
+      solver: the learner of the free phase.
+      nudged_solver: the learner of the nudged phases; the same by default. Phases of one contrast take the same
+        number of steps; host solvers and other black boxes decide for themselves.
+      scheme: phases, weights and strength. `relative(central_difference)` by default; a scheme with a typed beta
+        uses it raw.
+      nudge: `LossNudge()` or `LinearNudge()`.
+      rule: what a phase measures; `Autodiff()` is right for any problem.
+      nudged_tol: residual, relative to |beta| ||v||, at which the nudged phases of a solver that runs to a tolerance
+        may stop; by default about eps^(2/3), and never below the measured rounding noise.
+      sequential: run phases one after another instead of in one vmapped solve: about half the memory, and slower.
+
+    Raises:
+      TypeError: a complex scheme meets an operation or a learner that is not holomorphic.
+
+    Reference:
+      Zucchet, Schug, von Oswald, Zhao & Sacramento (2022), theorem 1; Scellier & Bengio (2017).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, log_decay, task: 0.5 * jnp.sum((w - task) ** 2 + jnp.exp(log_decay) * w**2),
+      ...     outer_loss=lambda w, log_decay, task: 0.5 * jnp.sum((w - 1.0) ** 2),
+      ...     init_params=lambda log_decay, task: jnp.zeros_like(task),
+      ... )
+      >>> estimator = cm.Contrastive(cm.OptaxDescent(optax.sgd(0.4), num_steps=100))
+      >>> result = estimator.estimate(problem, jnp.array(0.0), jnp.array([4.0]))
+      >>> round(float(result.grad), 3)  # w = 4 / (1 + e^0) = 2, so (w - 1) dw/dlog_decay = -1
+      -1.0
+    """
+
+    solver: InnerSolver
+    nudged_solver: InnerSolver | None = None
+    scheme: NudgeStrength = relative(central_difference)
+    nudge: Nudge = LossNudge()
+    rule: PlasticityRule = Autodiff()
+    nudged_tol: float | jax.Array | None = None
+    sequential: bool = static(default=False)
+
+    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+        # Free phase: learn.
+        free = setting.free_phase(self.solver, state)
+        point = survey(setting, free, setting.problem.init(setting.meta_params, setting.task), self._statistic(setting))
+
+        # Nudged phases: learn a little towards the outer loss.
+        scheme, pilot_gradients = self.scheme.resolve(_probe(setting, point))
+        nudged = setting.replace_problem(
+            self.nudge.apply(setting.problem, point.params, setting.meta_params, setting.task, point.outer_grad)
+        )
+        phases = self._nudged_phases(nudged, point, scheme)
+
+        # Contrast: what the phases measured, weighted and summed, algorithm (8). The same contrast of where they
+        # ended is the response dphi/dbeta = -u, and of their residuals what is left of the nudge, v - H u.
+        grad = scheme.contrast(phases.statistic)
+        response = scheme.contrast(phases.params)
+        remainder = scheme.contrast(phases.residual)
+
+        base, base_residual = _base_point(setting, point, scheme, phases)
+        outer_loss, aux = setting.problem.outer_with_aux(base, setting.meta_params, setting.task)
+        beta = scheme.strength(setting.dtype)
+        return MetaGradient(
+            grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), grad, setting.meta_params),
+            outer_loss=outer_loss,
+            params=base,
+            state=EstimatorState(base, free.memory, response, beta),
+            aux=aux,
+            diagnostics=make_diagnostics(
+                setting.dtype,
+                beta=beta,
+                free_residual=base_residual,
+                nudged_residual=tree.norm(remainder) / _or_one(point.nudge_norm),
+                displacement=beta * tree.norm(response) / point.scale,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + pilot_gradients + phases.num_gradients + 1,
+                status=worst(
+                    free_status(point, base_residual, tree.norm(response)),
+                    _nudged_status(setting, point, scheme, phases, grad, response, remainder),
+                ),
+            ),
+        )
+
+    def _statistic(self, setting: Setting) -> Any:
+        return lambda at: self.rule.statistic(setting.problem, at, setting.meta_params, setting.task, 0.0)
+
+    def _nudged_phases(self, setting: Setting, point: FreePoint, scheme: NudgeScheme) -> Phases:
+        """Run the scheme's phases from the free solution, together, and measure each where it ends."""
+        solver = (self.nudged_solver or self.solver).bind(setting.meta_params)
+        start, memory = point.params, point.solution.memory
+        if scheme.is_complex:
+            start, memory = tree.to_complex(start), ()
+            _require_complex_capable(setting, solver, start)
+        if jax.tree.structure(memory) != jax.tree.structure(solver.init_memory(point.params)):
+            memory = ()
+        nudges, _ = scheme.arrays(setting.dtype)
+        tolerances = self._tolerances(setting, point, nudges)
+
+        def run(beta: jax.Array, stop: Stop) -> Solution:
+            def on_minibatch(at: Params, step: jax.Array) -> jax.Array:
+                return setting.nudged_minibatch(at, beta, step)
+
+            return solver.solve(
+                lambda at: setting.nudged(at, beta),
+                start,
+                minibatch_loss=on_minibatch if setting.problem.sample is not None else None,
+                memory=memory,
+                stop=stop,
+            )
+
+        # An unmatched free phase is the free solution itself; everything else runs, the matched control included.
+        skipped = None if scheme.matched else scheme.free_phase
+        running = [k for k in range(len(scheme.nudges)) if k != skipped]
+        solutions = _run_sequentially(run, nudges, tolerances, running) if self.sequential else _run_together(
+            run, nudges[jnp.array(running)], tolerances[jnp.array(running)]
+        )  # fmt: skip
+        ended, status, num_gradients = solutions.params, solutions.status, jnp.sum(solutions.num_gradients)
+        if skipped is not None:
+            ended = jax.tree.map(lambda xs, x: jnp.insert(xs, skipped, x, axis=0), ended, start)
+        statistic, residual = _over_phases(
+            lambda at, beta: measure(self.rule, setting.problem, at, setting.meta_params, setting.task, beta),
+            ended,
+            nudges,
+            sequential=self.sequential,
+        )
+        return Phases(ended, statistic, residual, status, num_gradients + len(scheme.nudges))
+
+    def _tolerances(self, setting: Setting, point: FreePoint, nudges: jax.Array) -> jax.Array:
+        """Absolute gradient norms at which phases may stop: relative to their nudge, not below the noise."""
+        eps = jnp.finfo(setting.dtype).eps
+        relative_tol = eps ** (2 / 3) if self.nudged_tol is None else self.nudged_tol
+        sizes = jnp.abs(nudges)
+        smallest = jnp.min(jnp.where(sizes > 0, sizes, jnp.inf))
+        # The matched control stops with the weakest nudge.
+        wanted = jnp.asarray(relative_tol, setting.dtype) * jnp.where(sizes > 0, sizes, smallest) * point.nudge_norm
+        return jnp.maximum(wanted, 2 * point.noise).astype(setting.dtype)
+
+
+def _run_together(run: Any, nudges: jax.Array, tolerances: jax.Array) -> Solution:
+    """All phases in one vmapped solve; solvers that run to a tolerance go on until every phase is done."""
+    solutions: Solution = jax.vmap(lambda beta, tol: run(beta, Stop(tol=tol, group=_PHASES)), axis_name=_PHASES)(
+        nudges, tolerances
+    )
+    return solutions
+
+
+def _run_sequentially(run: Any, nudges: jax.Array, tolerances: jax.Array, running: list[int]) -> Solution:
+    """One phase after another: the first to run decides how many steps the others take."""
+    first = run(nudges[running[-1]], Stop(tol=tolerances[running[-1]]))
+    stop = Stop(tol=jnp.zeros_like(tolerances[0]), max_steps=first.num_steps)
+    solutions = [run(nudges[k], stop) for k in running[:-1]] + [first]
+    stacked: Solution = jax.tree.map(lambda *xs: jnp.stack(xs), *solutions)
+    return stacked
+
+
+def _over_phases(function: Any, params: Params, nudges: jax.Array, *, sequential: bool) -> Any:
+    if sequential:
+        return jax.lax.map(lambda phase: function(*phase), (params, nudges))
+    return jax.vmap(function)(params, nudges)
+
+
+def _probe(setting: Setting, point: FreePoint) -> Probe:
+    return Probe(
+        inner_grad=tree.grad(setting.inner),
+        params=point.params,
+        free_grad=point.inner_grad,
+        outer_grad=point.outer_grad,
+        nudge_norm=point.nudge_norm,
+        scale=point.scale,
+        noise=point.noise,
+        dtype=setting.dtype,
+    )
+
+
+def _base_point(setting: Setting, point: FreePoint, scheme: NudgeScheme, phases: Phases) -> tuple[Params, jax.Array]:
+    """The free solution, or what the phases made of it where that is better learned.
+
+    The phases go on learning: the matched control is the free solution some steps later, and the mean of phases
+    whose nudges cancel is, to second order in beta, the same. The smaller residual wins.
+    """
+    if scheme.free_phase is not None:
+        refined = jax.tree.map(lambda xs: xs[scheme.free_phase], phases.params)
+    else:
+        refined = jax.tree.map(lambda xs: jnp.mean(jnp.real(xs), axis=0), phases.params)
+    before = tree.norm(point.inner_grad).astype(setting.dtype)
+    after = tree.norm(tree.grad(setting.inner)(refined)).astype(setting.dtype)
+    better = after < before
+    return tree.where(better, refined, point.params), jnp.where(better, after, before)
+
+
+def _nudged_status(
+    setting: Setting,
+    point: FreePoint,
+    scheme: NudgeScheme,
+    phases: Phases,
+    grad: MetaParams,
+    response: Params,
+    remainder: Params,
+) -> jax.Array:
+    """What went wrong in the nudged phases, judged from the same contrast as the meta-gradient."""
+    nudge = _or_one(point.nudge_norm)
+    unanswered = tree.norm(remainder) > UNANSWERED * nudge
+    # A pure imaginary nudge is read off without subtraction: rounding is not divided by it.
+    subtracts = len(scheme.nudges) > 1
+    _, weights = scheme.arrays(setting.dtype)
+    gain = jnp.sqrt(jnp.sum(jnp.abs(weights) ** 2)) * subtracts
+    drowned = (point.noise * gain * NOISE_FLOOR > nudge) | (
+        point.statistic_noise * gain * NOISE_FLOOR > tree.norm(grad)
+    )
+    anything = point.nudge_norm > 0
+    # H response = remainder - v: its product with the response is the curvature that the nudge met.
+    curvature = tree.vdot(response, tree.subtract(remainder, point.outer_grad))
+    indefinite = curvature < -1e-3 * tree.norm(response) * nudge
+    finite = tree.all_finite((grad, phases.params))
+    ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, scheme, phases)
+    return worst(
+        flag(anything & unanswered, Status.NUDGED_NOT_CONVERGED),
+        flag(anything & drowned, Status.LOST_IN_NOISE),
+        flag(indefinite, Status.INDEFINITE_CURVATURE),
+        flag(ran_away, Status.UNBOUNDED_NUDGE),
+        scheme.validity(setting.dtype),
+        flag(~finite, Status.NOT_FINITE),
+    )
+
+
+def _curves_downwards(point: FreePoint, scheme: NudgeScheme, phases: Phases) -> jax.Array:
+    """Whether a nudged loss has negative mean curvature along the path of its own phase: it has no minimum there."""
+    if scheme.is_complex:
+        return jnp.asarray(False)
+
+    def curves(params: Params, residual: Params, beta: jax.Array) -> jax.Array:
+        moved = tree.subtract(params, point.params)
+        start = tree.add_scaled(point.inner_grad, beta, point.outer_grad)
+        turned = tree.subtract(residual, start)
+        return tree.vdot(turned, moved) < -1e-2 * tree.norm(turned) * tree.norm(moved)
+
+    nudges, _ = scheme.arrays(tree.float_dtype(point.inner_grad))
+    return jnp.any(jax.vmap(curves)(phases.params, phases.residual, nudges) & (nudges != 0))
+
+
+def _require_complex_capable(setting: Setting, solver: InnerSolver, start: Params) -> None:
+    meta_params = tree.to_complex(setting.meta_params)
+    remedy = "Complex schemes differentiate along a complex nudge; use a real one, such as `central_difference`."
+    for name, loss in (("inner_loss", setting.problem.inner), ("outer_loss", setting.problem.outer)):
+        require_holomorphic(
+            lambda params, meta, loss=loss: loss(params, meta, setting.task),
+            start,
+            meta_params,
+            what=name,
+            remedy=remedy,
+        )
+    solver.check_holomorphic(start)
+
+
+def _or_one(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, jnp.ones_like(x))

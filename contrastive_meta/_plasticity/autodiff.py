@@ -1,0 +1,57 @@
+"""What a phase measures, as the automatic derivative of its loss: the rule that fits every problem."""
+
+import abc
+
+import jax
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._problem import BilevelProblem, MetaParams, Number, Params, Task
+from contrastive_meta._pytree import strategy
+
+
+class PlasticityRule(abc.ABC):
+    """What is measured at the end of one phase; the contrast of it over phases is the meta-gradient."""
+
+    @abc.abstractmethod
+    def statistic(
+        self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task, beta: Number
+    ) -> MetaParams:
+        """dL/dtheta at fixed `params`, of the loss nudged by `beta`: a pytree like `meta_params`.
+
+        Args:
+          problem: the problem; its outer loss is what nudges.
+          params: where the phase ended; complex in a complex phase.
+          meta_params: theta.
+          task: the whole task.
+          beta: the phase's strength; complex in a complex phase.
+        """
+
+
+@strategy
+class Autodiff(PlasticityRule):
+    """The partial derivative g(beta) = dL/dtheta by automatic differentiation, algorithm (7).
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> estimator = cm.Contrastive(cm.LBFGS(), rule=cm.Autodiff())
+    """
+
+    def statistic(
+        self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task, beta: Number
+    ) -> MetaParams:
+        """See `PlasticityRule.statistic`."""
+        return tree.grad(lambda meta: problem.nudged(params, meta, task, beta))(
+            tree.to_complex(meta_params) if tree.is_complex(params) else meta_params
+        )
+
+
+def measure(
+    rule: PlasticityRule, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task, beta: Number
+) -> tuple[MetaParams, Params]:
+    """The rule's statistic, and the nudged loss's gradient in `params` there: what is left of the phase.
+
+    XLA shares the forward pass between the two when the rule is `Autodiff`.
+    """
+    statistic = rule.statistic(problem, params, meta_params, task, beta)
+    residual = tree.grad(lambda at: problem.nudged(at, meta_params, task, beta))(params)
+    return statistic, jax.lax.stop_gradient(residual)

@@ -1,0 +1,163 @@
+"""The two loops that every optax-driven solver runs: a fixed number of steps, and steps to a tolerance."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._problem import Params
+from contrastive_meta._pytree import PyTree
+from contrastive_meta._solvers.base import InnerLoss, MinibatchLoss, Stop
+
+Evaluate = Callable[[Params, PyTree], tuple[jax.Array, Params]]
+
+
+class Descent(NamedTuple):
+    """A descent under way: where it is, what the loss says there, and where it came from.
+
+    Attributes:
+      params: the iterate.
+      opt_state: the optimiser's state.
+      loss: loss at `params`.
+      grads: gradient at `params`.
+      first_loss: loss at the start.
+      first_residual: gradient norm at the start.
+      num_steps: steps taken.
+      num_gradients: gradients evaluated, line searches included.
+      running: whether another step is wanted.
+    """
+
+    params: Params
+    opt_state: PyTree
+    loss: jax.Array
+    grads: Params
+    first_loss: jax.Array
+    first_residual: jax.Array
+    num_steps: jax.Array
+    num_gradients: jax.Array
+    running: jax.Array
+
+
+def one_step(
+    optimizer: optax.GradientTransformation, loss: InnerLoss, value: jax.Array, grads: Params, params: Params, state: Any
+) -> tuple[Params, PyTree]:
+    """One optimiser step; the loss's value and function are offered to line searches and ignored by the rest."""
+    extended = optax.with_extra_args_support(optimizer)
+    updates, state = extended.update(grads, state, params, value=value, grad=grads, value_fn=loss)
+    return optax.apply_updates(params, updates), state
+
+
+def fixed_steps(
+    optimizer: optax.GradientTransformation,
+    loss: MinibatchLoss,
+    params: Params,
+    opt_state: PyTree,
+    *,
+    first_step: int,
+    num_steps: int,
+    checkpoint: bool = False,
+) -> tuple[Params, PyTree, jax.Array, jax.Array, jax.Array]:
+    """`num_steps` steps by `scan`; differentiable.
+
+    Returns:
+      params, optimiser state, loss and gradient norm at the first step, and extra line-search evaluations.
+    """
+
+    def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+        params, state, first_loss, first_residual, searched = carry
+        value, grads = tree.value_and_grad(loss)(params, index)
+        at_first = index == first_step
+        first_loss = jnp.where(at_first, jnp.real(jax.lax.stop_gradient(value)), first_loss)
+        # Only the first step pays for the norm.
+        first_residual = jax.lax.cond(at_first, lambda: tree.norm(grads).astype(first_residual.dtype), lambda: first_residual)
+        params, state = one_step(optimizer, lambda p: loss(p, index), value, grads, params, state)
+        return (params, state, first_loss, first_residual, searched + line_search_evaluations(state)), None
+
+    def segment(carry: Any, indices: jax.Array) -> tuple[Any, None]:
+        return jax.lax.scan(step, carry, indices)[0], None
+
+    value = jax.eval_shape(loss, params, jnp.int32(0))
+    infinite = jnp.asarray(jnp.inf, tree.float_dtype(value))
+    carry = (params, opt_state, infinite, infinite, jnp.int32(0))
+    indices = first_step + jnp.arange(num_steps, dtype=jnp.int32)
+    if checkpoint:
+        length = max(1, math.isqrt(num_steps))
+        whole = num_steps - num_steps % length
+        carry, _ = jax.lax.scan(jax.checkpoint(segment), carry, indices[:whole].reshape(-1, length))
+        indices = indices[whole:]
+    carry, _ = jax.lax.scan(step, carry, indices)
+    params, opt_state, first_loss, first_residual, searched = carry
+    return params, opt_state, first_loss, first_residual, searched
+
+
+def steps_to_tolerance(
+    optimizer: optax.GradientTransformation,
+    loss: InnerLoss,
+    params: Params,
+    opt_state: PyTree,
+    *,
+    tol: jax.Array,
+    max_steps: Any,
+    stop: Stop,
+    evaluate: Evaluate,
+    stop_when_stuck: bool,
+    start: tuple[jax.Array, Params],
+) -> Descent:
+    """Steps until the gradient norm is at most `tol`, or the budget is spent, by `while_loop`.
+
+    Args:
+      optimizer: any optax transformation.
+      loss: the whole loss.
+      params: the start.
+      opt_state: the optimiser's state there.
+      tol: tolerance on the gradient norm.
+      max_steps: budget.
+      stop: overrides; with `stop.group` all members of the mapped axis go on until all are done.
+      evaluate: `(params, opt_state) -> (value, grads)` after a step; line searches know both already.
+      stop_when_stuck: end when a step moved nothing (a failed line search), instead of spending the budget.
+      start: value and gradient at `params`.
+
+    Returns:
+      The descent at its end.
+    """
+    tol = tol if stop.tol is None else stop.tol
+    max_steps = max_steps if stop.max_steps is None else stop.max_steps
+
+    def wanted(residual: jax.Array, num_steps: jax.Array, moved: Any) -> jax.Array:
+        unfinished = (residual > tol) & (num_steps < max_steps) & moved
+        if stop.group is None:
+            return unfinished
+        return jax.lax.pmax(unfinished.astype(jnp.int32), stop.group) > 0
+
+    def body(at: Descent) -> Descent:
+        params, opt_state = one_step(optimizer, loss, at.loss, at.grads, at.params, at.opt_state)
+        value, grads = evaluate(params, opt_state)
+        moved = tree.max_abs(tree.subtract(params, at.params)) > 0 if stop_when_stuck else True
+        return Descent(
+            params,
+            opt_state,
+            value,
+            grads,
+            at.first_loss,
+            at.first_residual,
+            at.num_steps + 1,
+            at.num_gradients + jnp.maximum(1, line_search_evaluations(opt_state)),
+            wanted(tree.norm(grads), at.num_steps + 1, moved),
+        )
+
+    value, grads = start
+    residual = tree.norm(grads)
+    zero = jnp.int32(0)
+    running = wanted(residual, zero, True)
+    begin = Descent(params, opt_state, value, grads, value, residual, zero, zero + 1, running)
+    return jax.lax.while_loop(lambda at: at.running, body, begin)
+
+
+def line_search_evaluations(opt_state: PyTree) -> jax.Array:
+    """Evaluations that line searches inside an optax state made in their last step; 0 without one."""
+    found = optax.tree_utils.tree_get_all_with_path(opt_state, "num_linesearch_steps")
+    return jnp.asarray(sum(count for _, count in found), jnp.int32)

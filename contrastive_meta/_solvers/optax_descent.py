@@ -1,0 +1,183 @@
+"""Descent by any optax transformation, for a fixed number of steps or to a tolerance."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._holomorphic import require_holomorphic
+from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
+from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._solvers._descend import fixed_steps, steps_to_tolerance
+from contrastive_meta._solvers.base import (
+    InnerLoss,
+    InnerSolver,
+    MinibatchLoss,
+    Solution,
+    Stop,
+    UnrolledLosses,
+    judge,
+)
+
+
+@strategy
+class OptaxDescent(InnerSolver):
+    """Any optax optimiser as the learner.
+
+    Give either `num_steps` (a `scan`: reverse-differentiable, minibatches allowed) or `tol` (a `while_loop` that
+    ends when the gradient norm is at most `tol`, or after `max_steps`).
+
+    Args:
+      optimizer: an optax transformation; or a function `meta_params -> transformation`, for settings that
+        `BackpropThroughLearning` meta-learns.
+      num_steps: number of steps.
+      tol: absolute tolerance on the gradient norm, in units of the loss over those of `params`. Nudged phases
+        replace it by a tolerance relative to their nudge.
+      max_steps: budget of a run to a tolerance.
+      carry_state: hand the optimiser's state (momentum, moments, step count) from the free phase to the nudged
+        ones and to the next call. Off by default: a finished schedule would stop them dead.
+
+    Raises:
+      ValueError: neither or both of `num_steps` and `tol`; or `tol` with minibatches, whose gradient norm does
+        not go to zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import contrastive_meta as cm
+      >>> solver = cm.OptaxDescent(optax.sgd(0.5), num_steps=40)
+      >>> solution = solver.solve(lambda w: jnp.sum((w - 3.0) ** 2), jnp.zeros(2))
+      >>> [round(float(w), 3) for w in solution.params]
+      [3.0, 3.0]
+    """
+
+    optimizer: optax.GradientTransformation | Callable[[MetaParams], optax.GradientTransformation] = static()
+    num_steps: int | None = static(default=None)
+    tol: float | None = None
+    max_steps: int | jax.Array = 10_000
+    carry_state: bool = static(default=False)
+
+    def __post_init__(self) -> None:
+        """Check that there is one stopping rule."""
+        if (self.num_steps is None) == (self.tol is None):
+            raise ValueError(
+                "OptaxDescent needs one stopping rule: `num_steps=` for a fixed number of steps, "
+                f"or `tol=` for a gradient norm. Got num_steps={self.num_steps}, tol={self.tol}."
+            )
+
+    def bind(self, meta_params: MetaParams) -> "OptaxDescent":
+        """The solver with its optimiser's settings read from `meta_params`, where they are learned."""
+        if isinstance(self.optimizer, optax.GradientTransformation):
+            return self
+        return OptaxDescent(
+            self.optimizer(meta_params), self.num_steps, self.tol, self.max_steps, carry_state=self.carry_state
+        )
+
+    def solve(
+        self,
+        loss: InnerLoss,
+        init: Params,
+        *,
+        minibatch_loss: MinibatchLoss | None = None,
+        memory: PyTree = (),
+        stop: Stop = Stop(),
+    ) -> Solution:
+        """See `InnerSolver.solve`. With `num_steps` the `stop` argument changes nothing."""
+        optimizer = self._bound_optimizer()
+        opt_state = memory if jax.tree.leaves(memory) else optimizer.init(init)
+        if self.num_steps is None:
+            return self._solve_to_tolerance(optimizer, loss, init, minibatch_loss, opt_state, stop)
+        params, opt_state, first_loss, first_residual, searched = fixed_steps(
+            optimizer,
+            minibatch_loss or (lambda params, step: loss(params)),
+            init,
+            opt_state,
+            first_step=0,
+            num_steps=self.num_steps,
+        )
+        # The residual only measures: it must not enter the derivative of a run that is being unrolled.
+        value, grads = tree.value_and_grad(loss)(jax.lax.stop_gradient(params))
+        residual = tree.norm(grads)
+        return Solution(
+            params=params,
+            residual=residual,
+            num_gradients=jnp.maximum(self.num_steps, searched) + 1,
+            num_steps=jnp.int32(self.num_steps),
+            status=judge(first_loss, first_residual, params, value, residual),
+            memory=opt_state if self.carry_state else (),
+        )
+
+    def init_memory(self, params: Params) -> PyTree:
+        """A fresh optimiser state where it is carried, else ()."""
+        return self._bound_optimizer().init(params) if self.carry_state else ()
+
+    def unroll(self, losses: UnrolledLosses, init: Params, *, truncate: int | None, checkpoint: bool) -> Params:
+        """See `InnerSolver.unroll`."""
+        if self.num_steps is None:
+            return super().unroll(losses, init, truncate=truncate, checkpoint=checkpoint)
+        optimizer = self._bound_optimizer()
+        kept = self.num_steps if truncate is None else min(truncate, self.num_steps)
+        params, opt_state = init, optimizer.init(init)
+        skipped = self.num_steps - kept
+        if skipped:
+            start = jax.lax.stop_gradient((params, opt_state))
+            before = fixed_steps(optimizer, losses.detached, *start, first_step=0, num_steps=skipped)
+            params, opt_state = jax.lax.stop_gradient(before[:2])
+        step_loss = losses.minibatch_loss or (lambda params, step: losses.loss(params))
+        after = fixed_steps(
+            optimizer, step_loss, params, opt_state, first_step=skipped, num_steps=kept, checkpoint=checkpoint
+        )
+        return after[0]
+
+    def check_holomorphic(self, params: Params) -> None:
+        """Trace one update on complex parameters and look for operations that are not holomorphic."""
+        optimizer = self._bound_optimizer()
+        require_holomorphic(
+            lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0],
+            params,
+            params,
+            what="the update of OptaxDescent's optimizer",
+            remedy="Complex phases need an optimiser that is linear in the gradient, such as "
+            "`optax.sgd(learning_rate, momentum=..., nesterov=True)`: pass it in `nudged_solver=`.",
+        )
+
+    def _bound_optimizer(self) -> optax.GradientTransformation:
+        if isinstance(self.optimizer, optax.GradientTransformation):
+            return self.optimizer
+        raise TypeError(
+            "This OptaxDescent takes its optimiser's settings from the meta-parameters: "
+            "call `solver.bind(meta_params)` before `solve`, or pass it to an estimator."
+        )
+
+    def _solve_to_tolerance(
+        self, optimizer: Any, loss: InnerLoss, init: Params, minibatch_loss: Any, opt_state: PyTree, stop: Stop
+    ) -> Solution:
+        if minibatch_loss is not None:
+            raise ValueError(
+                "OptaxDescent(tol=...) was given a problem with minibatches (`sample`): their gradient norm does not "
+                "go to zero, so it cannot say when to stop. Use `OptaxDescent(optimizer, num_steps=...)`."
+            )
+        evaluate = tree.value_and_grad(loss)
+        start = evaluate(init)
+        tol = jnp.asarray(self.tol, tree.float_dtype(start[0]))
+        end = steps_to_tolerance(
+            optimizer,
+            loss,
+            init,
+            opt_state,
+            tol=tol,
+            max_steps=self.max_steps,
+            stop=stop,
+            evaluate=lambda params, state: evaluate(params),
+            stop_when_stuck=False,
+            start=start,
+        )
+        residual = tree.norm(end.grads)
+        limit = tol if stop.tol is None else stop.tol
+        unfinished = flag(~(residual <= limit), Status.FREE_NOT_CONVERGED)
+        health = judge(jnp.real(end.first_loss), end.first_residual, end.params, end.loss, residual)
+        memory = end.opt_state if self.carry_state else ()
+        return Solution(end.params, residual, end.num_gradients, end.num_steps, worst(unfinished, health), memory)
