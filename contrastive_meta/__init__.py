@@ -1,16 +1,29 @@
 """Meta-gradients by running learning twice: a free phase, a nudged phase, and their contrast."""
 
-from contrastive_meta._problem import BilevelProblem as BilevelProblem
-from contrastive_meta._problem import Diagnostics as Diagnostics
-from contrastive_meta._problem import EstimatorState as EstimatorState
-from contrastive_meta._problem import MetaGradient as MetaGradient
-from contrastive_meta._problem import Status as Status
+from contrastive_meta import problems as problems
+from contrastive_meta._estimators import BackpropThroughLearning as BackpropThroughLearning
 from contrastive_meta._estimators import Contrastive as Contrastive
+from contrastive_meta._estimators import EvolutionStrategies as EvolutionStrategies
+from contrastive_meta._estimators import FiniteDifference as FiniteDifference
+from contrastive_meta._estimators import FirstOrder as FirstOrder
+from contrastive_meta._estimators import ImplicitDifferentiation as ImplicitDifferentiation
 from contrastive_meta._estimators import MetaGradientEstimator as MetaGradientEstimator
+from contrastive_meta._estimators import Reptile as Reptile
+from contrastive_meta._front import EstimateError as EstimateError
+from contrastive_meta._front import raise_if_failed as raise_if_failed
+from contrastive_meta._front import value_and_meta_grad as value_and_meta_grad
+from contrastive_meta._inverse_hessian import ConjugateGradient as ConjugateGradient
+from contrastive_meta._inverse_hessian import DenseInverse as DenseInverse
+from contrastive_meta._inverse_hessian import IdentityHessian as IdentityHessian
+from contrastive_meta._inverse_hessian import InverseHessian as InverseHessian
+from contrastive_meta._inverse_hessian import LinearSolution as LinearSolution
+from contrastive_meta._inverse_hessian import NeumannSeries as NeumannSeries
+from contrastive_meta._inverse_hessian import Nystrom as Nystrom
 from contrastive_meta._nudging import LinearNudge as LinearNudge
 from contrastive_meta._nudging import LossNudge as LossNudge
 from contrastive_meta._nudging import Nudge as Nudge
 from contrastive_meta._nudging import NudgeScheme as NudgeScheme
+from contrastive_meta._nudging import NudgeStrength as NudgeStrength
 from contrastive_meta._nudging import central_difference as central_difference
 from contrastive_meta._nudging import circle as circle
 from contrastive_meta._nudging import complex_step as complex_step
@@ -20,6 +33,11 @@ from contrastive_meta._nudging import relative as relative
 from contrastive_meta._nudging import second_order_forward as second_order_forward
 from contrastive_meta._plasticity import Autodiff as Autodiff
 from contrastive_meta._plasticity import PlasticityRule as PlasticityRule
+from contrastive_meta._problem import BilevelProblem as BilevelProblem
+from contrastive_meta._problem import Diagnostics as Diagnostics
+from contrastive_meta._problem import EstimatorState as EstimatorState
+from contrastive_meta._problem import MetaGradient as MetaGradient
+from contrastive_meta._problem import Status as Status
 from contrastive_meta._solvers import LBFGS as LBFGS
 from contrastive_meta._solvers import InnerSolver as InnerSolver
 from contrastive_meta._solvers import OptaxDescent as OptaxDescent

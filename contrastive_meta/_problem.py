@@ -42,8 +42,8 @@ class Status(enum.IntEnum):
 _DESCRIPTIONS = {
     Status.CONVERGED: "Every check passed.",
     Status.APPROXIMATE: (
-        "This estimator is biased or noisy by construction, so convergence cannot vouch for it. "
-        "Compare it with an exact one: `contrastive_meta.compare`."
+        "The estimator is biased or noisy by construction, or its nudge is large enough to be, so convergence cannot "
+        "vouch for it. Lower beta, or compare it with an exact estimator: `contrastive_meta.compare`."
     ),
     Status.FREE_NOT_CONVERGED: (
         "Learning stopped before a stationary point, where the meta-gradient is defined. "
@@ -63,7 +63,8 @@ _DESCRIPTIONS = {
         "Learn for longer, regularise the inner loss, or add damping to the linear solver."
     ),
     Status.UNBOUNDED_NUDGE: (
-        "A nudged phase ran away: the nudged loss has no minimum near the free one. Lower beta, use `LinearNudge()`, or `forward_difference`."
+        "A nudged phase ran away: the nudged loss has no minimum near the free one. "
+        "Lower beta, use `LinearNudge()`, or `forward_difference`."
     ),
     Status.DIVERGED: "Learning diverged: the loss and its gradient grew. Lower the inner learning rate.",
     Status.INVALID_SCHEME: (
@@ -274,9 +275,14 @@ def check_same_structure(got: PyTree, expected: PyTree, name: str, remedy: str) 
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree_)
 
     got, expected = describe(got), describe(expected)
-    same = jax.tree.structure(got) == jax.tree.structure(expected)
-    if not same or jax.tree.leaves(got) != jax.tree.leaves(expected):
+    if not same_structure(got, expected) or jax.tree.leaves(got) != jax.tree.leaves(expected):
         raise ValueError(f"{name}: expected {expected}, got {got}. {remedy}")
+
+
+def same_structure(a: PyTree, b: PyTree) -> bool:
+    """Whether two pytrees differ in nothing but their leaves."""
+    structures: list[object] = [jax.tree.structure(a), jax.tree.structure(b)]
+    return structures[0] == structures[1]
 
 
 def float_dtype_of(problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> Any:

@@ -88,7 +88,7 @@ def measure_response(probe: Probe, num_steps: int) -> tuple[jax.Array, jax.Array
     relative_noise = jnp.clip(probe.noise / jnp.where(coarse > 0, coarse, 1), jnp.finfo(probe.dtype).eps, 1e-3)
     distance = 3 * jnp.sqrt(relative_noise) * probe.scale
 
-    def go_on(carry: Any) -> jax.Array:
+    def go_on(carry: Any) -> Any:
         _, _, _, squared, count, upward = carry
         return (squared > 1e-4) & (count < num_steps) & upward
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._dependence import leaf_names, used_leaves
+from contrastive_meta._dependence import leaf_names
+from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
 from contrastive_meta._problem import (
     BilevelProblem,
     EstimatorState,
@@ -75,7 +76,10 @@ class Setting:
             self.inner, state.params, minibatch_loss=minibatch, memory=state.memory
         )
         check_same_structure(
-            solution.params, state.params, "The solver's solution", "It must be a pytree like what `init_params` returns."
+            solution.params,
+            state.params,
+            "The solver's solution",
+            "It must be a pytree like what `init_params` returns.",
         )
         return solution
 
@@ -120,7 +124,8 @@ class MetaGradientEstimator(abc.ABC):
         meta_params = as_float_arrays(meta_params, "meta_params", "meta_params must be")
         key = jax.random.key(0) if key is None else key
         with jax.default_matmul_precision("highest"):
-            return _estimate(self, problem, meta_params, task, state, key)
+            result: MetaGradient = _estimate(self, problem, meta_params, task, state, key)
+        return result
 
     def init_state(self, problem: BilevelProblem, meta_params: MetaParams, task: Task) -> EstimatorState:
         """A state that carries nothing yet, in the structure of every later one: a `scan` carry.
@@ -134,17 +139,19 @@ class MetaGradientEstimator(abc.ABC):
         params = problem.init(meta_params, task)
         memory = self.solver.bind(meta_params).init_memory(params)
         dtype = float_dtype_of(problem, params, meta_params, task)
-        return _strong(EstimatorState(params, memory, tree.zeros_like(params), jnp.zeros((), dtype)))
+        fresh: EstimatorState = _strong(EstimatorState(params, memory, tree.zeros_like(params), jnp.zeros((), dtype)))
+        return fresh
 
     @abc.abstractmethod
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
         """The estimate, under jit, with everything validated."""
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
-        """For each leaf of `meta_params`, whether this estimator can see it; by default, whether a loss depends on it."""
-        inner = used_leaves(lambda meta: problem.inner(params, meta, task), meta_params)
-        outer = used_leaves(lambda meta: problem.outer(params, meta, task), meta_params)
-        return [a or b for a, b in zip(inner, outer, strict=True)]
+        """For each leaf of `meta_params`, whether this estimator can see it; by default, if a loss depends on it."""
+        return any_of(
+            seen_in_inner_loss(problem, params, meta_params, task),
+            seen_in_outer_loss(problem, params, meta_params, task),
+        )
 
 
 @functools.partial(jax.jit, inline=True)
@@ -204,14 +211,13 @@ def _unseen(
     unseen = tuple(name for name, visible in zip(names, seen, strict=True) if not visible)
     name = type(estimator).__name__
     remedy = (
-        "Only BackpropThroughLearning sees the initialisation and the optimiser's settings; "
-        "FirstOrder and Reptile see the initialisation. To learn an initialisation with the others, anchor `params` to it "
-        "in the inner loss."
+        "Only BackpropThroughLearning sees the initialisation and the optimiser's settings; FirstOrder and Reptile see "
+        "the initialisation. To learn an initialisation with the others, anchor `params` to it in the inner loss."
     )
     if names and len(unseen) == len(names):
         raise ValueError(
-            f"{name} sees none of the meta-parameters: neither inner_loss nor outer_loss depends on {', '.join(unseen)}, "
-            f"so the meta-gradient would be identically zero. {remedy}"
+            f"{name} sees none of the meta-parameters: nothing it looks at depends on {', '.join(unseen)}, so the "
+            f"meta-gradient would be identically zero. {remedy}"
         )
     if unseen:
         warnings.warn(

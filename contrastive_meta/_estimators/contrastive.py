@@ -26,6 +26,7 @@ from contrastive_meta._problem import (
     Status,
     flag,
     make_diagnostics,
+    same_structure,
     worst,
 )
 from contrastive_meta._pytree import static, strategy
@@ -33,6 +34,8 @@ from contrastive_meta._response import Probe
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
 _PHASES = "phases"
+# The truncation error of a scheme of order p is of the order of displacement^p.
+UNTRUNCATED = 1e-2
 
 
 class Phases(NamedTuple):
@@ -154,7 +157,7 @@ class Contrastive(MetaGradientEstimator):
         if scheme.is_complex:
             start, memory = tree.to_complex(start), ()
             _require_complex_capable(setting, solver, start)
-        if jax.tree.structure(memory) != jax.tree.structure(solver.init_memory(point.params)):
+        if not same_structure(memory, solver.init_memory(point.params)):
             memory = ()
         nudges, _ = scheme.arrays(setting.dtype)
         tolerances = self._tolerances(setting, point, nudges)
@@ -275,8 +278,11 @@ def _nudged_status(
     curvature = tree.vdot(response, tree.subtract(remainder, point.outer_grad))
     indefinite = curvature < -1e-3 * tree.norm(response) * nudge
     finite = tree.all_finite((grad, phases.params))
+    displacement = scheme.strength(setting.dtype) * tree.norm(response) / point.scale
+    coarse = displacement**scheme.order > UNTRUNCATED
     ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, scheme, phases)
     return worst(
+        flag(coarse, Status.APPROXIMATE),
         flag(anything & unanswered, Status.NUDGED_NOT_CONVERGED),
         flag(anything & drowned, Status.LOST_IN_NOISE),
         flag(indefinite, Status.INDEFINITE_CURVATURE),

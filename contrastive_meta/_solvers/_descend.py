@@ -43,7 +43,12 @@ class Descent(NamedTuple):
 
 
 def one_step(
-    optimizer: optax.GradientTransformation, loss: InnerLoss, value: jax.Array, grads: Params, params: Params, state: Any
+    optimizer: optax.GradientTransformation,
+    loss: InnerLoss,
+    value: jax.Array,
+    grads: Params,
+    params: Params,
+    state: Any,
 ) -> tuple[Params, PyTree]:
     """One optimiser step; the loss's value and function are offered to line searches and ignored by the rest."""
     extended = optax.with_extra_args_support(optimizer)
@@ -73,7 +78,9 @@ def fixed_steps(
         at_first = index == first_step
         first_loss = jnp.where(at_first, jnp.real(jax.lax.stop_gradient(value)), first_loss)
         # Only the first step pays for the norm.
-        first_residual = jax.lax.cond(at_first, lambda: tree.norm(grads).astype(first_residual.dtype), lambda: first_residual)
+        first_residual = jax.lax.cond(
+            at_first, lambda: tree.norm(grads).astype(first_residual.dtype), lambda: first_residual
+        )
         params, state = one_step(optimizer, lambda p: loss(p, index), value, grads, params, state)
         return (params, state, first_loss, first_residual, searched + line_search_evaluations(state)), None
 
@@ -127,7 +134,7 @@ def steps_to_tolerance(
     tol = tol if stop.tol is None else stop.tol
     max_steps = max_steps if stop.max_steps is None else stop.max_steps
 
-    def wanted(residual: jax.Array, num_steps: jax.Array, moved: Any) -> jax.Array:
+    def wanted(residual: jax.Array, num_steps: jax.Array, moved: Any) -> Any:
         unfinished = (residual > tol) & (num_steps < max_steps) & moved
         if stop.group is None:
             return unfinished

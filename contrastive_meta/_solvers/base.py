@@ -99,6 +99,10 @@ class InnerSolver(abc.ABC):
         """The solver for these meta-parameters; differs from `self` only where settings are meta-learned."""
         return self
 
+    def one_update(self, params: Params) -> PyTree:
+        """Something computed from every setting that `bind` reads from meta-parameters; () where there are none."""
+        return ()
+
     def unroll(self, losses: "UnrolledLosses", init: Params, *, truncate: int | None, checkpoint: bool) -> Params:
         """The solution as a function that reverse mode can differentiate, for `BackpropThroughLearning`.
 

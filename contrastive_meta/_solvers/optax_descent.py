@@ -11,7 +11,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._holomorphic import require_holomorphic
 from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
 from contrastive_meta._pytree import PyTree, static, strategy
-from contrastive_meta._solvers._descend import fixed_steps, steps_to_tolerance
+from contrastive_meta._solvers._descend import fixed_steps, one_step, steps_to_tolerance
 from contrastive_meta._solvers.base import (
     InnerLoss,
     InnerSolver,
@@ -113,6 +113,16 @@ class OptaxDescent(InnerSolver):
     def init_memory(self, params: Params) -> PyTree:
         """A fresh optimiser state where it is carried, else ()."""
         return self._bound_optimizer().init(params) if self.carry_state else ()
+
+    def one_update(self, params: Params) -> PyTree:
+        """The step that the optimiser takes from `params`, on a loss of its own."""
+        optimizer = self._bound_optimizer()
+
+        def loss(at: Params) -> jax.Array:
+            return jnp.asarray(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(at)))
+
+        value, grads = tree.value_and_grad(loss)(params)
+        return one_step(optimizer, loss, value, grads, params, optimizer.init(params))[0]
 
     def unroll(self, losses: UnrolledLosses, init: Params, *, truncate: int | None, checkpoint: bool) -> Params:
         """See `InnerSolver.unroll`."""

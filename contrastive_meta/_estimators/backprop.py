@@ -1,0 +1,156 @@
+"""Backprop through learning: the derivative of the solver's own steps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._estimators._visibility import any_of, seen_in_settings, seen_in_start
+from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
+from contrastive_meta._problem import (
+    BilevelProblem,
+    EstimatorState,
+    MetaGradient,
+    MetaParams,
+    Params,
+    Status,
+    Task,
+    flag,
+    make_diagnostics,
+    worst,
+)
+from contrastive_meta._pytree import static, strategy
+from contrastive_meta._solvers.base import InnerSolver, UnrolledLosses, judge
+
+
+@strategy
+class BackpropThroughLearning(MetaGradientEstimator):
+    """The exact derivative of the outer loss after the steps that the solver takes, whether or not they converge.
+
+    It alone sees the initialisation (through `init_params`) and the optimiser's settings (through
+    `OptaxDescent(lambda meta_params: ...)`). Reverse mode keeps every iterate: memory grows with the number of steps.
+    Learning always starts from `init_params`, whatever `state` holds, because the start is differentiated.
+
+    Args:
+      solver: a learner with a fixed number of steps, or a differentiable `CallableSolver`; in forward mode any solver
+        made of JAX operations.
+      truncate: differentiate only the last `truncate` steps. The initialisation is then out of sight.
+      checkpoint: keep every sqrt(num_steps)-th iterate and recompute the rest: one more forward pass, memory of
+        order sqrt(num_steps).
+      forward_mode: forward-mode derivatives, one for each entry of `meta_params`: memory constant in the number of
+        steps, time proportional to the number of meta-parameters.
+
+    Raises:
+      TypeError: the solver cannot be unrolled.
+      ValueError: `forward_mode` together with `truncate` or `checkpoint`, which are reverse mode's.
+
+    Reference:
+      Maclaurin, Duvenaud & Adams (2015); Franceschi et al. (2017), reverse and forward mode; Shaban et al. (2019),
+      truncation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, rate, task: 0.5 * jnp.sum((w - task) ** 2),
+      ...     outer_loss=lambda w, rate, task: 0.5 * jnp.sum(w**2),
+      ...     init_params=lambda rate, task: jnp.zeros_like(task),
+      ... )
+      >>> solver = cm.OptaxDescent(lambda rate: optax.sgd(rate), num_steps=1)
+      >>> result = cm.BackpropThroughLearning(solver).estimate(problem, jnp.array(0.5), jnp.array([1.0]))
+      >>> float(result.grad)  # w = rate * 1, so d(w^2 / 2)/d rate = rate
+      0.5
+    """
+
+    solver: InnerSolver
+    truncate: int | None = static(default=None)
+    checkpoint: bool = static(default=False)
+    forward_mode: bool = static(default=False)
+
+    def __post_init__(self) -> None:
+        """Check that the options go together."""
+        if self.forward_mode and (self.truncate is not None or self.checkpoint):
+            raise ValueError("`forward_mode` stores no trajectory: leave out `truncate` and `checkpoint`.")
+        if self.truncate is not None and self.truncate < 1:
+            raise ValueError(f"`truncate` must be at least 1 step; got {self.truncate}.")
+
+    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+        def learned(meta_params: MetaParams) -> tuple[jax.Array, tuple[Params, Any]]:
+            params = self._learn(setting, meta_params)
+            outer_loss, aux = setting.problem.outer_with_aux(params, meta_params, setting.task)
+            return outer_loss, (params, aux)
+
+        if self.forward_mode:
+            (outer_loss, (params, aux)), grad = _forward_value_and_grad(learned, setting.meta_params)
+        else:
+            (outer_loss, (params, aux)), grad = jax.value_and_grad(learned, has_aux=True)(setting.meta_params)
+
+        init = setting.problem.init(setting.meta_params, setting.task)
+        first_loss, first_grad = tree.value_and_grad(setting.inner)(init)
+        loss, inner_grad = tree.value_and_grad(setting.inner)(params)
+        residual = tree.norm(inner_grad)
+        num_steps = getattr(self.solver, "num_steps", None)
+        truncated = self.truncate is not None and num_steps is not None and self.truncate < num_steps
+        return MetaGradient(
+            grad=grad,
+            outer_loss=outer_loss,
+            params=params,
+            state=state._replace(params=params),
+            aux=aux,
+            diagnostics=make_diagnostics(
+                setting.dtype,
+                free_residual=residual,
+                num_gradients=self._num_gradients(num_steps) + 2,
+                num_hvps=min(self.truncate or num_steps or 0, num_steps or 0),
+                status=worst(
+                    judge(first_loss, tree.norm(first_grad), params, loss, residual),
+                    flag(jnp.asarray(truncated), Status.APPROXIMATE),
+                    flag(~tree.all_finite(grad), Status.NOT_FINITE),
+                ),
+            ),
+        )
+
+    def _learn(self, setting: Setting, meta_params: MetaParams) -> Params:
+        """Learning as a function of the meta-parameters."""
+        solver = self.solver.bind(meta_params)
+        here = Setting(setting.problem, meta_params, setting.task, setting.key, setting.dtype)
+        fixed = Setting(setting.problem, jax.lax.stop_gradient(meta_params), setting.task, setting.key, setting.dtype)
+        init = setting.problem.init(meta_params, setting.task)
+        stochastic = setting.problem.sample is not None
+        if self.forward_mode:
+            minibatch = here.inner_minibatch if stochastic else None
+            return solver.solve(here.inner, init, minibatch_loss=minibatch).params
+        losses = UnrolledLosses(
+            loss=here.inner,
+            minibatch_loss=here.inner_minibatch if stochastic else None,
+            detached=fixed.inner_minibatch,
+        )
+        return solver.unroll(losses, init, truncate=self.truncate, checkpoint=self.checkpoint)
+
+    def _num_gradients(self, num_steps: int | None) -> int:
+        """Gradients of the forward pass; checkpointing repeats it."""
+        steps = num_steps or 0
+        return 2 * steps if self.checkpoint else steps
+
+    def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
+        """What any loss, the initialisation or the optimiser's settings depend on."""
+        by_loss = super()._sees(problem, params, meta_params, task)
+        by_settings = seen_in_settings(self.solver, params, meta_params)
+        if self.truncate is not None:
+            return any_of(by_loss, by_settings)
+        return any_of(by_loss, by_settings, seen_in_start(problem, meta_params, task))
+
+
+def _forward_value_and_grad(function: Any, at: MetaParams) -> Any:
+    """`value_and_grad(has_aux=True)` by one forward-mode pass for each entry, mapped together."""
+    flat, unravel = ravel_pytree(at)
+
+    def flat_function(x: jax.Array) -> Any:
+        value, aux = function(unravel(x))
+        return value, (value, aux)
+
+    grad, (value, aux) = jax.jacfwd(flat_function, has_aux=True)(flat)
+    return (value, aux), unravel(grad.astype(flat.dtype))

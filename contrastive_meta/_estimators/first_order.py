@@ -1,0 +1,135 @@
+"""First-order shortcuts for learned initialisations: FOMAML and Reptile."""
+
+from typing import Any
+
+import jax
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._estimators._visibility import any_of, seen_in_outer_loss, seen_in_start
+from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
+from contrastive_meta._problem import (
+    BilevelProblem,
+    EstimatorState,
+    MetaGradient,
+    MetaParams,
+    Params,
+    Status,
+    Task,
+    flag,
+    make_diagnostics,
+    worst,
+)
+from contrastive_meta._pytree import strategy
+from contrastive_meta._solvers.base import InnerSolver, Solution
+
+
+@strategy
+class FirstOrder(MetaGradientEstimator):
+    """FOMAML: learning is taken to move the solution exactly as it moves its start, dphi/dinit = identity.
+
+    grad = dL_out/dtheta + (dinit/dtheta)^T dL_out/dphi. Biased; cheap. It sees the initialisation and what the outer
+    loss depends on directly, not the inner loss's meta-parameters nor the optimiser's settings. Learning always starts
+    from `init_params`.
+
+    Args:
+      solver: the learner.
+
+    Reference:
+      Finn, Abbeel & Levine (2017), first-order MAML.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, start, task: 0.5 * jnp.sum((w - task) ** 2),
+      ...     outer_loss=lambda w, start, task: 0.5 * jnp.sum(w**2),
+      ...     init_params=lambda start, task: start,
+      ... )
+      >>> estimator = cm.FirstOrder(cm.OptaxDescent(optax.sgd(0.5), num_steps=1))
+      >>> float(estimator.estimate(problem, jnp.array(1.0), jnp.array(2.0)).grad)  # w = 1.5
+      1.5
+    """
+
+    solver: InnerSolver
+
+    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+        _, init_vjp, free = _learn_from_start(self.solver, setting, state)
+        outer_grad = tree.grad(setting.outer)(free.params)
+        direct = tree.grad(lambda meta: setting.problem.outer(free.params, meta, setting.task))(setting.meta_params)
+        (through_start,) = init_vjp(outer_grad)
+        return _result(setting, state, free, tree.add(direct, through_start), extra_gradients=1)
+
+    def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
+        """The initialisation, and what the outer loss depends on directly."""
+        return any_of(seen_in_outer_loss(problem, params, meta_params, task), seen_in_start(problem, meta_params, task))
+
+
+@strategy
+class Reptile(MetaGradientEstimator):
+    """Reptile: move the initialisation towards the solution, grad = scale * (dinit/dtheta)^T (init - solution).
+
+    Not the gradient of the outer loss, which it never looks at. It sees the initialisation alone. Learning always
+    starts from `init_params`.
+
+    Args:
+      solver: the learner.
+      scale: factor of the step, 1 / (inner learning rate * steps) to compare magnitudes with a gradient.
+
+    Reference:
+      Nichol, Achiam & Schulman (2018), eq. 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, start, task: 0.5 * jnp.sum((w - task) ** 2),
+      ...     outer_loss=lambda w, start, task: 0.5 * jnp.sum(w**2),
+      ...     init_params=lambda start, task: start,
+      ... )
+      >>> estimator = cm.Reptile(cm.OptaxDescent(optax.sgd(0.5), num_steps=1))
+      >>> float(estimator.estimate(problem, jnp.array(1.0), jnp.array(2.0)).grad)  # from 1 to 1.5
+      -0.5
+    """
+
+    solver: InnerSolver
+    scale: float | jax.Array = 1.0
+
+    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+        init, init_vjp, free = _learn_from_start(self.solver, setting, state)
+        (grad,) = init_vjp(tree.scale(self.scale, tree.subtract(init, free.params)))
+        return _result(setting, state, free, grad, extra_gradients=0)
+
+    def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
+        """The initialisation."""
+        return seen_in_start(problem, meta_params, task)
+
+
+def _learn_from_start(solver: InnerSolver, setting: Setting, state: EstimatorState) -> tuple[Params, Any, Solution]:
+    init, init_vjp = jax.vjp(lambda meta: setting.problem.init(meta, setting.task), setting.meta_params)
+    memory = solver.bind(setting.meta_params).init_memory(init)
+    return init, init_vjp, setting.free_phase(solver, state._replace(params=init, memory=memory))
+
+
+def _result(
+    setting: Setting, state: EstimatorState, free: Solution, grad: MetaParams, extra_gradients: int
+) -> MetaGradient:
+    outer_loss, aux = setting.problem.outer_with_aux(free.params, setting.meta_params, setting.task)
+    return MetaGradient(
+        grad=grad,
+        outer_loss=outer_loss,
+        params=free.params,
+        state=state._replace(params=free.params, memory=free.memory),
+        aux=aux,
+        diagnostics=make_diagnostics(
+            setting.dtype,
+            free_residual=free.residual,
+            num_gradients=free.num_gradients + extra_gradients,
+            status=worst(
+                Status.APPROXIMATE,
+                free.status,
+                flag(~tree.all_finite(grad), Status.NOT_FINITE),
+            ),
+        ),
+    )

@@ -1,0 +1,163 @@
+"""The front door to batches of tasks, `value_and_meta_grad`, and `raise_if_failed` for statuses outside jit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._estimators.base import MetaGradientEstimator
+from contrastive_meta._problem import BilevelProblem, Diagnostics, MetaGradient, MetaParams, Status, Task
+
+ValueAndMetaGrad = Callable[..., Any]
+
+
+def value_and_meta_grad(
+    problem: BilevelProblem,
+    estimator: MetaGradientEstimator,
+    *,
+    batch_size: int | None = None,
+    has_aux: bool = False,
+) -> ValueAndMetaGrad:
+    """Outer loss and meta-gradient of a batch of tasks: the mean over the leading axis of `tasks`.
+
+    The function returned takes `(meta_params, tasks, *, key=None)` and drops into any optax loop; it works under jit
+    (where it should be used), vmap and scan.
+
+    Args:
+      problem: the bilevel problem of one task.
+      estimator: any estimator.
+      batch_size: how many tasks learn at once, the rest waiting; None for all. Memory grows with it.
+      has_aux: return `((value, diagnostics), grad)`, the diagnostics of each task along a leading axis.
+
+    Returns:
+      `(meta_params, tasks, *, key=None) -> (value, grad)`.
+
+    Raises:
+      ValueError: `tasks` has no leading axis, or leaves that disagree on its length (when called).
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, anchor, task: 0.5 * jnp.sum((w - task) ** 2 + (w - anchor) ** 2),
+      ...     outer_loss=lambda w, anchor, task: 0.5 * jnp.sum((w - 1.0) ** 2),
+      ...     init_params=lambda anchor, task: jnp.zeros_like(task),
+      ... )
+      >>> estimator = cm.Contrastive(cm.OptaxDescent(optax.sgd(0.4), num_steps=50))
+      >>> step = jax.jit(cm.value_and_meta_grad(problem, estimator))
+      >>> value, grad = step(jnp.array(0.0), jnp.array([4.0, 6.0]))  # w = 2 and 3, dw/danchor = 1/2
+      >>> round(float(grad), 3)
+      0.75
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+
+    def evaluate(meta_params: MetaParams, tasks: Task, *, key: jax.Array | None = None) -> Any:
+        num_tasks = count_tasks(tasks)
+        keys = jax.random.split(jax.random.key(0) if key is None else key, num_tasks)
+
+        def one(task: Task, key: jax.Array) -> tuple[jax.Array, MetaParams, Diagnostics]:
+            result = estimator.estimate(problem, meta_params, task, key=key)
+            return result.outer_loss, result.grad, result.diagnostics
+
+        value, grad, diagnostics = _mean_over_tasks(one, tasks, keys, num_tasks, batch_size or num_tasks)
+        return ((value, diagnostics), grad) if has_aux else (value, grad)
+
+    return evaluate
+
+
+def count_tasks(tasks: Task) -> int:
+    """The length of the leading axis of a batch of tasks.
+
+    Raises:
+      ValueError: there is none, or leaves disagree.
+    """
+    shapes = [
+        (jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tasks)
+    ]
+    scalars = [name for name, shape in shapes if not shape]
+    lengths = sorted({shape[0] for _, shape in shapes if shape})
+    if scalars or len(lengths) != 1:
+        found = f"leaves without axes: {', '.join(scalars)}" if scalars else f"leading axes of lengths {lengths}"
+        raise ValueError(
+            f"`tasks` must be a batch: every leaf with the same leading axis of tasks; got {found}. "
+            "For a single task use `jax.tree.map(lambda x: x[None], task)`, or `estimator.estimate`."
+        )
+    return int(lengths[0])
+
+
+def _mean_over_tasks(one: Any, tasks: Task, keys: jax.Array, num_tasks: int, batch_size: int) -> Any:
+    """Sum batch by batch, so that only one batch of meta-gradients exists at a time."""
+    size = min(batch_size, num_tasks)
+    whole = num_tasks - num_tasks % size
+
+    def batch(chunk: Any) -> Any:
+        values, grads, diagnostics = jax.vmap(one)(*chunk)
+        total = jax.tree.map(lambda x: jnp.sum(x, axis=0), (values, grads))
+        return total, diagnostics
+
+    def accumulate(total: Any, chunk: Any) -> Any:
+        added, diagnostics = batch(chunk)
+        return tree.add(total, added), diagnostics
+
+    if whole == size == num_tasks:
+        total, diagnostics = batch((tasks, keys))
+    else:
+        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), (tasks, keys))
+        first = jax.eval_shape(batch, jax.tree.map(lambda x: x[0], chunks))[0]
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        total, diagnostics = jax.lax.scan(accumulate, zero, chunks)
+        diagnostics = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), diagnostics)
+        if whole < num_tasks:
+            total, rest = accumulate(total, jax.tree.map(lambda x: x[whole:], (tasks, keys)))
+            diagnostics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), diagnostics, rest)
+    value, grad = tree.scale(1 / num_tasks, total)
+    return value, grad, diagnostics
+
+
+class EstimateError(RuntimeError):
+    """A meta-gradient that should not be used; its message names the status and the remedy.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> issubclass(cm.EstimateError, RuntimeError)
+      True
+    """
+
+
+def raise_if_failed(result: MetaGradient | Diagnostics, *, allow: tuple[Status, ...] = (Status.APPROXIMATE,)) -> None:
+    """Raise if a result's status says that it cannot be trusted. Outside jit: it looks at the values.
+
+    Args:
+      result: a meta-gradient, or its diagnostics, also those of a batch of tasks.
+      allow: statuses that pass, besides `CONVERGED`.
+
+    Raises:
+      EstimateError: with the status, what it means, the remedy, and how many tasks it concerns.
+      TypeError: called under jit, where the status has no value yet.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, theta, task: jnp.sum((w - theta) ** 2),
+      ...     outer_loss=lambda w, theta, task: jnp.sum(w**2),
+      ...     init_params=lambda theta, task: jnp.zeros(2),
+      ... )
+      >>> cm.raise_if_failed(cm.Contrastive(cm.LBFGS()).estimate(problem, jnp.ones(2), None))
+    """
+    diagnostics = result.diagnostics if isinstance(result, MetaGradient) else result
+    if isinstance(diagnostics.status, jax.core.Tracer):
+        raise TypeError(
+            "`raise_if_failed` looks at values: call it outside jit, or return the status and test it there."
+        )
+    statuses = [Status(int(status)) for status in jnp.ravel(jnp.asarray(diagnostics.status))]
+    failed = [status for status in statuses if status not in (Status.CONVERGED, *allow)]
+    if failed:
+        worst = max(failed)
+        where = f" in {len(failed)} of {len(statuses)} tasks" if len(statuses) > 1 else ""
+        raise EstimateError(f"{worst.name}{where}: {worst.describe()}")
