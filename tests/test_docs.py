@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FENCED = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 PAGES = [
-    path for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))] if FENCED.search(path.read_text())
+    page for page in (*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))) if FENCED.search(page.read_text())
 ]
 
 
