@@ -41,15 +41,16 @@ def length_scale(params: Params, init: Params, dtype: Any) -> jax.Array:
     return jnp.where(larger > 0, larger, jnp.ones((), dtype))
 
 
-def measure_noise(function: Callable[[Params], Any], at: Params, direction: Params, scale: jax.Array) -> Any:
+def measure_noise(function: Callable[[Params], Any], at: Params, here: Any, direction: Params, scale: jax.Array) -> Any:
     """The norm of the rounding noise of each tree that `function` returns, near `at`.
 
     Third differences over steps of sqrt(eps) * scale: what is smooth contributes eps^1.5, so what is left is
-    noise, whether it comes from the dtype or from reduced-precision matrix products. Costs 4 evaluations.
+    noise, whether it comes from the dtype or from reduced-precision matrix products. Costs 3 evaluations.
 
     Args:
       function: `params -> tuple of trees`.
       at: where.
+      here: `function(at)`.
       direction: along which to step; any length.
       scale: length of `at`.
 
@@ -58,13 +59,17 @@ def measure_noise(function: Callable[[Params], Any], at: Params, direction: Para
     """
     length = tree.norm(direction)
     step = jnp.sqrt(jnp.finfo(scale.dtype).eps) * scale / jnp.where(length > 0, length, 1)
-    samples = [function(tree.add_scaled(at, k * step, direction)) for k in range(4)]
 
-    def third_difference(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> jax.Array:
-        return (d - a) + 3 * (b - c)
+    def accumulate(third: Any, sample: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        distance, coefficient = sample
+        moved = function(tree.add_scaled(at, distance * step, direction))
+        # The coefficients -1, 3, -3, 1 sum to zero: taken from `here`, nearly equal numbers are subtracted exactly.
+        return tree.add_scaled(third, coefficient, tree.subtract(moved, here)), None
 
+    samples = jnp.array([1.0, 2.0, 3.0], scale.dtype), jnp.array([3.0, -3.0, 1.0], scale.dtype)
+    third, _ = jax.lax.scan(accumulate, tree.zeros_like(here), samples)
     # The variance of a third difference of independent errors is 1 + 9 + 9 + 1 = 20 times theirs.
-    return tuple(tree.norm(jax.tree.map(third_difference, *trees)) / 20**0.5 for trees in zip(*samples, strict=True))
+    return tuple(tree.norm(difference) / 20**0.5 for difference in third)
 
 
 def measure_response(probe: Probe, num_steps: int) -> tuple[jax.Array, jax.Array]:

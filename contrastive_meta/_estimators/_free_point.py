@@ -47,7 +47,7 @@ class FreePoint(NamedTuple):
     statistic_noise: jax.Array
 
 
-NUM_GRADIENTS = 6  # spent by `survey`: the inner and outer gradients at the solution, and four for the noise.
+NUM_GRADIENTS = 5  # spent by `survey`: the inner and outer gradients at the solution, and three for the noise.
 
 
 def survey(setting: Setting, solution: Solution, init: Params, statistic: Any = None) -> FreePoint:
@@ -70,7 +70,8 @@ def survey(setting: Setting, solution: Solution, init: Params, statistic: Any = 
         grads = tree.grad(setting.inner)(at)
         return (grads, statistic(at)) if statistic is not None else (grads,)
 
-    noise, *statistic_noise = measure_noise(noisy, params, outer_grad, scale)
+    here = (inner_grad, statistic(params)) if statistic is not None else (inner_grad,)
+    noise, *statistic_noise = measure_noise(noisy, params, here, outer_grad, scale)
     zero = jnp.zeros((), setting.dtype)
     return FreePoint(
         params, solution, outer_loss, aux, inner_grad, outer_grad, tree.norm(outer_grad).astype(setting.dtype), scale,

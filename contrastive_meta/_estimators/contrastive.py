@@ -1,19 +1,19 @@
 """The contrastive estimator: run learning twice, free and nudged, and contrast what each phase measures."""
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._free_point import (
-    NOISE_FLOOR,
     NUM_GRADIENTS,
-    UNANSWERED,
     FreePoint,
     free_status,
     survey,
 )
+from contrastive_meta._estimators._phases import Phases, nudged_status, or_one
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._holomorphic import require_holomorphic
 from contrastive_meta._nudging import LossNudge, Nudge, NudgeScheme, NudgeStrength, central_difference, relative
@@ -23,8 +23,6 @@ from contrastive_meta._problem import (
     MetaGradient,
     MetaParams,
     Params,
-    Status,
-    flag,
     make_diagnostics,
     same_structure,
     worst,
@@ -34,26 +32,6 @@ from contrastive_meta._response import Probe
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
 _PHASES = "phases"
-# The truncation error of a scheme of order p is of the order of displacement^p.
-UNTRUNCATED = 1e-2
-
-
-class Phases(NamedTuple):
-    """What the phases of a scheme left behind; every leaf has a leading axis of phases.
-
-    Attributes:
-      params: where each phase ended.
-      statistic: what the plasticity rule measured there.
-      residual: gradient of the phase's own loss there.
-      status: of each phase's solver.
-      num_gradients: of all phases together (no leading axis).
-    """
-
-    params: Params
-    statistic: MetaParams
-    residual: Params
-    status: jax.Array
-    num_gradients: jax.Array
 
 
 @strategy
@@ -137,12 +115,12 @@ class Contrastive(MetaGradientEstimator):
                 setting.dtype,
                 beta=beta,
                 free_residual=base_residual,
-                nudged_residual=tree.norm(remainder) / _or_one(point.nudge_norm),
+                nudged_residual=tree.norm(remainder) / or_one(point.nudge_norm),
                 displacement=beta * tree.norm(response) / point.scale,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + pilot_gradients + phases.num_gradients + 1,
                 status=worst(
                     free_status(point, base_residual, tree.norm(response)),
-                    _nudged_status(setting, point, scheme, phases, grad, response, remainder),
+                    nudged_status(setting, point, scheme, phases, grad, response, remainder),
                 ),
             ),
         )
@@ -156,7 +134,7 @@ class Contrastive(MetaGradientEstimator):
         start, memory = point.params, point.solution.memory
         if scheme.is_complex:
             start, memory = tree.to_complex(start), ()
-            _require_complex_capable(setting, solver, start)
+            _require_complex_capable(setting, scheme, solver, start)
         if not same_structure(memory, solver.init_memory(point.params)):
             memory = ()
         nudges, _ = scheme.arrays(setting.dtype)
@@ -254,72 +232,22 @@ def _base_point(setting: Setting, point: FreePoint, scheme: NudgeScheme, phases:
     return tree.where(better, refined, point.params), jnp.where(better, after, before)
 
 
-def _nudged_status(
-    setting: Setting,
-    point: FreePoint,
-    scheme: NudgeScheme,
-    phases: Phases,
-    grad: MetaParams,
-    response: Params,
-    remainder: Params,
-) -> jax.Array:
-    """What went wrong in the nudged phases, judged from the same contrast as the meta-gradient."""
-    nudge = _or_one(point.nudge_norm)
-    unanswered = tree.norm(remainder) > UNANSWERED * nudge
-    # A pure imaginary nudge is read off without subtraction: rounding is not divided by it.
-    subtracts = len(scheme.nudges) > 1
-    _, weights = scheme.arrays(setting.dtype)
-    gain = jnp.sqrt(jnp.sum(jnp.abs(weights) ** 2)) * subtracts
-    drowned = (point.noise * gain * NOISE_FLOOR > nudge) | (
-        point.statistic_noise * gain * NOISE_FLOOR > tree.norm(grad)
-    )
-    anything = point.nudge_norm > 0
-    # H response = remainder - v: its product with the response is the curvature that the nudge met.
-    curvature = tree.vdot(response, tree.subtract(remainder, point.outer_grad))
-    indefinite = curvature < -1e-3 * tree.norm(response) * nudge
-    finite = tree.all_finite((grad, phases.params))
-    displacement = scheme.strength(setting.dtype) * tree.norm(response) / point.scale
-    coarse = displacement**scheme.order > UNTRUNCATED
-    ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, scheme, phases)
-    return worst(
-        flag(coarse, Status.APPROXIMATE),
-        flag(anything & unanswered, Status.NUDGED_NOT_CONVERGED),
-        flag(anything & drowned, Status.LOST_IN_NOISE),
-        flag(indefinite, Status.INDEFINITE_CURVATURE),
-        flag(ran_away, Status.UNBOUNDED_NUDGE),
-        scheme.validity(setting.dtype),
-        flag(~finite, Status.NOT_FINITE),
-    )
-
-
-def _curves_downwards(point: FreePoint, scheme: NudgeScheme, phases: Phases) -> jax.Array:
-    """Whether a nudged loss has negative mean curvature along the path of its own phase: it has no minimum there."""
-    if scheme.is_complex:
-        return jnp.asarray(False)
-
-    def curves(params: Params, residual: Params, beta: jax.Array) -> jax.Array:
-        moved = tree.subtract(params, point.params)
-        start = tree.add_scaled(point.inner_grad, beta, point.outer_grad)
-        turned = tree.subtract(residual, start)
-        return tree.vdot(turned, moved) < -1e-2 * tree.norm(turned) * tree.norm(moved)
-
-    nudges, _ = scheme.arrays(tree.float_dtype(point.inner_grad))
-    return jnp.any(jax.vmap(curves)(phases.params, phases.residual, nudges) & (nudges != 0))
-
-
-def _require_complex_capable(setting: Setting, solver: InnerSolver, start: Params) -> None:
+def _require_complex_capable(setting: Setting, scheme: NudgeScheme, solver: InnerSolver, start: Params) -> None:
+    """Raise unless both losses, their gradients and the learner's steps are holomorphic."""
     meta_params = tree.to_complex(setting.meta_params)
-    remedy = "Complex schemes differentiate along a complex nudge; use a real one, such as `central_difference`."
     for name, loss in (("inner_loss", setting.problem.inner), ("outer_loss", setting.problem.outer)):
         require_holomorphic(
-            lambda params, meta, loss=loss: loss(params, meta, setting.task),
+            tree.value_and_grad(functools.partial(_on_task, loss, setting.task), argnums=(0, 1)),
             start,
             meta_params,
-            what=name,
-            remedy=remedy,
+            what=f"{name} or its gradient",
+            remedy="Complex schemes differentiate along a complex nudge: write the loss without this operation, "
+            "or use a real scheme such as `central_difference`.",
+            complex_step=len(scheme.nudges) == 1,
         )
     solver.check_holomorphic(start)
 
 
-def _or_one(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, x, jnp.ones_like(x))
+def _on_task(loss: Any, task: Any, params: Params, meta_params: MetaParams) -> jax.Array:
+    value: jax.Array = loss(params, meta_params, task)
+    return value

@@ -61,6 +61,7 @@ class LinearNudge(Nudge):
             # Not `vdot`: it conjugates, and complex phases need a holomorphic line.
             moved = tree.subtract(at, params)
             products = jax.tree.map(lambda v, d: jnp.sum(v * d), outer_grad, moved)
-            return problem.outer(params, meta, task) + sum(jax.tree.leaves(products))
+            through: jax.Array = problem.outer(params, meta, task) + sum(jax.tree.leaves(products))
+            return through
 
         return BilevelProblem(problem.inner, linearised, problem.init_params, sample=problem.sample)
