@@ -1,4 +1,4 @@
-"""The numbers: estimators against exact meta-gradients, the order of each scheme in beta, and identities with others."""
+"""The numbers: estimators against exact meta-gradients, the order of schemes in beta, identities with others."""
 
 import functools
 

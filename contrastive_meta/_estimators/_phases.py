@@ -49,8 +49,9 @@ def nudged_status(
     subtracts = len(scheme.nudges) > 1
     _, weights = scheme.arrays(setting.dtype)
     gain = jnp.sqrt(jnp.sum(jnp.abs(weights) ** 2)) * subtracts
+    # A response that never came leaves a zero that any noise exceeds: that is not the noise's doing.
     drowned = (point.noise * gain * NOISE_FLOOR > nudge) | (
-        point.statistic_noise * gain * NOISE_FLOOR > tree.norm(grad)
+        (point.statistic_noise * gain * NOISE_FLOOR > tree.norm(grad)) & ~unanswered
     )
     anything = point.nudge_norm > 0
     # H response = remainder - v: its product with the response is the curvature that the nudge met.

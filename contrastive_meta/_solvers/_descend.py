@@ -72,8 +72,8 @@ def fixed_steps(
       params, optimiser state, loss and gradient norm at the first step, and extra line-search evaluations.
     """
 
-    def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
-        params, state, first_loss, first_residual, searched = carry
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        index, params, state, first_loss, first_residual, searched = carry
         value, grads = tree.value_and_grad(loss)(params, index)
         at_first = index == first_step
         first_loss = jnp.where(at_first, jnp.real(jax.lax.stop_gradient(value)), first_loss)
@@ -82,22 +82,23 @@ def fixed_steps(
             at_first, lambda: tree.norm(grads).astype(first_residual.dtype), lambda: first_residual
         )
         params, state = one_step(optimizer, lambda p: loss(p, index), value, grads, params, state)
-        return (params, state, first_loss, first_residual, searched + line_search_evaluations(state)), None
+        searched = searched + line_search_evaluations(state)
+        return (index + 1, params, state, first_loss, first_residual, searched), None
 
-    def segment(carry: Any, indices: jax.Array) -> tuple[Any, None]:
-        return jax.lax.scan(step, carry, indices)[0], None
+    def steps(carry: Any, number: int) -> Any:
+        # The index travels in the carry: a list of indices would be the one thing that grows with the length.
+        return jax.lax.scan(step, carry, None, length=number)[0]
 
     value = jax.eval_shape(loss, params, jnp.int32(0))
     infinite = jnp.asarray(jnp.inf, tree.float_dtype(value))
-    carry = (params, opt_state, infinite, infinite, jnp.int32(0))
-    indices = first_step + jnp.arange(num_steps, dtype=jnp.int32)
+    carry = (jnp.int32(first_step), params, opt_state, infinite, infinite, jnp.int32(0))
+    rest = num_steps
     if checkpoint:
         length = max(1, math.isqrt(num_steps))
-        whole = num_steps - num_steps % length
-        carry, _ = jax.lax.scan(jax.checkpoint(segment), carry, indices[:whole].reshape(-1, length))
-        indices = indices[whole:]
-    carry, _ = jax.lax.scan(step, carry, indices)
-    params, opt_state, first_loss, first_residual, searched = carry
+        segments, rest = divmod(num_steps, length)
+        segment = jax.checkpoint(lambda carry, _: (steps(carry, length), None))
+        carry, _ = jax.lax.scan(segment, carry, None, length=segments)
+    _, params, opt_state, first_loss, first_residual, searched = steps(carry, rest)
     return params, opt_state, first_loss, first_residual, searched
 
 
