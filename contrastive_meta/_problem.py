@@ -21,6 +21,11 @@ class Status(enum.IntEnum):
     """What happened, in rising order of severity: of several statuses the largest is reported.
 
     Values are what `result.diagnostics.status` holds; `describe` gives the message and the remedy.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> cm.Status(0).describe()
+      'Every check passed.'
     """
 
     CONVERGED = 0
@@ -103,6 +108,11 @@ class Diagnostics(NamedTuple):
       num_hvps: Hessian-vector products evaluated.
       error_estimate: estimated relative error of `grad`; NaN where no estimate is made.
       status: value of a `Status`; the most severe wins.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> cm.Diagnostics._fields[-1]
+      'status'
     """
 
     beta: jax.Array
@@ -129,8 +139,23 @@ class EstimatorState(NamedTuple):
     Attributes:
       params: the last solution, where the next free phase starts.
       memory: the inner solver's own memory (curvature pairs, optimiser state), or ().
-      displacement: response u of `params` per unit nudge; zeros before the first call.
+      displacement: response dphi/dbeta of `params` to a unit nudge; zeros before the first call.
       beta: the last nudging strength; 0 before the first call.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, theta, task: jnp.sum((w - theta) ** 2),
+      ...     outer_loss=lambda w, theta, task: jnp.sum(w**2),
+      ...     init_params=lambda theta, task: jnp.zeros(2),
+      ... )
+      >>> estimator = cm.Contrastive(cm.LBFGS())
+      >>> state = estimator.init_state(problem, jnp.ones(2), None)  # same structure as result.state: a scan carry
+      >>> result = estimator.estimate(problem, jnp.ones(2), None, state=state)
+      >>> jax.tree.structure(result.state) == jax.tree.structure(state)
+      True
     """
 
     params: Params
@@ -151,6 +176,20 @@ class MetaGradient:
       diagnostics: residuals, counts and the status.
       aux: what `outer_loss` returned beside the loss (problems with `has_aux`), else None.
       unseen: names of meta-parameters that this estimator cannot see; their gradient is an exact zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, theta, task: jnp.sum((w - theta) ** 2),
+      ...     outer_loss=lambda w, theta, task: jnp.sum(w**2),
+      ...     init_params=lambda theta, task: jnp.zeros(2),
+      ... )
+      >>> result = cm.Contrastive(cm.LBFGS()).estimate(problem, jnp.ones(2), None)
+      >>> [round(float(g), 2) for g in result.grad]
+      [2.0, 2.0]
+      >>> cm.Status(int(result.diagnostics.status)).name
+      'CONVERGED'
     """
 
     grad: MetaParams

@@ -88,6 +88,11 @@ class MetaGradientEstimator(abc.ABC):
     """A way to estimate dPhi/dtheta, the gradient of the outer loss after learning.
 
     Subclasses are final strategies with a `solver` field and one method, `_estimate`.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> isinstance(cm.Contrastive(cm.LBFGS()), cm.MetaGradientEstimator)
+      True
     """
 
     solver: InnerSolver

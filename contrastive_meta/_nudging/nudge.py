@@ -11,7 +11,13 @@ from contrastive_meta._pytree import strategy
 
 
 class Nudge(abc.ABC):
-    """What the nudged phases add to the inner loss."""
+    """What the nudged phases add to the inner loss.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> isinstance(cm.LinearNudge(), cm.Nudge)
+      True
+    """
 
     @abc.abstractmethod
     def apply(

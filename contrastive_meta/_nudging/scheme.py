@@ -15,7 +15,13 @@ _SLACK = 1e-5
 
 
 class NudgeStrength(abc.ABC):
-    """What `Contrastive` takes as its `scheme`: a `NudgeScheme`, or a way to find one from the free phase."""
+    """What `Contrastive` takes as its `scheme`: a `NudgeScheme`, or a way to find one from the free phase.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> all(isinstance(s, cm.NudgeStrength) for s in (cm.circle(0.1), cm.relative(cm.circle)))
+      True
+    """
 
     @abc.abstractmethod
     def resolve(self, probe: Probe) -> tuple["NudgeScheme", jax.Array]:

@@ -10,7 +10,13 @@ from contrastive_meta._pytree import strategy
 
 
 class PlasticityRule(abc.ABC):
-    """What is measured at the end of one phase; the contrast of it over phases is the meta-gradient."""
+    """What is measured at the end of one phase; the contrast of it over phases is the meta-gradient.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> isinstance(cm.Autodiff(), cm.PlasticityRule)
+      True
+    """
 
     @abc.abstractmethod
     def statistic(

@@ -22,6 +22,14 @@ class Stop(NamedTuple):
       tol: tolerance on the gradient norm, or None for the solver's own.
       max_steps: step budget, possibly traced, or None for the solver's own.
       group: name of the mapped axis whose members take the same number of steps: all go on until all are done.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import contrastive_meta as cm
+      >>> solver = cm.OptaxDescent(optax.sgd(0.1), tol=1e-6)
+      >>> int(solver.solve(lambda w: jnp.sum(w**2), jnp.ones(2), stop=cm.Stop(max_steps=3)).num_steps)
+      3
     """
 
     tol: Any = None
@@ -39,6 +47,13 @@ class Solution(NamedTuple):
       num_steps: steps taken, int32.
       status: value of a `Status`.
       memory: what `solve(..., memory=)` takes to go on from here; () for solvers without any.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import contrastive_meta as cm
+      >>> solution = cm.LBFGS().solve(lambda w: jnp.sum((w - 1.0) ** 2), jnp.zeros(2))
+      >>> cm.Status(int(solution.status)).name
+      'CONVERGED'
     """
 
     params: Params
@@ -68,6 +83,11 @@ class InnerSolver(abc.ABC):
 
     Subclasses are final strategies. `solve` must work under jit and vmap; only a solver meant for
     `BackpropThroughLearning` need be differentiable.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> isinstance(cm.LBFGS(), cm.InnerSolver)
+      True
     """
 
     @abc.abstractmethod
