@@ -1,0 +1,182 @@
+"""SciPy's minimisers as the learner: they run on the host and ask the compiled program for the loss."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._problem import Params, Status, flag, worst
+from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._solvers._host import learn_on_host
+from contrastive_meta._solvers._host_sessions import HostLoss, Vector
+from contrastive_meta._solvers._watched_loss import EndOfRunError, StalledError, WatchedLoss
+from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop, judge
+
+Options = tuple[tuple[str, Any], ...]
+
+
+class _Method(NamedTuple):
+    """What is to be known about a SciPy method.
+
+    Attributes:
+      endless: `tol -> options` that keep it from stopping before it is told to.
+      needs_gradient: whether it uses gradients.
+      needs_hvp: whether it uses Hessian-vector products; they are differences of gradients.
+      budgets: names of its options that limit iterations and evaluations.
+    """
+
+    endless: Callable[[float], dict[str, Any]]
+    needs_gradient: bool = True
+    needs_hvp: bool = False
+    budgets: tuple[str, ...] = ("maxiter",)
+
+
+# SciPy's tolerances mean another norm in each method: where gradients are known they are switched off, and
+# `WatchedLoss` stops the run. Methods that see values only are left to stop at a small step.
+_METHODS = {
+    "BFGS": _Method(lambda tol: {"gtol": 0.0}),
+    "CG": _Method(lambda tol: {"gtol": 0.0}),
+    "L-BFGS-B": _Method(lambda tol: {"gtol": 0.0, "ftol": 0.0}, budgets=("maxiter", "maxfun")),
+    "TNC": _Method(lambda tol: {"gtol": 0.0, "ftol": 0.0, "xtol": 0.0}, budgets=("maxfun",)),
+    # Not zero: with that SciPy 1.11 takes no step.
+    "Newton-CG": _Method(lambda tol: {"xtol": 1e-300}, needs_hvp=True),
+    "trust-ncg": _Method(lambda tol: {"gtol": 0.0}, needs_hvp=True),
+    "trust-krylov": _Method(lambda tol: {"gtol": 0.0}, needs_hvp=True),
+    "Nelder-Mead": _Method(lambda tol: {"xatol": tol, "fatol": tol}, needs_gradient=False),
+    "Powell": _Method(lambda tol: {"xtol": tol, "ftol": tol**2}, needs_gradient=False),
+}
+
+
+@strategy
+class ScipyMinimize(InnerSolver):
+    """A minimiser of `scipy.optimize` as the learner.
+
+    SciPy runs on the host, in float64 whatever the dtype of `params`; the loss and its gradient are evaluated by JAX.
+    Each evaluation costs a hand-over of some 0.3 ms, and each lane of a batch is a thread of its own: right for small
+    problems and for losses that are slow themselves. On a busy machine L-BFGS-B is slowed by the threads of its own
+    linear algebra; `OPENBLAS_NUM_THREADS=1` in the environment helps.
+
+    The solution is the best point that was evaluated. Where a line search gives up because values agree to rounding,
+    the run is continued on values reconstructed from gradients, so that gradient norms down to some epsilons of the
+    dtype can be asked for. It minimises the whole loss: a minibatch sequence on the problem is not followed, and
+    `stop.group` cannot be honoured, since each lane decides for itself when to stop.
+
+    Args:
+      method: "BFGS", "CG", "L-BFGS-B", "TNC", "Newton-CG", "trust-ncg", "trust-krylov" (the last three difference
+        gradients for Hessian-vector products); or, with values only and for a few parameters, "Nelder-Mead", "Powell".
+      tol: absolute tolerance on the gradient norm, the Euclidean one for every method. The two that see values only
+        stop at a step of this size instead, and are judged by the gradient norm all the same.
+      max_steps: budget in evaluations of the loss.
+      options: further options of the method as `((name, value), ...)`. Those that stop it (`gtol`, `maxiter`, ...) are
+        obeyed besides `tol` and `max_steps`.
+
+    Raises:
+      ValueError: an unknown method, or one that needs Hessians.
+      TypeError: `options` is not a tuple of pairs.
+
+    Reference:
+      Virtanen et al. (2020), "SciPy 1.0: fundamental algorithms for scientific computing in Python".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import contrastive_meta as cm
+      >>> solver = cm.ScipyMinimize("BFGS", tol=1e-3)
+      >>> solution = solver.solve(lambda w: jnp.sum((w - 3.0) ** 2), jnp.zeros(2))
+      >>> [round(float(w), 3) for w in solution.params]
+      [3.0, 3.0]
+    """
+
+    method: str = static(default="L-BFGS-B")
+    tol: float | jax.Array = 1e-8
+    max_steps: int | jax.Array = 10_000
+    options: Options = static(default=())
+
+    def __post_init__(self) -> None:
+        """Check the settings that are structure."""
+        if self.method not in _METHODS:
+            raise ValueError(
+                f"ScipyMinimize: method must be one of {', '.join(_METHODS)}; got {self.method!r}. "
+                "Methods that need Hessians or constraints are not offered."
+            )
+        given: Any = self.options
+        if not isinstance(given, tuple) or not all(isinstance(x, tuple) and len(x) == 2 for x in given):
+            raise TypeError(
+                f"ScipyMinimize: options must be a tuple of (name, value) pairs; got {given!r}. "
+                "Write a dictionary as `tuple(options.items())`."
+            )
+
+    def solve(
+        self,
+        loss: InnerLoss,
+        init: Params,
+        *,
+        minibatch_loss: MinibatchLoss | None = None,
+        memory: PyTree = (),
+        stop: Stop = Stop(),
+    ) -> Solution:
+        """See `InnerSolver.solve`. `stop.tol` and `stop.max_steps` replace `tol` and `max_steps`."""
+        if tree.is_complex(init):
+            self.check_holomorphic(init)
+        tol = self.tol if stop.tol is None else stop.tol
+        # Values are as good as the coarser of the two dtypes.
+        dtypes = tree.float_dtype(init), tree.float_dtype(jax.eval_shape(loss, init))
+        epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+        def learn(host_loss: HostLoss, start: Vector, tol: float, max_steps: int) -> Vector:
+            watched = WatchedLoss(host_loss, start, dtypes[0], epsilon, tol, max_steps)
+            return _minimize(self.method, self.options, watched, tol, max_steps)
+
+        end = learn_on_host(
+            learn,
+            loss,
+            init,
+            tol=tol,
+            max_steps=self.max_steps if stop.max_steps is None else stop.max_steps,
+            needs_gradient=_METHODS[self.method].needs_gradient,
+        )
+        unfinished = flag(~(end.residual <= tol), Status.FREE_NOT_CONVERGED)
+        health = judge(end.first_loss, end.first_residual, end.params, end.loss, end.residual)
+        return Solution(
+            params=end.params,
+            residual=end.residual,
+            num_gradients=end.num_gradients,
+            num_steps=end.num_evaluations,
+            status=worst(unfinished, health),
+            memory=(),
+        )
+
+
+def _minimize(name: str, options: Options, watched: WatchedLoss, tol: float, max_steps: int) -> Vector:
+    """Run SciPy, again from where it gave up as long as that helps; the best point seen."""
+    method = _METHODS[name]
+    ours = dict.fromkeys(method.budgets, max_steps + 1) | method.endless(tol)
+    user_stops_it = any(key in ours for key, _ in options)
+    while watched.start.size:
+        before = watched.best
+        try:
+            with np.errstate(all="ignore"):
+                scipy.optimize.minimize(
+                    watched.value_and_grad if method.needs_gradient else watched.value,
+                    watched.start,
+                    method=name,
+                    jac=method.needs_gradient or None,
+                    hessp=watched.hessian_product if method.needs_hvp else None,
+                    options=ours | dict(options),
+                )
+        except StalledError:
+            pass
+        except EndOfRunError:
+            break
+        except (ArithmeticError, ValueError, np.linalg.LinAlgError):
+            # Some methods stumble over NaN or infinity. That is an outcome, and the status will name it.
+            if watched.all_finite:
+                raise
+            break
+        if user_stops_it or not watched.has_improved(before):
+            break
+        watched.restart()
+    return watched.start if watched.best is None else watched.best.point
