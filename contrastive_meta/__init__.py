@@ -1,6 +1,13 @@
 """Meta-gradients by running learning twice: a free phase, a nudged phase, and their contrast."""
 
 from contrastive_meta import problems as problems
+from contrastive_meta._compare import CheckReport as CheckReport
+from contrastive_meta._compare import Comparison as Comparison
+from contrastive_meta._compare import Measurement as Measurement
+from contrastive_meta._compare import check as check
+from contrastive_meta._compare import compare as compare
+from contrastive_meta._compare import measure as measure
+from contrastive_meta._compare import measure_interleaved as measure_interleaved
 from contrastive_meta._estimators import BackpropThroughLearning as BackpropThroughLearning
 from contrastive_meta._estimators import Contrastive as Contrastive
 from contrastive_meta._estimators import EvolutionStrategies as EvolutionStrategies
@@ -39,7 +46,9 @@ from contrastive_meta._problem import EstimatorState as EstimatorState
 from contrastive_meta._problem import MetaGradient as MetaGradient
 from contrastive_meta._problem import Status as Status
 from contrastive_meta._solvers import LBFGS as LBFGS
+from contrastive_meta._solvers import CallableSolver as CallableSolver
 from contrastive_meta._solvers import InnerSolver as InnerSolver
 from contrastive_meta._solvers import OptaxDescent as OptaxDescent
+from contrastive_meta._solvers import ScipyMinimize as ScipyMinimize
 from contrastive_meta._solvers import Solution as Solution
 from contrastive_meta._solvers import Stop as Stop

@@ -210,8 +210,8 @@ class _Walker:
         return _worst([_Level.HOLOMORPHIC, *self.walk(combine, [_Level.HOLOMORPHIC] * 2, site)])
 
     def _scan(self, params: _Params, taints: list[_Taint], site: _Site) -> list[_Taint]:
-        num_carry = params["num_carry"]
-        consts, carry, xs = _split(taints, params["num_consts"], num_carry)
+        num_consts, num_carry = _scan_counts(params)
+        consts, carry, xs = _split(taints, num_consts, num_carry)
         while True:
             outputs = self.walk(params["jaxpr"], [*consts, *carry, *xs], site)
             joined = _join(carry, outputs[:num_carry])
@@ -260,6 +260,14 @@ def _worst(taints: Iterable[_Taint]) -> _Taint:
 
 def _join(a: Sequence[_Taint], b: Sequence[_Taint]) -> list[_Taint]:
     return [_worst(pair) for pair in zip(a, b, strict=True)]
+
+
+def _scan_counts(params: _Params) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "ft_in" in params:  # since jax 0.11: the operands' grouping (constants, carry, inputs)
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
 
 
 def _split(taints: list[_Taint], first: int, second: int) -> tuple[list[_Taint], list[_Taint], list[_Taint]]:

@@ -318,3 +318,28 @@ def test_scheme_runs_its_phases_for_the_same_number_of_steps():
     result = cm.Contrastive(solver, scheme=cm.second_order_forward(1e-3)).estimate(*case[1:4])
     # A matched control that stopped on its own would leave its relaxation in the contrast, divided by beta.
     assert relative_error(result.grad, case.exact.grad) < 1e-3
+
+
+def test_phases_that_leave_the_basin_are_reported():
+    """A double well: the nudge carries one phase over the rim, where it converges as well as the others do."""
+    problem = cm.BilevelProblem(
+        inner_loss=lambda w, theta, task: jnp.sum((w**2 - 1.0) ** 2) + theta * jnp.sum(w),
+        outer_loss=lambda w, theta, task: -jnp.sum(w),
+        init_params=lambda theta, task: -jnp.ones(2),
+    )
+    solver = cm.OptaxDescent(optax.sgd(0.05), num_steps=400)
+    result = cm.Contrastive(solver, scheme=cm.central_difference(3.0)).estimate(problem, jnp.array(0.0), None)
+    assert result.diagnostics.nudged_residual < 1e-2
+    assert result.diagnostics.status == cm.Status.UNBOUNDED_NUDGE
+    near = cm.Contrastive(solver).estimate(problem, jnp.array(0.0), None)
+    assert near.diagnostics.status == cm.Status.CONVERGED
+    # w solves 4 w (w^2 - 1) + theta = 0 near -1, where the curvature is 8: dw/dtheta = -1/8 in each of two entries.
+    assert np.isclose(near.grad, 2 / 8, rtol=1e-7)
+
+
+def test_state_of_another_solver_is_a_start_without_its_memory():
+    case = problem_named("ridge")
+    state = cm.Contrastive(cm.LBFGS(tol=1e-9)).estimate(*case[1:4]).state
+    few = cm.OptaxDescent(optax.sgd(0.1), num_steps=5)
+    result = cm.ImplicitDifferentiation(few).estimate(*case[1:4], state=state)
+    assert relative_error(result.params, case.exact.params) < 1e-6

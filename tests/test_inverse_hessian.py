@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from contrastive_meta._inverse_hessian import (
+from contrastive_meta import (
     ConjugateGradient,
     DenseInverse,
     IdentityHessian,
@@ -17,8 +17,8 @@ from contrastive_meta._inverse_hessian import (
     LinearSolution,
     NeumannSeries,
     Nystrom,
+    Status,
 )
-from contrastive_meta._problem import Status
 
 N = 12
 # Solve any positive definite system of condition number 20 and norm 1.

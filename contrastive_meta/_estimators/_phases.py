@@ -11,7 +11,7 @@ from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import NudgeScheme
 from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
 
-# The truncation error of a scheme of order p is of the order of displacement^p.
+# The truncation error of a scheme of order p is of the order of bend^p.
 UNTRUNCATED = 1e-2
 
 
@@ -58,18 +58,49 @@ def nudged_status(
     curvature = tree.vdot(response, tree.subtract(remainder, point.outer_grad))
     indefinite = curvature < -1e-3 * tree.norm(response) * nudge
     finite = tree.all_finite((grad, phases.params))
-    displacement = scheme.strength(setting.dtype) * tree.norm(response) / point.scale
-    coarse = displacement**scheme.order > UNTRUNCATED
-    ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, scheme, phases)
+    bent = _bend(setting, point, scheme, phases, response)
+    coarse = bent**scheme.order > UNTRUNCATED
+    ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, scheme, phases) | (bent > 0.5)
     return worst(
-        flag(coarse, Status.APPROXIMATE),
+        flag(anything & coarse, Status.APPROXIMATE),
         flag(anything & unanswered, Status.NUDGED_NOT_CONVERGED),
         flag(anything & drowned, Status.LOST_IN_NOISE),
         flag(indefinite, Status.INDEFINITE_CURVATURE),
-        flag(ran_away, Status.UNBOUNDED_NUDGE),
+        flag(anything & ran_away, Status.UNBOUNDED_NUDGE),
         scheme.validity(setting.dtype),
         flag(~finite, Status.NOT_FINITE),
     )
+
+
+def _bend(setting: Setting, point: FreePoint, scheme: NudgeScheme, phases: Phases, response: Params) -> jax.Array:
+    """How far learning is from linear over the span of the phases.
+
+    It is 0 for quadratic losses, of the order of the displacement for smooth ones, and of order 1 where a kink or the
+    rim of the basin lies between the phases. Two signs, the worse counts. The inner gradient at the mean of the
+    phases' ends against the mean of their gradients, relative to the nudge. And, where learning had ended, how far
+    the line through the phases' ends misses the free solution, relative to their displacement.
+    """
+    nudges, _ = scheme.arrays(setting.dtype)
+    strength = scheme.strength(setting.dtype)
+    nudge = strength * or_one(point.nudge_norm)
+
+    def mean(trees: Params) -> Params:
+        return jax.tree.map(lambda xs: jnp.mean(jnp.real(xs), axis=0), trees)
+
+    def inner_grad(residual: Params, beta: jax.Array) -> Params:
+        return tree.subtract(residual, tree.scale(beta, point.outer_grad))
+
+    def without_response(params: Params, beta: jax.Array) -> Params:
+        return tree.subtract(params, tree.scale(beta, response))
+
+    expected = mean(jax.vmap(inner_grad)(phases.residual, nudges))
+    found = tree.grad(setting.inner)(mean(phases.params))
+    of_gradient = tree.norm(tree.subtract(found, expected)) / nudge
+    missed = tree.subtract(mean(jax.vmap(without_response)(phases.params, nudges)), point.params)
+    of_path = tree.norm(missed) / or_one(strength * tree.norm(response))
+    # Before learning ends the phases drift on together, which bends nothing.
+    ended = tree.norm(point.inner_grad) < 1e-3 * nudge
+    return jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
 
 
 def _curves_downwards(point: FreePoint, scheme: NudgeScheme, phases: Phases) -> jax.Array:

@@ -21,6 +21,7 @@ from contrastive_meta._problem import (
     as_float_arrays,
     check_same_structure,
     float_dtype_of,
+    same_structure,
 )
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._solvers.base import InnerSolver, Solution
@@ -115,7 +116,8 @@ class MetaGradientEstimator(abc.ABC):
           problem: the bilevel problem.
           meta_params: pytree of real floating arrays.
           task: a single task: pytree of arrays.
-          state: `result.state` of an earlier call, or `init_state(...)`: learning starts from its solution.
+          state: `result.state` of an earlier call, or `init_state(...)`: learning starts from its solution, with its
+            memory if it was the same solver's.
           key: PRNG key of the minibatch sequence and of sampling estimators; `jax.random.key(0)` by default.
 
         Returns:
@@ -177,6 +179,9 @@ def _estimate(
     check_same_structure(
         state.params, fresh.params, "`state.params`", "Pass the state of an earlier estimate of the same problem."
     )
+    if not same_structure(state.memory, fresh.memory):
+        # The memory of another solver, or of other settings: its solution is still a good start.
+        state = state._replace(memory=fresh.memory)
     dtype = float_dtype_of(problem, state.params, meta_params, task)
     unseen = _unseen(estimator, problem, state.params, meta_params, task)
     result = estimator._estimate(Setting(problem, meta_params, task, key, dtype), state)

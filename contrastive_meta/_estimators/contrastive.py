@@ -117,7 +117,7 @@ class Contrastive(MetaGradientEstimator):
                 free_residual=base_residual,
                 nudged_residual=tree.norm(remainder) / or_one(point.nudge_norm),
                 displacement=beta * tree.norm(response) / point.scale,
-                num_gradients=free.num_gradients + NUM_GRADIENTS + pilot_gradients + phases.num_gradients + 1,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + pilot_gradients + phases.num_gradients + 2,
                 status=worst(
                     free_status(point, base_residual, tree.norm(response)),
                     nudged_status(setting, point, scheme, phases, grad, response, remainder),

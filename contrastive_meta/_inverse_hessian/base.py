@@ -29,6 +29,12 @@ class LinearSolution(NamedTuple):
       status: value of a `Status`, int32. `CONVERGED`: the residual is within the tolerance. `APPROXIMATE`: it is
         not, and by construction (damping, low rank, no solve at all). `NUDGED_NOT_CONVERGED`,
         `INDEFINITE_CURVATURE` and `NOT_FINITE` as `Status` describes them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import contrastive_meta as cm
+      >>> float(cm.ConjugateGradient().solve(lambda x: 2 * x, jnp.ones(3)).residual)
+      0.0
     """
 
     solution: Params
@@ -42,6 +48,11 @@ class InverseHessian(abc.ABC):
 
     Subclasses are final strategies. `solve` works under jit and vmap, on any pytree of real floating arrays, and
     gives the same relative result whatever the scale of `vector`, which is brought to order one before any product.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> isinstance(cm.DenseInverse(), cm.InverseHessian)
+      True
     """
 
     @abc.abstractmethod
