@@ -261,7 +261,7 @@ def test_conjugate_gradient_takes_a_step_for_each_distinct_eigenvalue() -> None:
     assert run(ConjugateGradient(), H, system()[1]).num_hvps == 3 + 1
 
 
-@pytest.mark.parametrize("max_steps", range(1, 11))
+@pytest.mark.parametrize("max_steps", range(1, 10))
 def test_conjugate_gradient_returns_the_best_iterate_of_its_budget(max_steps: int) -> None:
     # Eigenvalues over four decades: the residuals of conjugate gradients go up and down and exceed 1.
     H, v = system(condition=1e4, seed=2)
@@ -275,12 +275,12 @@ def test_conjugate_gradient_returns_the_best_iterate_of_its_budget(max_steps: in
         iterates.append(x)
     best = int(np.argmin(residuals))
     answer = run(ConjugateGradient(max_steps=max_steps), H, v)
-    # Conjugacy is lost to rounding, here 1e-6 of the solution after ten steps at condition number 1e4.
+    # Conjugacy is lost to rounding: from step 10 on, at condition number 1e4, the last bit of H decides the residual.
     assert relative(answer.solution, iterates[best]) < 1e-5
     assert float(answer.residual) == pytest.approx(residuals[best], rel=1e-3)
     assert answer.num_hvps == max_steps + 1
     assert answer.status == Status.NUDGED_NOT_CONVERGED
-    if max_steps == 10:  # or the test could not tell the best iterate from the last, nor from the start
+    if max_steps == 7:  # or the test could not tell the best iterate from the last, nor from the start
         assert best < max_steps - 1 and min(residuals[:3]) > 1
 
 
