@@ -1,0 +1,155 @@
+"""Who agrees with whom: relative differences between gradients, and finite differences as far as their noise allows."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from contrastive_meta._compare._gradients import Vector, norm
+from contrastive_meta._compare._oracle import Slopes
+from contrastive_meta._problem import Status
+
+ORACLE = "finite differences"
+# A difference is beyond doubt if it exceeds the tolerance by this many times the noise of the finite differences.
+BEYOND_DOUBT = 3.0
+
+
+class Answer(NamedTuple):
+    """What one estimator answered.
+
+    Attributes:
+      grad: flat.
+      status: its own judgement.
+      free_residual: of its free phase.
+      unseen: meta-parameters that it cannot see.
+    """
+
+    grad: Vector
+    status: Status
+    free_residual: float
+    unseen: tuple[str, ...]
+
+
+class Relation(NamedTuple):
+    """How two answers compare.
+
+    Attributes:
+      difference: norm of their difference over the larger of their norms.
+      noise: how much of `difference` may be noise of the finite differences.
+      agrees: None where the noise leaves it open.
+      factor: the number that the first is times the second, where it is nothing but a multiple of it; else NaN.
+    """
+
+    difference: float
+    noise: float
+    agrees: bool | None
+    factor: float
+
+
+class Blindness(NamedTuple):
+    """Meta-parameters of one group, and who cannot see them."""
+
+    leaves: tuple[str, ...]
+    blind: tuple[str, ...]
+
+
+class Evidence(NamedTuple):
+    """All that a verdict is made from.
+
+    Attributes:
+      answers: by name.
+      slopes: the finite differences.
+      groups: of the meta-parameters, in the numbering of `slopes.groups`.
+      leaves: names and sizes of the leaves of `meta_params`.
+      tolerance: on relative differences.
+    """
+
+    answers: Mapping[str, Answer]
+    slopes: Slopes
+    groups: Sequence[Blindness]
+    leaves: Sequence[tuple[str, int]]
+    tolerance: float
+
+    @property
+    def names(self) -> list[str]:
+        """Whose answers can be compared, the oracle last."""
+        return [*self.answers, ORACLE]
+
+    def relation(self, first: str, second: str) -> Relation:
+        """Compare two by name, the oracle included."""
+        if first == second:
+            return Relation(0.0, 0.0, True, 1.0)
+        if ORACLE in (first, second):
+            return self.to_oracle(second if first == ORACLE else first)
+        a, b = self.answers[first].grad, self.answers[second].grad
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return Relation(float("nan"), 0.0, False, float("nan"))
+        difference = _over(norm(a - b), max(norm(a), norm(b)))
+        return Relation(difference, 0.0, difference <= self.tolerance, _factor(a, b, self.tolerance))
+
+    def to_oracle(self, name: str, only_seen: bool = False) -> Relation:
+        """Compare an answer with the finite differences, or only in groups of meta-parameters that it can see."""
+        slopes = self.slopes
+        seen = [name not in group.blind or not only_seen for group in self.groups]
+        weights = np.sqrt(slopes.weights) * np.asarray(seen)[slopes.groups]
+        grad = self.answers[name].grad
+        if not np.isfinite(grad).all():
+            return Relation(float("nan"), 0.0, False, float("nan"))
+        if not (np.isfinite(slopes.values).all() and np.isfinite(slopes.noise).all()):
+            return Relation(float("nan"), float("inf"), None, float("nan"))
+        along, values = weights * (slopes.directions @ grad), weights * slopes.values
+        scale = max(norm(along), norm(values))
+        difference, noise = _over(norm(along - values), scale), _over(norm(weights * slopes.noise), scale)
+        agrees = None
+        if difference > self.tolerance + BEYOND_DOUBT * noise:
+            agrees = False
+        elif max(difference, noise) <= self.tolerance:
+            agrees = True
+        return Relation(difference, noise, agrees, _factor(along, values, max(self.tolerance, BEYOND_DOUBT * noise)))
+
+    def clusters(self) -> list[list[str]]:
+        """Names in groups within which all agree; those with an answer that is not finite are in none."""
+        found: list[list[str]] = []
+        finite = [name for name, answer in self.answers.items() if np.isfinite(answer.grad).all()]
+        for name in [ORACLE, *finite]:
+            for cluster in found:
+                if all(self.relation(name, member).agrees for member in cluster):
+                    cluster.append(name)
+                    break
+            else:
+                found.append([name])
+        return [sorted(cluster, key=self.names.index) for cluster in found]
+
+    def agreement(self) -> bool | None:
+        """Whether all agree with all; None where nothing but the noise of the oracle leaves it open."""
+        names = self.names
+        pairs = [(a, b) for index, a in enumerate(names) for b in names[index + 1 :]]
+        opinions = [self.relation(*pair).agrees for pair in pairs]
+        if False in opinions:
+            return False
+        return None if None in opinions else True
+
+    def leaf_of(self, name: str, other: str) -> str | None:
+        """The leaf that holds most of the difference between two estimators; None where there is no such one."""
+        difference = self.answers[name].grad - self.answers[other].grad
+        ends = np.cumsum([size for _, size in self.leaves])[:-1]
+        parts = [norm(part) for part in np.split(difference, ends)]
+        largest = int(np.argmax(parts))
+        dominant = parts[largest] > 0.7 * norm(difference)
+        return self.leaves[largest][0] if dominant and len(parts) > 1 else None
+
+
+def _over(size: float, scale: float) -> float:
+    if scale > 0:
+        return size / scale
+    return 0.0 if size == 0 else float("inf")
+
+
+def _factor(a: Vector, b: Vector, tolerance: float) -> float:
+    """The number r with a = r b, within a tolerance; NaN where there is none."""
+    length = norm(b)
+    if length == 0:
+        return float("nan")
+    a, b = a / length, b / length
+    factor = float(a @ b)
+    return factor if norm(a - factor * b) <= tolerance * norm(a) else float("nan")
