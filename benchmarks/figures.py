@@ -1,0 +1,104 @@
+"""The pictures, drawn from records: log-log, in colours that colour-blind readers can tell apart."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe & Ito (2008); each also has a marker of its own, so that a grey print can be read.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LARGEST_SHOWN = 1e2
+
+
+def draw_beta_curves(records: Sequence[Record], path: Path) -> Path:
+    """Relative error against beta: a row of panels for each precision, a column for each problem."""
+    plt = _pyplot()
+    cases = list(dict.fromkeys(record["case"] for record in records))
+    precisions = sorted({record["precision"] for record in records})
+    schemes = list(dict.fromkeys(record["scheme"] for record in records if record["kind"] == "curve"))
+    size = (1.0 + 4.6 * len(cases), 1.3 + 3.4 * len(precisions))
+    figure, axes = plt.subplots(
+        len(precisions), len(cases), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
+    )
+    for row, precision in enumerate(precisions):
+        for column, case in enumerate(cases):
+            here = [r for r in records if (r["case"], r["precision"]) == (case, precision)]
+            axis = axes[row][column]
+            _draw_panel(axis, here, schemes)
+            axis.set_title(f"{here[0]['title'].split(':')[0]}, {precision}" if here else "", fontsize=10)
+            if column == 0:
+                axis.set_ylabel("relative error of the meta-gradient")
+            if row == len(precisions) - 1:
+                axis.set_xlabel("nudging strength beta (in units of the outer loss)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.suptitle("Error of contrast against the nudging strength; stars: the strength that `relative` chose")
+    return _save(figure, path)
+
+
+def _draw_panel(axis: "Axes", records: Sequence[Record], schemes: Sequence[str]) -> None:
+    for index, scheme in enumerate(schemes):
+        curve = next((r for r in records if r["kind"] == "curve" and r["scheme"] == scheme), None)
+        if curve is None:
+            continue
+        points = [(b, e) for b, e in zip(curve["betas"], curve["errors"], strict=True) if e and e <= _LARGEST_SHOWN]
+        style: dict[str, Any] = {"color": _COLOURS[index], "marker": _MARKERS[index]}
+        axis.plot(*zip(*points, strict=True), label=scheme, markersize=3.2, linewidth=1.2, **style)
+    for record in records:
+        if record["kind"] == "chosen" and record["error"]:
+            colour = _COLOURS[schemes.index(record["scheme"])]
+            axis.plot(
+                record["beta"], record["error"], "*", color=colour, markersize=15, markeredgecolor="black", zorder=5
+            )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid(True, which="major", alpha=0.3)
+
+
+def draw_scaling(records: Sequence[Record], path: Path) -> Path:
+    """Temporary memory and time against the number of inner steps, in the precision of the first record."""
+    plt = _pyplot()
+    records = [record for record in records if record["precision"] == records[0]["precision"]]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    quantities = (
+        ("temp_bytes", 2.0**-20, "compiled temporary memory (MiB)"),
+        ("seconds", 1.0, "time of one estimate (s)"),
+    )
+    for axis, (field, unit, label) in zip(axes, quantities, strict=True):
+        for index, name in enumerate(dict.fromkeys(record["method"] for record in records)):
+            rows = [record for record in records if record["method"] == name and record.get(field)]
+            axis.loglog(
+                [row["num_steps"] for row in rows],
+                [row[field] * unit for row in rows],
+                label=name,
+                color=_COLOURS[index],
+                marker=_MARKERS[index],
+            )
+        axis.set_xlabel("inner steps")
+        axis.set_ylabel(label)
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0].legend(fontsize=9)
+    first = records[0]
+    figure.suptitle(f"Cost against inner steps: {first['title'].split(':')[0]}, {first['precision']}")
+    return _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    _pyplot().close(figure)
+    return path

@@ -1,0 +1,36 @@
+"""The benchmarks by name."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import beta_curves, estimators, scaling_steps
+from benchmarks.harness import Record, Session
+
+
+class Benchmark(NamedTuple):
+    """A benchmark: how it runs, and how its records are shown.
+
+    Attributes:
+      name: on the command line and of its records.
+      about: one line.
+      run: measures and records.
+      show: text from the records of a run.
+      draw: pictures from the records of a run, into a folder; None draws none.
+    """
+
+    name: str
+    about: str
+    run: Callable[[Session], None]
+    show: Callable[[Sequence[Record]], str]
+    draw: Callable[[Sequence[Record], Path], list[Path]] | None = None
+
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(estimators.NAME, estimators.ABOUT, estimators.run, estimators.show),
+        Benchmark(beta_curves.NAME, beta_curves.ABOUT, beta_curves.run, beta_curves.show, beta_curves.draw),
+        Benchmark(scaling_steps.NAME, scaling_steps.ABOUT, scaling_steps.run, scaling_steps.show, scaling_steps.draw),
+    )
+}
