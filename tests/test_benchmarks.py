@@ -14,7 +14,7 @@ pytest.importorskip("sklearn", reason='the benchmarks need pip install ".[bench]
 import contrastive_meta as cm
 from benchmarks import beta_curves, estimators, figures, report, tables
 from benchmarks.__main__ import main
-from benchmarks.cases import RIDGE, prepare
+from benchmarks.cases import CASES, RIDGE, Case, prepare
 from benchmarks.data import DATA_VARIABLE, DataMissingError, breast_cancer, diabetes, digits, find_file
 from benchmarks.harness import Progress, Session, plain, precision
 from benchmarks.registry import BENCHMARKS
@@ -59,6 +59,18 @@ def test_reference_is_of_the_very_numbers_that_are_measured() -> None:
     # Condition number 44, so 1e-16 times that; 1e-12 would fail for a reference of the unrounded data (1e-7 off).
     np.testing.assert_allclose(prepared.reference, expected, rtol=1e-11)
     assert prepared.tuning.step_size < 1 / np.linalg.eigvalsh(hessian)[-1]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.name))
+def test_both_precisions_have_the_same_problem(case: Case) -> None:
+    tasks = []
+    for x64 in (False, True):
+        with precision(x64):
+            tasks.append(jax.tree.leaves(case.build(_session()).task))
+    for single, double in zip(*tasks, strict=True):
+        if not jnp.issubdtype(single.dtype, jax.dtypes.prng_key):
+            # Equal but for rounding: 1e-6 is ten roundings of float32.
+            np.testing.assert_allclose(np.asarray(single), np.asarray(double), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
