@@ -61,8 +61,9 @@ def test_reference_is_of_the_very_numbers_that_are_measured() -> None:
     assert prepared.tuning.step_size < 1 / np.linalg.eigvalsh(hessian)[-1]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.name))
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: str(case.name))
 def test_both_precisions_have_the_same_problem(case: Case) -> None:
+    # The fourth, the network, is left out for time: its start is learned in float64 for either precision.
     tasks = []
     for x64 in (False, True):
         with precision(x64):
