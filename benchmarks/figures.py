@@ -37,7 +37,10 @@ def draw_beta_curves(records: Sequence[Record], path: Path) -> Path:
                 axis.set_xlabel("nudging strength beta (in units of the outer loss)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    figure.suptitle("Error of contrast against the nudging strength; stars: the strength that `relative` chose")
+    figure.suptitle(
+        "Error of contrast against the nudging strength\n(star: the default, `relative(central_difference)`)",
+        fontsize=11,
+    )
     return _save(figure, path)
 
 
