@@ -81,7 +81,7 @@ def count_tasks(tasks: Task) -> int:
     ]
     scalars = [name for name, shape in shapes if not shape]
     lengths = sorted({shape[0] for _, shape in shapes if shape})
-    if scalars or len(lengths) != 1:
+    if scalars or len(lengths) != 1 or not lengths[0]:
         found = f"leaves without axes: {', '.join(scalars)}" if scalars else f"leading axes of lengths {lengths}"
         raise ValueError(
             f"`tasks` must be a batch: every leaf with the same leading axis of tasks; got {found}. "

@@ -36,8 +36,8 @@ class Status(enum.IntEnum):
     INDEFINITE_CURVATURE = 5
     UNBOUNDED_NUDGE = 6
     DIVERGED = 7
-    INVALID_SCHEME = 8
-    NOT_FINITE = 9
+    NOT_FINITE = 8
+    INVALID_SCHEME = 9
 
     def describe(self) -> str:
         """What the status means and what to do about it, in one sentence each."""
@@ -57,7 +57,8 @@ _DESCRIPTIONS = {
     ),
     Status.NUDGED_NOT_CONVERGED: (
         "The nudged phases (or the linear solve) stopped before they answered the nudge. "
-        "Give `nudged_solver` (or the linear solver) more steps."
+        "Give `nudged_solver` (or the linear solver) more steps; an optimiser whose steps do not shrink, such as Adam "
+        "at a constant rate, needs a decaying schedule."
     ),
     Status.LOST_IN_NOISE: (
         "The response to the nudge is not far above the rounding noise of the losses. "
@@ -69,7 +70,8 @@ _DESCRIPTIONS = {
     ),
     Status.UNBOUNDED_NUDGE: (
         "A nudged phase ran away: the nudged loss has no minimum near the free one. "
-        "Lower beta, use `LinearNudge()`, or `forward_difference`."
+        "Lower beta (or `displacement`), use `LinearNudge()`, or `forward_difference`; where learning itself had not "
+        "settled, learn for longer first."
     ),
     Status.DIVERGED: "Learning diverged: the loss and its gradient grew. Lower the inner learning rate.",
     Status.INVALID_SCHEME: (
@@ -322,6 +324,12 @@ def same_structure(a: PyTree, b: PyTree) -> bool:
     """Whether two pytrees differ in nothing but their leaves."""
     structures: list[object] = [jax.tree.structure(a), jax.tree.structure(b)]
     return structures[0] == structures[1]
+
+
+def same_arrays(a: PyTree, b: PyTree) -> bool:
+    """Whether two pytrees agree in structure, shapes and dtypes."""
+    kinds = [[(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(values)] for values in (a, b)]
+    return same_structure(a, b) and kinds[0] == kinds[1]
 
 
 def float_dtype_of(problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> Any:

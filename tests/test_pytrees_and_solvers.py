@@ -208,7 +208,7 @@ def test_jit_and_vmap_are_a_loop(name: str) -> None:
         # Batched sums round differently, which a line search may turn into another path to the same tolerance.
         assert relative_error(lane.params, alone.params) < max(1e-13, row.accuracy * row.to_tolerance)
         assert lane.status == alone.status
-        assert lane.num_steps == alone.num_steps or row.stops
+        assert lane.num_steps == alone.num_steps or row.stops or row.host
     assert together.status[2] == Status.NOT_FINITE
 
 

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators._free_point import NOISE_FLOOR, UNANSWERED, FreePoint
+from contrastive_meta._estimators._free_point import (
+    NOISE_FLOOR,
+    UNANSWERED,
+    FreePoint,
+    gradient_difference,
+    newton_step,
+)
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import NudgeScheme
 from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
@@ -44,7 +50,9 @@ def nudged_status(
 ) -> jax.Array:
     """What went wrong in the nudged phases, judged from the same contrast as the meta-gradient."""
     nudge = or_one(point.nudge_norm)
-    unanswered = tree.norm(remainder) > UNANSWERED * nudge
+    curve, least = gradient_difference(setting, point, point.params, point.inner_grad)
+    _, missing = newton_step(curve, remainder, least)
+    unanswered = (tree.norm(remainder) > UNANSWERED * nudge) | (missing > UNANSWERED * tree.norm(response))
     # A pure imaginary nudge is read off without subtraction: rounding is not divided by it.
     subtracts = len(scheme.nudges) > 1
     _, weights = scheme.arrays(setting.dtype)
@@ -57,7 +65,7 @@ def nudged_status(
     # H response = remainder - v: its product with the response is the curvature that the nudge met.
     curvature = tree.vdot(response, tree.subtract(remainder, point.outer_grad))
     indefinite = curvature < -1e-3 * tree.norm(response) * nudge
-    finite = tree.all_finite((grad, phases.params))
+    learned, finite = tree.all_finite((point.params, point.outer_grad)), tree.all_finite((grad, phases.params))
     bent = _bend(setting, point, scheme, phases, response)
     coarse = bent**scheme.order > UNTRUNCATED
     ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, scheme, phases) | (bent > 0.5)
@@ -66,9 +74,9 @@ def nudged_status(
         flag(anything & unanswered, Status.NUDGED_NOT_CONVERGED),
         flag(anything & drowned, Status.LOST_IN_NOISE),
         flag(indefinite, Status.INDEFINITE_CURVATURE),
-        flag(anything & ran_away, Status.UNBOUNDED_NUDGE),
+        flag((anything & ran_away & ~drowned) | (learned & ~finite), Status.UNBOUNDED_NUDGE),
         scheme.validity(setting.dtype),
-        flag(~finite, Status.NOT_FINITE),
+        flag(~learned, Status.NOT_FINITE),
     )
 
 

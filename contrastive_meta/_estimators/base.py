@@ -21,7 +21,7 @@ from contrastive_meta._problem import (
     as_float_arrays,
     check_same_structure,
     float_dtype_of,
-    same_structure,
+    same_arrays,
 )
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._solvers.base import InnerSolver, Solution
@@ -48,6 +48,11 @@ class Setting:
     def replace_problem(self, problem: BilevelProblem) -> "Setting":
         """The same setting with other losses."""
         return Setting(problem, self.meta_params, self.task, self.key, self.dtype)
+
+    def in_dtype_of_loss(self) -> "Setting":
+        """The same setting, no meta-parameter coarser than the losses: it would round what a phase measures."""
+        fine = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, self.dtype)), self.meta_params)
+        return Setting(self.problem, fine, self.task, self.key, self.dtype)
 
     def inner(self, params: Params) -> jax.Array:
         """The inner loss on the whole task."""
@@ -122,12 +127,15 @@ class MetaGradientEstimator(abc.ABC):
 
         Returns:
           The meta-gradient, with the free-phase solution and diagnostics. `jax.grad` of `result.outer_loss` in
-          `meta_params` gives `result.grad`; nothing else of the result carries a derivative.
+          `meta_params` gives `result.grad`. That is the only derivative: those of `result.grad` and `result.params`,
+          second ones, and those in `task` or in values the losses close over are zero.
 
         Raises:
-          TypeError: a loss is not a floating scalar; params or meta-parameters are not floating arrays.
+          TypeError: a loss is not a floating scalar; params or meta-parameters are not floating arrays; an argument
+            or a part of the estimator is not of its kind.
           ValueError: trees do not match, or none of the meta-parameters can be seen by this estimator.
         """
+        self._check_parts(problem)
         meta_params = as_float_arrays(meta_params, "meta_params", "meta_params must be")
         key = jax.random.key(0) if key is None else key
         with jax.default_matmul_precision("highest"):
@@ -148,6 +156,27 @@ class MetaGradientEstimator(abc.ABC):
         dtype = float_dtype_of(problem, params, meta_params, task)
         fresh: EstimatorState = _strong(EstimatorState(params, memory, tree.zeros_like(params), jnp.zeros((), dtype)))
         return fresh
+
+    def _check_parts(self, problem: Any) -> None:
+        """Raise TypeError where the problem or a part of the estimator is something else."""
+        name = type(self).__name__
+        if not isinstance(problem, BilevelProblem):
+            raise TypeError(
+                f"The first argument of `estimate` is the problem: expected a BilevelProblem, got {_kind(problem)}. "
+                "The order is `estimate(problem, meta_params, task)`."
+            )
+        for field, kind in self._parts().items():
+            part = getattr(self, field)
+            if not isinstance(part, kind):
+                wanted = " or ".join(cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,)))
+                raise TypeError(
+                    f"`{name}.{field}` must be an instance of {wanted}; got {_kind(part)}. Call a class or a function "
+                    "to make one; an optax optimiser becomes a solver by `OptaxDescent(optimizer, num_steps=...)`."
+                )
+
+    def _parts(self) -> dict[str, Any]:
+        """What each field that holds a strategy must be an instance of."""
+        return {"solver": InnerSolver}
 
     @abc.abstractmethod
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
@@ -179,9 +208,14 @@ def _estimate(
     check_same_structure(
         state.params, fresh.params, "`state.params`", "Pass the state of an earlier estimate of the same problem."
     )
-    if not same_structure(state.memory, fresh.memory):
+    if not same_arrays(state.memory, fresh.memory):
         # The memory of another solver, or of other settings: its solution is still a good start.
         state = state._replace(memory=fresh.memory)
+    # One task of NaN must not spoil the tasks after it.
+    start, memory = tree.where(
+        tree.all_finite(state.params), (state.params, state.memory), (fresh.params, fresh.memory)
+    )
+    state = state._replace(params=start, memory=memory)
     dtype = float_dtype_of(problem, state.params, meta_params, task)
     unseen = _unseen(estimator, problem, state.params, meta_params, task)
     result = estimator._estimate(Setting(problem, meta_params, task, key, dtype), state)
@@ -236,6 +270,10 @@ def _unseen(
             stacklevel=4,
         )
     return unseen
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def _strong(values: Any) -> Any:

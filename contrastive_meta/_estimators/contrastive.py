@@ -24,7 +24,7 @@ from contrastive_meta._problem import (
     MetaParams,
     Params,
     make_diagnostics,
-    same_structure,
+    same_arrays,
     worst,
 )
 from contrastive_meta._pytree import static, strategy
@@ -87,7 +87,9 @@ class Contrastive(MetaGradientEstimator):
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
         # Free phase: learn.
         free = setting.free_phase(self.solver, state)
-        point = survey(setting, free, setting.problem.init(setting.meta_params, setting.task), self._statistic(setting))
+        init = setting.problem.init(setting.meta_params, setting.task)
+        meta_params, setting = setting.meta_params, setting.in_dtype_of_loss()
+        point = survey(setting, free, init, self._statistic(setting))
 
         # Nudged phases: learn a little towards the outer loss.
         scheme, pilot_gradients = self.scheme.resolve(_probe(setting, point))
@@ -102,11 +104,11 @@ class Contrastive(MetaGradientEstimator):
         response = scheme.contrast(phases.params)
         remainder = scheme.contrast(phases.residual)
 
-        base, base_residual = _base_point(setting, point, scheme, phases)
+        base, base_grad = _base_point(setting, point, scheme, phases)
         outer_loss, aux = setting.problem.outer_with_aux(base, setting.meta_params, setting.task)
         beta = scheme.strength(setting.dtype)
         return MetaGradient(
-            grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), grad, setting.meta_params),
+            grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), grad, meta_params),
             outer_loss=outer_loss,
             params=base,
             state=EstimatorState(base, free.memory, response, beta),
@@ -114,16 +116,22 @@ class Contrastive(MetaGradientEstimator):
             diagnostics=make_diagnostics(
                 setting.dtype,
                 beta=beta,
-                free_residual=base_residual,
+                free_residual=tree.norm(base_grad),
                 nudged_residual=tree.norm(remainder) / or_one(point.nudge_norm),
                 displacement=beta * tree.norm(response) / point.scale,
-                num_gradients=free.num_gradients + NUM_GRADIENTS + pilot_gradients + phases.num_gradients + 2,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + pilot_gradients + phases.num_gradients + 3,
                 status=worst(
-                    free_status(point, base_residual, tree.norm(response)),
+                    free_status(setting, point, base, base_grad),
                     nudged_status(setting, point, scheme, phases, grad, response, remainder),
                 ),
             ),
         )
+
+    def _parts(self) -> dict[str, Any]:
+        nudged = (InnerSolver, type(None))
+        return super()._parts() | {
+            "nudged_solver": nudged, "scheme": NudgeStrength, "nudge": Nudge, "rule": PlasticityRule
+        }  # fmt: skip
 
     def _statistic(self, setting: Setting) -> Any:
         return lambda at: self.rule.statistic(setting.problem, at, setting.meta_params, setting.task, 0.0)
@@ -135,7 +143,7 @@ class Contrastive(MetaGradientEstimator):
         if scheme.is_complex:
             start, memory = tree.to_complex(start), ()
             _require_complex_capable(setting, scheme, solver, start)
-        if not same_structure(memory, solver.init_memory(point.params)):
+        if not same_arrays(memory, solver.init_memory(point.params)):
             memory = ()
         nudges, _ = scheme.arrays(setting.dtype)
         tolerances = self._tolerances(setting, point, nudges)
@@ -216,7 +224,7 @@ def _probe(setting: Setting, point: FreePoint) -> Probe:
     )
 
 
-def _base_point(setting: Setting, point: FreePoint, scheme: NudgeScheme, phases: Phases) -> tuple[Params, jax.Array]:
+def _base_point(setting: Setting, point: FreePoint, scheme: NudgeScheme, phases: Phases) -> tuple[Params, Params]:
     """The free solution, or what the phases made of it where that is better learned.
 
     The phases go on learning: the matched control is the free solution some steps later, and the mean of phases
@@ -226,10 +234,10 @@ def _base_point(setting: Setting, point: FreePoint, scheme: NudgeScheme, phases:
         refined = jax.tree.map(lambda xs: xs[scheme.free_phase], phases.params)
     else:
         refined = jax.tree.map(lambda xs: jnp.mean(jnp.real(xs), axis=0), phases.params)
-    before = tree.norm(point.inner_grad).astype(setting.dtype)
-    after = tree.norm(tree.grad(setting.inner)(refined)).astype(setting.dtype)
-    better = after < before
-    return tree.where(better, refined, point.params), jnp.where(better, after, before)
+    after = tree.grad(setting.inner)(refined)
+    better = tree.norm(after) < tree.norm(point.inner_grad)
+    base, base_grad = tree.where(better, (refined, after), (point.params, point.inner_grad))
+    return base, base_grad
 
 
 def _require_complex_capable(setting: Setting, scheme: NudgeScheme, solver: InnerSolver, start: Params) -> None:

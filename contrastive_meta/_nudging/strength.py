@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from contrastive_meta._nudging.scheme import NudgeScheme, NudgeStrength
+from contrastive_meta._nudging.scheme import NudgeScheme, NudgeStrength, is_concrete
 from contrastive_meta._problem import Number
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._response import Probe, measure_response
@@ -75,10 +76,18 @@ def relative(
     Returns:
       What `Contrastive(scheme=...)` takes.
 
+    Raises:
+      ValueError: a displacement that is not positive.
+
     Example:
       >>> import contrastive_meta as cm
       >>> estimator = cm.Contrastive(cm.LBFGS(), scheme=cm.relative(cm.four_point, displacement=1e-2))
     """
+    if displacement is not None and is_concrete(displacement) and not np.all(np.asarray(displacement) > 0):
+        raise ValueError(
+            f"`displacement` must be positive, a fraction of the norm of `params`; got {displacement}. "
+            "Leave it out for the default."
+        )
     if not isinstance(scheme, NudgeScheme):
         return RelativeStrength(scheme(1.0), displacement, num_pilot_steps)
     unit = scheme.scaled(1 / scheme.strength(jnp.result_type(float)))
