@@ -753,7 +753,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "rule that returns another structure": (
         lambda: cm.Contrastive(SGD, rule=_Lopsided()).estimate(PROBLEM, meta_params(), task()),
         ValueError,
-        "The meta-gradient: expected .*`statistic` must return a pytree like `meta_params`; return zeros",
+        "`statistic` must return a pytree like `meta_params`: expected .*, got .*Return zeros",
     ),
     "truncated forward mode": (
         lambda: cm.BackpropThroughLearning(SGD, truncate=3, forward_mode=True),

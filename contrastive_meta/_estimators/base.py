@@ -223,9 +223,14 @@ def _estimate(
         result.grad, meta_params, "The meta-gradient", "A rule's `statistic` must return a pytree like `meta_params`; "
         "return zeros for meta-parameters that it leaves alone."
     )  # fmt: skip
+    # Estimators that sample would leave noise there.
+    leaves = zip(leaf_names(meta_params), jax.tree.leaves(result.grad), strict=True)
+    grad = jax.tree.unflatten(
+        jax.tree.structure(meta_params), [jnp.zeros_like(leaf) if name in unseen else leaf for name, leaf in leaves]
+    )
     return MetaGradient(
-        grad=result.grad,
-        outer_loss=_differentiable(result.outer_loss, result.grad, meta_params_outside),
+        grad=grad,
+        outer_loss=_differentiable(result.outer_loss, grad, meta_params_outside),
         params=result.params,
         state=_strong(result.state),
         diagnostics=result.diagnostics,
@@ -278,4 +283,9 @@ def _kind(value: Any) -> str:
 
 def _strong(values: Any) -> Any:
     """Strip weak types, so that a state has one type from the first call on."""
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype=jnp.result_type(x)), values)
+
+    def strong(x: Any) -> jax.Array:
+        array = jnp.asarray(x)
+        return jnp.asarray(array, dtype=array.dtype)
+
+    return jax.tree.map(strong, values)

@@ -129,7 +129,7 @@ def _result(
             status=worst(
                 Status.APPROXIMATE,
                 free.status,
-                flag(~tree.all_finite(grad), Status.NOT_FINITE),
+                flag(~tree.all_finite((grad, outer_loss)), Status.NOT_FINITE),
             ),
         ),
     )

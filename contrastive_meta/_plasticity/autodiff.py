@@ -5,7 +5,7 @@ import abc
 import jax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import BilevelProblem, MetaParams, Number, Params, Task
+from contrastive_meta._problem import BilevelProblem, MetaParams, Number, Params, Task, same_structure
 from contrastive_meta._pytree import strategy
 
 
@@ -57,7 +57,16 @@ def measure(
     """The rule's statistic, and the nudged loss's gradient in `params` there: what is left of the phase.
 
     XLA shares the forward pass between the two when the rule is `Autodiff`.
+
+    Raises:
+      ValueError: the rule returned another tree than `meta_params`.
     """
     statistic = rule.statistic(problem, params, meta_params, task, beta)
+    if not same_structure(statistic, meta_params):
+        raise ValueError(
+            "`statistic` must return a pytree like `meta_params`: expected "
+            f"{jax.tree.structure(meta_params)}, got {jax.tree.structure(statistic)}. "
+            "Return zeros for meta-parameters that this rule leaves alone."
+        )
     residual = tree.grad(lambda at: problem.nudged(at, meta_params, task, beta))(params)
     return statistic, jax.lax.stop_gradient(residual)
