@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._estimators._learned import result_of_learning
 from contrastive_meta._estimators._visibility import any_of, seen_in_outer_loss, seen_in_start
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._problem import (
@@ -15,9 +16,6 @@ from contrastive_meta._problem import (
     Params,
     Status,
     Task,
-    flag,
-    make_diagnostics,
-    worst,
 )
 from contrastive_meta._pytree import strategy
 from contrastive_meta._solvers.base import InnerSolver, Solution
@@ -58,7 +56,14 @@ class FirstOrder(MetaGradientEstimator):
         outer_grad = tree.grad(setting.outer)(free.params)
         direct = tree.grad(lambda meta: setting.problem.outer(free.params, meta, setting.task))(setting.meta_params)
         (through_start,) = init_vjp(outer_grad)
-        return _result(setting, state, free, tree.add(direct, through_start), extra_gradients=1)
+        return result_of_learning(
+            setting,
+            state,
+            free,
+            tree.add(direct, through_start),
+            num_gradients=free.num_gradients + 1,
+            status=Status.APPROXIMATE,
+        )
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
         """The initialisation, and what the outer loss depends on directly."""
@@ -99,7 +104,9 @@ class Reptile(MetaGradientEstimator):
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
         init, init_vjp, free = _learn_from_start(self.solver, setting, state)
         (grad,) = init_vjp(tree.scale(self.scale, tree.subtract(init, free.params)))
-        return _result(setting, state, free, grad, extra_gradients=0)
+        return result_of_learning(
+            setting, state, free, grad, num_gradients=free.num_gradients, status=Status.APPROXIMATE
+        )
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
         """The initialisation."""
@@ -110,26 +117,3 @@ def _learn_from_start(solver: InnerSolver, setting: Setting, state: EstimatorSta
     init, init_vjp = jax.vjp(lambda meta: setting.problem.init(meta, setting.task), setting.meta_params)
     memory = solver.bind(setting.meta_params).init_memory(init)
     return init, init_vjp, setting.free_phase(solver, state._replace(params=init, memory=memory))
-
-
-def _result(
-    setting: Setting, state: EstimatorState, free: Solution, grad: MetaParams, extra_gradients: int
-) -> MetaGradient:
-    outer_loss, aux = setting.problem.outer_with_aux(free.params, setting.meta_params, setting.task)
-    return MetaGradient(
-        grad=grad,
-        outer_loss=outer_loss,
-        params=free.params,
-        state=state._replace(params=free.params, memory=free.memory),
-        aux=aux,
-        diagnostics=make_diagnostics(
-            setting.dtype,
-            free_residual=free.residual,
-            num_gradients=free.num_gradients + extra_gradients,
-            status=worst(
-                Status.APPROXIMATE,
-                free.status,
-                flag(~tree.all_finite((grad, outer_loss)), Status.NOT_FINITE),
-            ),
-        ),
-    )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from contrastive_meta import _pytree as tree
+from contrastive_meta._estimators._learned import result_of_learning
 from contrastive_meta._estimators._visibility import any_of, seen_in_settings, seen_in_start
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._problem import (
@@ -17,8 +17,6 @@ from contrastive_meta._problem import (
     Params,
     Status,
     Task,
-    flag,
-    make_diagnostics,
     worst,
 )
 from contrastive_meta._pytree import static, strategy
@@ -175,20 +173,14 @@ def _result(
     status: Status,
 ) -> MetaGradient:
     free = _learn_fully(solver, setting, setting.meta_params, state)
-    outer_loss, aux = setting.problem.outer_with_aux(free.params, setting.meta_params, setting.task)
-    return MetaGradient(
-        grad=grad,
-        outer_loss=outer_loss,
-        params=free.params,
-        state=state._replace(params=free.params, memory=free.memory),
-        aux=aux,
-        diagnostics=make_diagnostics(
-            setting.dtype,
-            free_residual=free.residual,
-            num_gradients=free.num_gradients + jnp.sum(learned.num_gradients),
-            error_estimate=error,
-            status=worst(status, free.status, learned.status, flag(~tree.all_finite(grad), Status.NOT_FINITE)),
-        ),
+    return result_of_learning(
+        setting,
+        state,
+        free,
+        grad,
+        num_gradients=free.num_gradients + jnp.sum(learned.num_gradients),
+        status=worst(status, learned.status),
+        error=error,
     )
 
 

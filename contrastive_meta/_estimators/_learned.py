@@ -1,0 +1,49 @@
+"""The result of estimators that learn from the start and look at nothing but where learning ends."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._estimators.base import Setting
+from contrastive_meta._problem import EstimatorState, MetaGradient, MetaParams, Status, flag, make_diagnostics, worst
+from contrastive_meta._solvers.base import Solution
+
+
+def result_of_learning(
+    setting: Setting,
+    state: EstimatorState,
+    free: Solution,
+    grad: MetaParams,
+    *,
+    num_gradients: jax.Array,
+    status: Any,
+    error: Any = jnp.nan,
+) -> MetaGradient:
+    """A meta-gradient judged by the free phase's own report, and by whether its numbers are finite.
+
+    Args:
+      setting: the problem.
+      state: the state that came in.
+      free: where learning ended.
+      grad: the estimate.
+      num_gradients: gradients spent, those of `free` included.
+      status: what the estimator knows besides.
+      error: estimated relative error.
+    """
+    outer_loss, aux = setting.problem.outer_with_aux(free.params, setting.meta_params, setting.task)
+    return MetaGradient(
+        grad=grad,
+        outer_loss=outer_loss,
+        params=free.params,
+        state=state._replace(params=free.params, memory=free.memory),
+        aux=aux,
+        diagnostics=make_diagnostics(
+            setting.dtype,
+            free_residual=free.residual,
+            num_gradients=num_gradients,
+            error_estimate=error,
+            status=worst(status, free.status, flag(~tree.all_finite((grad, outer_loss)), Status.NOT_FINITE)),
+        ),
+    )
