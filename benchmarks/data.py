@@ -10,6 +10,16 @@ import numpy.typing as npt
 DATA_VARIABLE = "CONTRASTIVE_META_DATA"
 
 
+_MNIST = "mnist.npz holds the set of http://yann.lecun.com/exdb/mnist as x_train (60000, 28, 28) and y_train."
+_LIBSVM = "from https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html"
+_IJCNN1 = f"ijcnn1.npz holds ijcnn1 {_LIBSVM} as X_train (49990, 22) and y_train (0 or 1)."
+_A9A = f"a9a_bits.npz holds a9a {_LIBSVM} as bits_train (numpy.packbits of its features by row), y_train, n_features."
+_NEWSGROUPS = (
+    "newsgroups20_counts.npz holds 20news-bydate from http://qwone.com/~jason/20Newsgroups as word counts in rows "
+    "(CSR): indptr_train, indices_train, counts_train, y_train."
+)
+
+
 class DataMissingError(RuntimeError):
     """Data (or the package that ships it) is not there; the message says in one line how to get it."""
 
@@ -40,6 +50,53 @@ def digits(seed: int, num_train: int, num_val: int) -> Split:
     """Handwritten digits of 8 x 8 pixels, grey values from 0 to 1, in 10 classes; 1797 in all."""
     x, y = _load("digits")
     return _shuffled_halves(x / 16.0, y, seed, num_train, num_val)
+
+
+def mnist(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split:
+    """Handwritten digits of 28 x 28 pixels, grey values from 0 to 1, in 10 classes: of the 60,000 training images."""
+    with np.load(find_file("mnist.npz", folder, _MNIST)) as arrays:
+        x, y = arrays["x_train"], arrays["y_train"]
+    chosen = np.random.default_rng(seed).permutation(len(y))[: num_train + num_val]
+    return _cut(x[chosen].reshape(len(chosen), -1) / 255.0, y[chosen].astype(np.int32), num_train)
+
+
+def ijcnn1(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split:
+    """Time series of an engine's misfires, 22 features between -1 and 1, labels 0 and 1: of the 49,990 for training."""
+    with np.load(find_file("ijcnn1.npz", folder, _IJCNN1)) as arrays:
+        x, y = arrays["X_train"], arrays["y_train"]
+    return _shuffled_halves(np.asarray(x, np.float64), y.astype(np.int32), seed, num_train, num_val)
+
+
+def a9a(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split:
+    """Census data, 123 features that are 0 or 1, labels 0 and 1 (income): of the 32,561 for training."""
+    with np.load(find_file("a9a_bits.npz", folder, _A9A)) as arrays:
+        x = np.unpackbits(arrays["bits_train"], axis=1)[:, : int(arrays["n_features"])]
+        y = (arrays["y_train"] > 0).astype(np.int32)
+    return _shuffled_halves(x.astype(np.float64), y, seed, num_train, num_val)
+
+
+def newsgroups(seed: int, num_train: int, num_val: int, num_terms: int, folder: Path | None) -> Split:
+    """Posts to 20 newsgroups as frequencies of the `num_terms` words that most posts contain, scaled to unit length.
+
+    Frequencies are logarithmic, weighted by how rare a word is (tf-idf), of the posts for training.
+    """
+    with np.load(find_file("newsgroups20_counts.npz", folder, _NEWSGROUPS)) as arrays:
+        ends, words = arrays["indptr_train"], arrays["indices_train"]
+        counts, labels = arrays["counts_train"], arrays["y_train"]
+    found = np.bincount(words)
+    terms = np.argsort(-found, kind="stable")[:num_terms]
+    column = np.full(len(found), -1)
+    column[terms] = np.arange(num_terms)
+    rarity = np.log(len(labels) / found[terms])
+    chosen = np.random.default_rng(seed).permutation(len(labels))[: num_train + num_val]
+    x = np.zeros((len(chosen), num_terms))
+    for row, post in enumerate(chosen):
+        here = slice(ends[post], ends[post + 1])
+        kept = column[words[here]] >= 0
+        x[row, column[words[here][kept]]] = np.log1p(counts[here][kept])
+    x *= rarity
+    lengths = np.linalg.norm(x, axis=1, keepdims=True)
+    return _cut(x / np.where(lengths > 0, lengths, 1.0), labels[chosen].astype(np.int32), num_train)
 
 
 def find_file(name: str, folder: Path | None, how_to_get: str) -> Path:
@@ -73,8 +130,12 @@ def _load(name: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:
 
 def _shuffled_halves(x: npt.NDArray[np.float64], y: npt.NDArray[Any], seed: int, num_train: int, num_val: int) -> Split:
     order = np.random.default_rng(seed).permutation(len(y))
-    train, val = order[:num_train], order[num_train : num_train + num_val]
-    return Split(x[train], y[train], x[val], y[val])
+    chosen = order[: num_train + num_val]
+    return _cut(x[chosen], y[chosen], num_train)
+
+
+def _cut(x: npt.NDArray[np.float64], y: npt.NDArray[Any], num_train: int) -> Split:
+    return Split(x[:num_train], y[:num_train], x[num_train:], y[num_train:])
 
 
 def _standardised(split: Split) -> Split:

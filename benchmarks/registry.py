@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import beta_curves, estimators, scaling_steps
+from benchmarks import beta_curves, estimators, scaling_steps, speed
 from benchmarks.harness import Record, Session
 
 
@@ -32,5 +32,6 @@ BENCHMARKS = {
         Benchmark(estimators.NAME, estimators.ABOUT, estimators.run, estimators.show),
         Benchmark(beta_curves.NAME, beta_curves.ABOUT, beta_curves.run, beta_curves.show, beta_curves.draw),
         Benchmark(scaling_steps.NAME, scaling_steps.ABOUT, scaling_steps.run, scaling_steps.show, scaling_steps.draw),
+        Benchmark(speed.NAME, speed.ABOUT, speed.run, speed.show, speed.draw),
     )
 }
