@@ -15,6 +15,7 @@ from contrastive_meta._estimators import FiniteDifference as FiniteDifference
 from contrastive_meta._estimators import FirstOrder as FirstOrder
 from contrastive_meta._estimators import ImplicitDifferentiation as ImplicitDifferentiation
 from contrastive_meta._estimators import MetaGradientEstimator as MetaGradientEstimator
+from contrastive_meta._estimators import NewtonKrylov as NewtonKrylov
 from contrastive_meta._estimators import Reptile as Reptile
 from contrastive_meta._front import EstimateError as EstimateError
 from contrastive_meta._front import raise_if_failed as raise_if_failed

@@ -129,7 +129,9 @@ class EstimateError(RuntimeError):
     """
 
 
-def raise_if_failed(result: MetaGradient | Diagnostics, *, allow: tuple[Status, ...] = (Status.APPROXIMATE,)) -> None:
+def raise_if_failed(
+    result: MetaGradient | Diagnostics, *, allow: tuple[Status, ...] = (Status.FELL_BACK, Status.APPROXIMATE)
+) -> None:
     """Raise if a result's status says that it cannot be trusted. Outside jit: it looks at the values.
 
     Args:

@@ -29,15 +29,16 @@ class Status(enum.IntEnum):
     """
 
     CONVERGED = 0
-    APPROXIMATE = 1
-    FREE_NOT_CONVERGED = 2
-    NUDGED_NOT_CONVERGED = 3
-    LOST_IN_NOISE = 4
-    INDEFINITE_CURVATURE = 5
-    UNBOUNDED_NUDGE = 6
-    DIVERGED = 7
-    NOT_FINITE = 8
-    INVALID_SCHEME = 9
+    FELL_BACK = 1
+    APPROXIMATE = 2
+    FREE_NOT_CONVERGED = 3
+    NUDGED_NOT_CONVERGED = 4
+    LOST_IN_NOISE = 5
+    INDEFINITE_CURVATURE = 6
+    UNBOUNDED_NUDGE = 7
+    DIVERGED = 8
+    NOT_FINITE = 9
+    INVALID_SCHEME = 10
 
     def describe(self) -> str:
         """What the status means and what to do about it, in one sentence each."""
@@ -46,6 +47,10 @@ class Status(enum.IntEnum):
 
 _DESCRIPTIONS = {
     Status.CONVERGED: "Every check passed.",
+    Status.FELL_BACK: (
+        "The inner loss was not nearly quadratic where the fast nudged learner needs it, so the user's own learner ran "
+        "the nudged phases, and passed every check. Where this is the rule, `nudged_solver=` saves the failed attempt."
+    ),
     Status.APPROXIMATE: (
         "The estimator is biased or noisy by construction, or its nudge is large enough to be, so convergence cannot "
         "vouch for it. Lower beta, or compare it with an exact estimator: `contrastive_meta.compare`."

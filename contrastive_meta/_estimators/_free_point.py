@@ -1,6 +1,5 @@
 """The free solution as every estimator judges it: losses and gradients there, and whether learning had ended."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ class FreePoint(NamedTuple):
       nudge_norm: norm of v.
       scale: length of `params`, see `length_scale`.
       noise: rounding noise of the inner gradient.
-      statistic_noise: rounding noise of the meta-gradient's statistic; 0 where none is measured.
+      curvature: of the inner loss along v: the norm of H v over that of v.
     """
 
     params: Params
@@ -46,100 +45,90 @@ class FreePoint(NamedTuple):
     nudge_norm: jax.Array
     scale: jax.Array
     noise: jax.Array
-    statistic_noise: jax.Array
+    curvature: jax.Array
 
 
-# Spent by `survey` (the inner and outer gradients at the solution, three for the noise) and by `free_status`.
-NUM_GRADIENTS = 5 + 3
+# Spent by `survey`: the inner gradient three times, the outer one once.
+NUM_GRADIENTS = 4
 
 
-def survey(setting: Setting, solution: Solution, init: Params, statistic: Any = None) -> FreePoint:
-    """Evaluate both losses at the free solution and measure their rounding noise.
+def survey(setting: Setting, solution: Solution, init: Params, *, sequential: bool = False) -> FreePoint:
+    """Evaluate both losses at the free solution and measure the rounding noise of the inner gradient.
 
     Args:
       setting: the problem.
       solution: of the free phase.
       init: where learning started.
-      statistic: `params -> meta-params tree`, whose noise is wanted too, or None.
+      sequential: evaluate one point after another.
     """
     params = solution.params
-    inner_grad = tree.grad(setting.inner)(params)
-    (outer_loss, aux), outer_grad = jax.value_and_grad(
-        lambda at: setting.problem.outer_with_aux(at, setting.meta_params, setting.task), has_aux=True
-    )(params)
+    (outer_loss, aux), outer_grad = setting.outer_value_and_grad(params)
     scale = length_scale(params, init, setting.dtype)
-
-    def noisy(at: Params) -> tuple[Any, ...]:
-        grads = tree.grad(setting.inner)(at)
-        return (grads, statistic(at)) if statistic is not None else (grads,)
-
-    here = (inner_grad, statistic(params)) if statistic is not None else (inner_grad,)
-    noise, *statistic_noise = measure_noise(noisy, params, here, outer_grad, scale)
-    zero = jnp.zeros((), setting.dtype)
+    inner_grad, noise, curvature = measure_noise(
+        tree.grad(setting.inner), params, outer_grad, scale, sequential=sequential
+    )
+    nudge_norm = tree.norm(outer_grad).astype(setting.dtype)
     return FreePoint(
-        params, solution, outer_loss, aux, inner_grad, outer_grad, tree.norm(outer_grad).astype(setting.dtype), scale,
-        noise.astype(setting.dtype), statistic_noise[0].astype(setting.dtype) if statistic_noise else zero,
+        params, solution, outer_loss, aux, inner_grad, outer_grad, nudge_norm, scale, noise, curvature
     )  # fmt: skip
 
 
-def newton_step(
-    curve: Callable[[Params], Params], remainder: Params, least_curvature: jax.Array
-) -> tuple[Params, jax.Array]:
-    """`remainder` over the curvature along itself, and the length of that: what H^-1 would at least make of it.
+def newton_length(remainder: Params, product: Params, least_curvature: jax.Array) -> jax.Array:
+    """The length of what H^-1 would at least make of `remainder`: its norm over the curvature along itself.
 
     For positive definite H the Cauchy-Schwarz inequality gives e' H^-1 e >= (e'e)^2 / e'He, so a remainder that is too
     large by this measure is too large; leftovers of unfinished learning lie along low curvature, where it is sharp.
 
     Args:
-      curve: `x -> H x`.
       remainder: e.
+      product: H e.
       least_curvature: curvatures below it are not told from rounding.
     """
-    squared = tree.vdot(remainder, remainder)
-    present = squared > 0
-    curvature = tree.vdot(remainder, curve(remainder)) / jnp.where(present, squared, 1)
-    inverse = jnp.where(present, 1 / jnp.maximum(curvature, least_curvature), 0)
-    return tree.scale(inverse, remainder), inverse * jnp.sqrt(squared)
+    length = tree.norm(remainder)
+    unit = jnp.where(length > 0, length, jnp.ones_like(length))
+    curvature = tree.vdot(tree.scale(1 / unit, remainder), tree.scale(1 / unit, product))
+    return length / jnp.maximum(curvature, least_curvature)
 
 
-def gradient_difference(setting: Setting, point: FreePoint, at: Params, inner_grad: Params) -> tuple[Any, jax.Array]:
-    """`x -> H x` at `at` by one-sided differences of the inner gradient, and the least curvature they resolve."""
-    distance = 3 * jnp.sqrt(jnp.finfo(setting.dtype).eps) * point.scale
-
-    def curve(x: Params) -> Params:
-        length = tree.norm(x)
-        step = distance / jnp.where(length > 0, length, 1)
-        moved = tree.grad(setting.inner)(tree.add_scaled(at, step, x))
-        return tree.scale(1 / step, tree.subtract(moved, inner_grad))
-
-    smallest = jnp.finfo(setting.dtype).tiny
-    return curve, jnp.maximum(point.noise / distance, smallest)
+def difference_step(setting: Setting, point: FreePoint) -> tuple[jax.Array, jax.Array]:
+    """The length of a one-sided gradient difference, and the least curvature that it resolves."""
+    # Rounding and curvature balance at the square root of the relative noise.
+    eps, scale = jnp.finfo(setting.dtype).eps, point.scale
+    wanted = 3 * jnp.sqrt(point.noise * scale / jnp.where(point.curvature > 0, point.curvature, 1))
+    distance = jnp.clip(wanted, jnp.sqrt(eps) * scale, 0.1 * scale)
+    return distance, jnp.maximum(point.noise / distance, jnp.finfo(setting.dtype).tiny)
 
 
-def free_status(setting: Setting, point: FreePoint, at: Params, inner_grad: Params) -> jax.Array:
-    """Whether learning had ended where the meta-gradient was taken: 1 inner and 2 outer gradients.
+def free_status(setting: Setting, point: FreePoint, left: "LeftToLearn") -> jax.Array:
+    """Whether learning had ended where the meta-gradient was taken.
 
     It had not if the step that is at least left to take would move `params`, or change what the outer loss asks for
     there, by more than `UNLEARNED` of either; unless the residual is at the floor of the dtype.
-
-    Args:
-      setting: the problem.
-      point: the free phase.
-      at: where the meta-gradient was taken.
-      inner_grad: gradient of the inner loss there.
     """
-    curve, least = gradient_difference(setting, point, at, inner_grad)
-    step, distance = newton_step(curve, inner_grad, least)
-    here, there = tree.grad(setting.outer)(at), tree.grad(setting.outer)(tree.subtract(at, step))
-    shifted = tree.norm(tree.subtract(there, here)) > UNLEARNED * tree.norm(here)
-    residual = tree.norm(inner_grad)
-    at_floor = residual <= NOISE_FLOOR * point.noise
+    shifted = left.shift > UNLEARNED * left.nudge_norm
+    at_floor = left.residual <= NOISE_FLOOR * point.noise
     # Without a nudge there is nothing for the solution to matter to.
-    unlearned = ((distance > UNLEARNED * point.scale) | shifted) & ~at_floor & (point.nudge_norm > 0)
+    unlearned = ((left.distance > UNLEARNED * point.scale) | shifted) & ~at_floor & (point.nudge_norm > 0)
     reported = point.solution.status
-    refined = residual < 1e-3 * point.solution.residual
+    refined = left.residual < 1e-3 * point.solution.residual
     excused = (reported == Status.FREE_NOT_CONVERGED) & (at_floor | refined)
     return worst(
         flag(unlearned, Status.FREE_NOT_CONVERGED),
         jnp.where(excused, jnp.int32(Status.CONVERGED), reported),
     )
+
+
+class LeftToLearn(NamedTuple):
+    """What was left to learn where the meta-gradient was taken.
+
+    Attributes:
+      residual: norm of the inner gradient there.
+      distance: length of the step that is at least left to take, see `newton_length`.
+      shift: norm of the change that this step makes to the outer gradient.
+      nudge_norm: norm of the outer gradient there.
+    """
+
+    residual: jax.Array
+    distance: jax.Array
+    shift: jax.Array
+    nudge_norm: jax.Array

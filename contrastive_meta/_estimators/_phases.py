@@ -1,6 +1,7 @@
 """What the phases of a scheme left behind, and what went wrong in them if anything did."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +11,64 @@ from contrastive_meta._estimators._free_point import (
     NOISE_FLOOR,
     UNANSWERED,
     FreePoint,
-    gradient_difference,
-    newton_step,
+    LeftToLearn,
+    difference_step,
+    newton_length,
 )
 from contrastive_meta._estimators.base import Setting
-from contrastive_meta._nudging import NudgeScheme
+from contrastive_meta._nudging import Nudge, NudgeScheme, NudgeStrength
+from contrastive_meta._plasticity.autodiff import PlasticityRule
 from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
+from contrastive_meta._response import Probe, evaluate_at
 
 # The truncation error of a scheme of order p is of the order of bend^p.
 UNTRUNCATED = 1e-2
 
 
-class Phases(NamedTuple):
-    """What the phases of a scheme left behind; every leaf has a leading axis of phases.
+class Nudging(NamedTuple):
+    """What the phases of an estimate are to be.
 
     Attributes:
+      setting: the problem.
+      scheme: the strengths, or a way to find them.
+      nudge: what is added to the inner loss.
+      rule: what is measured.
+      sequential: one phase after another, instead of all at once.
+      response: u of an earlier estimate, to start from; zeros where there is none.
+    """
+
+    setting: Setting
+    scheme: NudgeStrength
+    nudge: Nudge
+    rule: PlasticityRule
+    sequential: bool
+    response: Params
+
+    def over_phases(self, function: Callable[..., Any], *stacked: Any) -> Any:
+        """`function` of each phase, whose values are stacked along the leading axis."""
+        if self.sequential:
+            return jax.lax.map(lambda phase: function(*phase), stacked)
+        return jax.vmap(function)(*stacked)
+
+    def probe(self, point: FreePoint) -> Probe:
+        """The free solution as a pilot sees it."""
+        return Probe(
+            inner_grad=tree.grad(self.setting.inner),
+            params=point.params,
+            free_grad=point.inner_grad,
+            outer_grad=point.outer_grad,
+            nudge_norm=point.nudge_norm,
+            scale=point.scale,
+            noise=point.noise,
+            dtype=self.setting.dtype,
+        )
+
+
+class Phases(NamedTuple):
+    """What the phases of a scheme left behind; but for `scheme` every leaf has a leading axis of phases.
+
+    Attributes:
+      scheme: strengths and weights.
       params: where each phase ended.
       statistic: what the plasticity rule measured there.
       residual: gradient of the phase's own loss there.
@@ -32,6 +76,7 @@ class Phases(NamedTuple):
       num_gradients: of all phases together (no leading axis).
     """
 
+    scheme: NudgeScheme
     params: Params
     statistic: MetaParams
     residual: Params
@@ -39,80 +84,132 @@ class Phases(NamedTuple):
     num_gradients: jax.Array
 
 
-def nudged_status(
-    setting: Setting,
-    point: FreePoint,
-    scheme: NudgeScheme,
-    phases: Phases,
-    grad: MetaParams,
-    response: Params,
-    remainder: Params,
-) -> jax.Array:
+class Judged(NamedTuple):
+    """The contrasts of the phases, where the meta-gradient was taken, and what was left there.
+
+    Attributes:
+      response: contrast of where the phases ended: dphi/dbeta = -u.
+      remainder: contrast of their residuals: v - H u, what is left of the nudge.
+      params: the base point: the free solution, or what the phases made of it where that is better learned.
+      residual: norm of the inner gradient there.
+      outer_loss: there.
+      aux: of the outer loss, there.
+      missing: length of what is at least missing of the response, see `newton_length`.
+      bend: how far learning is from linear over the span of the phases, see `judge`.
+      left: what was left to learn.
+    """
+
+    response: Params
+    remainder: Params
+    params: Params
+    residual: jax.Array
+    outer_loss: jax.Array
+    aux: Any
+    missing: jax.Array
+    bend: jax.Array
+    left: LeftToLearn
+
+
+# Spent by `judge`: the inner gradient at three points, the outer one at two.
+NUM_JUDGING = 5
+
+
+def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
+    """Evaluate the losses between the phases, and along what their contrasts say is left.
+
+    The phases go on learning: where they would have ended without a nudge is the free solution some steps later. The
+    better learned of the two is the base point.
+
+    The bend is 0 for quadratic losses, of the order of the displacement for smooth ones, and of order 1 where a kink
+    or the rim of the basin lies between the phases. Two signs, the worse counts. The inner gradient at the mean of the
+    phases' ends against the mean of their gradients, relative to the nudge. And, where learning had ended, how far the
+    line through the phases' ends misses the free solution, relative to their displacement.
+    """
+    setting, scheme = nudging.setting, phases.scheme
+    response, remainder = scheme.contrast(phases.params), scheme.contrast(phases.residual)
+    nudges, _ = scheme.arrays(setting.dtype)
+
+    def inner_grad(residual: Params, beta: jax.Array) -> Params:
+        return tree.subtract(residual, tree.scale(beta, point.outer_grad))
+
+    center, refined = _mean(phases.params), scheme.at_zero(phases.params)
+    expected, common = _mean(jax.vmap(inner_grad)(phases.residual, nudges)), scheme.at_zero(phases.residual)
+    distance, least = difference_step(setting, point)
+    ends = (center, *(tree.add_scaled(refined, distance / or_one(tree.norm(x)), x) for x in (remainder, common)))
+    points = jax.tree.map(lambda *xs: jnp.stack(xs), *ends, refined)
+    found, *grads, base_grad = _unstack(evaluate_at(tree.grad(setting.inner), points, sequential=nudging.sequential), 4)
+    products = [
+        tree.scale(tree.norm(x) / distance, tree.subtract(grad, base_grad))
+        for x, grad in zip((remainder, common), grads, strict=True)
+    ]
+    missing = newton_length(remainder, products[0], least)
+    length = newton_length(common, products[1], least)
+    better = tree.norm(base_grad) < tree.norm(point.inner_grad)
+    base, base_grad = tree.where(better, (refined, base_grad), (point.params, point.inner_grad))
+    residual = tree.norm(base_grad).astype(setting.dtype)
+
+    # The step that is left goes down `base_grad`, by the curvature along what the phases have in common.
+    length = length * residual / or_one(tree.norm(common))
+    ahead = tree.add_scaled(base, -length / or_one(residual), base_grad)
+    (values, auxes), outer_grads = evaluate_at(
+        setting.outer_value_and_grad, jax.tree.map(lambda a, b: jnp.stack([a, b]), base, ahead),
+        sequential=nudging.sequential,
+    )  # fmt: skip
+    here, there = _unstack(outer_grads, 2)
+    left = LeftToLearn(residual, length, tree.norm(tree.subtract(there, here)), tree.norm(here))
+    strength = scheme.strength(setting.dtype)
+    nudge = strength * or_one(point.nudge_norm)
+    of_gradient = tree.norm(tree.subtract(found, expected)) / nudge
+    missed = tree.subtract(
+        _mean(jax.vmap(lambda at, beta: tree.subtract(at, tree.scale(beta, response)))(phases.params, nudges)),
+        point.params,
+    )
+    of_path = tree.norm(missed) / or_one(strength * tree.norm(response))
+    # Before learning ends the phases drift on together, which bends nothing.
+    ended = tree.norm(point.inner_grad) < 1e-3 * nudge
+    bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
+    outer_loss, aux = jax.tree.map(lambda xs: xs[0], (values, auxes))
+    return Judged(response, remainder, base, residual, outer_loss, aux, missing, bend, left)
+
+
+def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams, judged: Judged) -> jax.Array:
     """What went wrong in the nudged phases, judged from the same contrast as the meta-gradient."""
-    nudge = or_one(point.nudge_norm)
-    curve, least = gradient_difference(setting, point, point.params, point.inner_grad)
-    _, missing = newton_step(curve, remainder, least)
-    unanswered = (tree.norm(remainder) > UNANSWERED * nudge) | (missing > UNANSWERED * tree.norm(response))
+    dtype, scheme = nudging.setting.dtype, phases.scheme
+    nudge, response, remainder = or_one(point.nudge_norm), judged.response, judged.remainder
+    unanswered = (tree.norm(remainder) > UNANSWERED * nudge) | (judged.missing > UNANSWERED * tree.norm(response))
     # A pure imaginary nudge is read off without subtraction: rounding is not divided by it.
     subtracts = len(scheme.nudges) > 1
-    _, weights = scheme.arrays(setting.dtype)
+    _, weights = scheme.arrays(dtype)
     gain = jnp.sqrt(jnp.sum(jnp.abs(weights) ** 2)) * subtracts
+    # The statistic is taken to be as noisy, relative to itself, as the inner gradient is to what it is made of.
+    eps = float(jnp.finfo(dtype).eps)
+    coarser = jnp.maximum(point.noise / or_one(eps * point.curvature * point.scale), 1.0)
+    statistic_noise = eps * coarser * tree.norm(_mean(phases.statistic)) / 4
     # A response that never came leaves a zero that any noise exceeds: that is not the noise's doing.
     drowned = (point.noise * gain * NOISE_FLOOR > nudge) | (
-        (point.statistic_noise * gain * NOISE_FLOOR > tree.norm(grad)) & ~unanswered
+        (statistic_noise * gain * NOISE_FLOOR > tree.norm(grad)) & ~unanswered
     )
     anything = point.nudge_norm > 0
     # H response = remainder - v: its product with the response is the curvature that the nudge met.
     curvature = tree.vdot(response, tree.subtract(remainder, point.outer_grad))
     indefinite = curvature < -1e-3 * tree.norm(response) * nudge
     learned, finite = tree.all_finite((point.params, point.outer_grad)), tree.all_finite((grad, phases.params))
-    bent = _bend(setting, point, scheme, phases, response)
-    coarse = bent**scheme.order > UNTRUNCATED
-    ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, scheme, phases) | (bent > 0.5)
+    coarse = judged.bend**scheme.order > UNTRUNCATED
+    ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, phases) | (judged.bend > 0.5)
     return worst(
         flag(anything & coarse, Status.APPROXIMATE),
         flag(anything & unanswered, Status.NUDGED_NOT_CONVERGED),
         flag(anything & drowned, Status.LOST_IN_NOISE),
         flag(indefinite, Status.INDEFINITE_CURVATURE),
         flag((anything & ran_away & ~drowned) | (learned & ~finite), Status.UNBOUNDED_NUDGE),
-        scheme.validity(setting.dtype),
+        scheme.validity(dtype),
         flag(~learned, Status.NOT_FINITE),
     )
 
 
-def _bend(setting: Setting, point: FreePoint, scheme: NudgeScheme, phases: Phases, response: Params) -> jax.Array:
-    """How far learning is from linear over the span of the phases.
-
-    It is 0 for quadratic losses, of the order of the displacement for smooth ones, and of order 1 where a kink or the
-    rim of the basin lies between the phases. Two signs, the worse counts. The inner gradient at the mean of the
-    phases' ends against the mean of their gradients, relative to the nudge. And, where learning had ended, how far
-    the line through the phases' ends misses the free solution, relative to their displacement.
-    """
-    nudges, _ = scheme.arrays(setting.dtype)
-    strength = scheme.strength(setting.dtype)
-    nudge = strength * or_one(point.nudge_norm)
-
-    def mean(trees: Params) -> Params:
-        return jax.tree.map(lambda xs: jnp.mean(jnp.real(xs), axis=0), trees)
-
-    def inner_grad(residual: Params, beta: jax.Array) -> Params:
-        return tree.subtract(residual, tree.scale(beta, point.outer_grad))
-
-    def without_response(params: Params, beta: jax.Array) -> Params:
-        return tree.subtract(params, tree.scale(beta, response))
-
-    expected = mean(jax.vmap(inner_grad)(phases.residual, nudges))
-    found = tree.grad(setting.inner)(mean(phases.params))
-    of_gradient = tree.norm(tree.subtract(found, expected)) / nudge
-    missed = tree.subtract(mean(jax.vmap(without_response)(phases.params, nudges)), point.params)
-    of_path = tree.norm(missed) / or_one(strength * tree.norm(response))
-    # Before learning ends the phases drift on together, which bends nothing.
-    ended = tree.norm(point.inner_grad) < 1e-3 * nudge
-    return jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
-
-
-def _curves_downwards(point: FreePoint, scheme: NudgeScheme, phases: Phases) -> jax.Array:
+def _curves_downwards(point: FreePoint, phases: Phases) -> jax.Array:
     """Whether a nudged loss has negative mean curvature along the path of its own phase: it has no minimum there."""
+    scheme = phases.scheme
     if scheme.is_complex:
         return jnp.asarray(False)
 
@@ -129,3 +226,12 @@ def _curves_downwards(point: FreePoint, scheme: NudgeScheme, phases: Phases) -> 
 def or_one(x: jax.Array) -> jax.Array:
     """`x` where it is positive, else 1: a divisor."""
     return jnp.where(x > 0, x, jnp.ones_like(x))
+
+
+def _mean(stacked: Any) -> Any:
+    """The real part of the mean over phases."""
+    return jax.tree.map(lambda xs: jnp.mean(jnp.real(xs), axis=0), stacked)
+
+
+def _unstack(stacked: Any, number: int) -> list[Any]:
+    return [jax.tree.map(lambda xs, k=k: xs[k], stacked) for k in range(number)]

@@ -62,6 +62,13 @@ class Setting:
         """The outer loss."""
         return self.problem.outer(params, self.meta_params, self.task)
 
+    def outer_value_and_grad(self, params: Params) -> tuple[tuple[jax.Array, Any], Params]:
+        """The outer loss with its aux, and its gradient in `params`."""
+        evaluated: tuple[tuple[jax.Array, Any], Params] = jax.value_and_grad(
+            lambda at: self.problem.outer_with_aux(at, self.meta_params, self.task), has_aux=True
+        )(params)
+        return evaluated
+
     def nudged(self, params: Params, beta: Any) -> jax.Array:
         """The nudged loss on the whole task."""
         return self.problem.nudged(params, self.meta_params, self.task, beta)

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators._free_point import NUM_GRADIENTS, UNANSWERED, free_status, newton_step, survey
+from contrastive_meta._estimators._free_point import (
+    NUM_GRADIENTS,
+    UNANSWERED,
+    LeftToLearn,
+    free_status,
+    newton_length,
+    survey,
+)
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._inverse_hessian import ConjugateGradient, InverseHessian
 from contrastive_meta._problem import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
@@ -68,9 +75,16 @@ class ImplicitDifferentiation(MetaGradientEstimator):
 
         finite = tree.all_finite((grad, point.params))
         # A solver's own tolerance may lie below what the dtype can reach; what matters is what is left, of the nudge
-        # and of the response.
-        left = tree.subtract(point.outer_grad, hvp(adjoint.solution))
-        _, missing = newton_step(hvp, left, jnp.asarray(jnp.finfo(setting.dtype).tiny, setting.dtype))
+        # and of the response; and what was left to learn.
+        pair = jax.tree.map(lambda u, g: jnp.stack([u, g]), adjoint.solution, point.inner_grad)
+        of_solution, of_residual = (jax.tree.map(lambda xs, k=k: xs[k], jax.vmap(hvp)(pair)) for k in (0, 1))
+        least = jnp.asarray(jnp.finfo(setting.dtype).tiny, setting.dtype)
+        left = tree.subtract(point.outer_grad, of_solution)
+        missing = newton_length(left, hvp(left), least)
+        residual, distance = tree.norm(point.inner_grad), newton_length(point.inner_grad, of_residual, least)
+        step = tree.scale(distance / jnp.where(residual > 0, residual, 1), point.inner_grad)
+        _, ahead = setting.outer_value_and_grad(tree.subtract(point.params, step))
+        shift = tree.norm(tree.subtract(ahead, point.outer_grad))
         solved = (adjoint.residual <= UNANSWERED) & (missing <= UNANSWERED * tree.norm(adjoint.solution))
         unsolved = flag(~solved, Status.NUDGED_NOT_CONVERGED)
         excused = solved & (adjoint.status == Status.NUDGED_NOT_CONVERGED)
@@ -85,12 +99,12 @@ class ImplicitDifferentiation(MetaGradientEstimator):
             aux=point.aux,
             diagnostics=make_diagnostics(
                 setting.dtype,
-                free_residual=tree.norm(point.inner_grad),
+                free_residual=residual,
                 nudged_residual=adjoint.residual,
-                num_gradients=free.num_gradients + NUM_GRADIENTS,
-                num_hvps=adjoint.num_hvps + 2,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + 1,
+                num_hvps=adjoint.num_hvps + 3,
                 status=worst(
-                    free_status(setting, point, point.params, point.inner_grad),
+                    free_status(setting, point, LeftToLearn(residual, distance, shift, point.nudge_norm)),
                     linear,
                     flag(~finite, Status.NOT_FINITE),
                 ),

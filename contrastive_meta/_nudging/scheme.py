@@ -28,6 +28,15 @@ class NudgeStrength(abc.ABC):
         """The scheme to use, and the number of gradients spent to find it."""
 
     @abc.abstractmethod
+    def for_response(self, probe: Probe, response: jax.Array) -> "NudgeScheme":
+        """The scheme to use where the length `response` of the response to a unit nudge is known."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the strength follows what is measured, or is what the user typed."""
+        return True
+
+    @abc.abstractmethod
     def template(self) -> "NudgeScheme":
         """A scheme of the same structure, whatever its strength."""
 
@@ -81,6 +90,15 @@ class NudgeScheme(NudgeStrength):
         """The scheme itself: a strength that is typed is raw."""
         return self, jnp.int32(0)
 
+    def for_response(self, probe: Probe, response: jax.Array) -> "NudgeScheme":
+        """The scheme itself."""
+        return self
+
+    @property
+    def adapts(self) -> bool:
+        """A strength that is typed is raw."""
+        return False
+
     def template(self) -> "NudgeScheme":
         """The scheme itself."""
         return self
@@ -116,6 +134,22 @@ class NudgeScheme(NudgeStrength):
         total = jnp.abs(_total(weights)) <= slack * jnp.max(jnp.abs(weights))
         unit = jnp.abs(_unit(nudges, weights) - 1) <= slack
         return flag(~(total & unit), Status.INVALID_SCHEME)
+
+    def at_zero(self, measured: PyTree) -> PyTree:
+        """What `measured` would be without a nudge: the polynomial through all phases, at strength 0.
+
+        Its error is O(beta^n) for n phases: the free phase where there is one, the mean of a symmetric pair.
+        """
+
+        def interpolate(values: jax.Array) -> jax.Array:
+            nudges, _ = self.arrays(jnp.real(values).dtype)
+            # Lagrange's weights at 0: the products over j != k of beta_j / (beta_j - beta_k).
+            same = jnp.eye(len(self.nudges), dtype=bool)
+            gaps = jnp.where(same, 1, nudges[None, :] - nudges[:, None])
+            weights = jnp.prod(jnp.where(same, 1, nudges[None, :]) / gaps, axis=1)
+            return jnp.real(jnp.tensordot(weights, values, axes=(0, 0)))
+
+        return jax.tree.map(interpolate, measured)
 
     def contrast(self, measured: PyTree) -> PyTree:
         """Re sum_k w_k measured_k over the leading (phase) axis of every leaf: algorithm (8)."""

@@ -34,10 +34,14 @@ class RelativeStrength(NudgeStrength):
     def resolve(self, probe: Probe) -> tuple[NudgeScheme, jax.Array]:
         """Measure the response to a unit nudge, then scale the scheme to the wanted displacement."""
         response, num_gradients = measure_response(probe, self.num_pilot_steps)
+        return self.for_response(probe, response), num_gradients
+
+    def for_response(self, probe: Probe, response: jax.Array) -> NudgeScheme:
+        """The scheme, scaled to the wanted displacement."""
         wanted = self._displacement(probe, response)
         # With nothing to respond to (a zero outer gradient) any strength does.
         beta = jnp.where(response > 0, wanted * probe.scale / jnp.where(response > 0, response, 1), 1.0)
-        return self.unit.scaled(beta.astype(probe.dtype)), num_gradients
+        return self.unit.scaled(beta.astype(probe.dtype))
 
     def _displacement(self, probe: Probe, response: jax.Array) -> jax.Array:
         if self.displacement is not None:

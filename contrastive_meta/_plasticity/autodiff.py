@@ -51,12 +51,10 @@ class Autodiff(PlasticityRule):
         )
 
 
-def measure(
+def measured_by(
     rule: PlasticityRule, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task, beta: Number
-) -> tuple[MetaParams, Params]:
-    """The rule's statistic, and the nudged loss's gradient in `params` there: what is left of the phase.
-
-    XLA shares the forward pass between the two when the rule is `Autodiff`.
+) -> MetaParams:
+    """The rule's statistic, checked.
 
     Raises:
       ValueError: the rule returned another tree than `meta_params`.
@@ -68,5 +66,4 @@ def measure(
             f"{jax.tree.structure(meta_params)}, got {jax.tree.structure(statistic)}. "
             "Return zeros for meta-parameters that this rule leaves alone."
         )
-    residual = tree.grad(lambda at: problem.nudged(at, meta_params, task, beta))(params)
-    return statistic, jax.lax.stop_gradient(residual)
+    return statistic

@@ -111,6 +111,15 @@ class InnerSolver(abc.ABC):
           stop: overrides of the solver's own stopping rule.
         """
 
+    @property
+    def is_smooth(self) -> bool:
+        """Whether the solution is a minimum of the loss that a gradient method would find too.
+
+        Then `Contrastive` may let a faster learner run the nudged phases. Learners that minimise something else, or
+        may not be looked into, run their own phases.
+        """
+        return False
+
     def init_memory(self, params: Params) -> PyTree:
         """A memory that carries nothing yet, in the structure of `Solution.memory`."""
         return ()

@@ -38,6 +38,11 @@ class LBFGS(InnerSolver):
     max_steps: int | jax.Array = 500
     memory_size: int = static(default=10)
 
+    @property
+    def is_smooth(self) -> bool:
+        """It descends the loss's own gradient."""
+        return True
+
     def solve(
         self,
         loss: InnerLoss,

@@ -76,6 +76,11 @@ class OptaxDescent(InnerSolver):
             self.optimizer(meta_params), self.num_steps, self.tol, self.max_steps, carry_state=self.carry_state
         )
 
+    @property
+    def is_smooth(self) -> bool:
+        """It descends the loss's own gradient."""
+        return True
+
     def solve(
         self,
         loss: InnerLoss,

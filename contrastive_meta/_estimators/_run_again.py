@@ -1,0 +1,123 @@
+"""Nudged phases as published: learning itself is run again, on the nudged loss, from the free solution."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._estimators._free_point import FreePoint
+from contrastive_meta._estimators._phases import Nudging, Phases
+from contrastive_meta._estimators.base import Setting
+from contrastive_meta._holomorphic import require_holomorphic
+from contrastive_meta._nudging import NudgeScheme
+from contrastive_meta._plasticity.autodiff import measured_by
+from contrastive_meta._problem import MetaParams, Params, same_arrays
+from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
+
+_PHASES = "phases"
+
+
+def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_tol: Any) -> Phases:
+    """Run the scheme's phases from the free solution and measure each where it ends.
+
+    Args:
+      nudging: what the phases are to be.
+      point: where the free phase ended.
+      solver: the learner, bound to the meta-parameters.
+      nudged_tol: gradient norm at which phases may stop, relative to |beta| ||v||; None for about eps^(2/3).
+    """
+    setting = nudging.setting
+    scheme, pilot_gradients = nudging.scheme.resolve(nudging.probe(point))
+    scheme = jax.tree.map(jnp.asarray, scheme)
+    nudged = setting.replace_problem(
+        nudging.nudge.apply(setting.problem, point.params, setting.meta_params, setting.task, point.outer_grad)
+    )
+    start, memory = point.params, point.solution.memory
+    if scheme.is_complex:
+        start, memory = tree.to_complex(start), ()
+        solver.check_holomorphic(start)
+    if not same_arrays(memory, solver.init_memory(point.params)):
+        memory = ()
+    nudges, _ = scheme.arrays(setting.dtype)
+    tolerances = _tolerances(setting, point, nudges, nudged_tol)
+
+    def run(beta: jax.Array, stop: Stop) -> Solution:
+        def on_minibatch(at: Params, step: jax.Array) -> jax.Array:
+            return nudged.nudged_minibatch(at, beta, step)
+
+        return solver.solve(
+            lambda at: nudged.nudged(at, beta),
+            start,
+            minibatch_loss=on_minibatch if nudged.problem.sample is not None else None,
+            memory=memory,
+            stop=stop,
+        )
+
+    # An unmatched free phase is the free solution itself; everything else runs, the matched control included.
+    skipped = None if scheme.matched else scheme.free_phase
+    running = [k for k in range(len(scheme.nudges)) if k != skipped]
+    solutions = _one_by_one(run, nudges, tolerances, running) if nudging.sequential else _together(
+        run, nudges[jnp.array(running)], tolerances[jnp.array(running)]
+    )  # fmt: skip
+    ended, status, num_gradients = solutions.params, solutions.status, jnp.sum(solutions.num_gradients)
+    if skipped is not None:
+        ended = jax.tree.map(lambda xs, x: jnp.insert(xs, skipped, x, axis=0), ended, start)
+        status = jnp.insert(status, skipped, 0)
+
+    def measure(at: Params, beta: jax.Array) -> tuple[MetaParams, Params]:
+        statistic = measured_by(nudging.rule, nudged.problem, at, setting.meta_params, setting.task, beta)
+        return statistic, tree.grad(lambda params: nudged.nudged(params, beta))(at)
+
+    statistic, residual = nudging.over_phases(measure, ended, nudges)
+    spent = (pilot_gradients + num_gradients + len(scheme.nudges)).astype(jnp.int32)
+    return Phases(scheme, ended, statistic, residual, status, spent)
+
+
+def require_complex_capable(setting: Setting, scheme: NudgeScheme, start: Params) -> None:
+    """Raise unless both losses and their gradients are holomorphic."""
+    meta_params, start = tree.to_complex(setting.meta_params), tree.to_complex(start)
+    for name, loss in (("inner_loss", setting.problem.inner), ("outer_loss", setting.problem.outer)):
+        require_holomorphic(
+            tree.value_and_grad(functools.partial(_on_task, loss, setting.task), argnums=(0, 1)),
+            start,
+            meta_params,
+            what=f"{name} or its gradient",
+            remedy="Complex schemes differentiate along a complex nudge: write the loss without this operation, "
+            "or use a real scheme such as `central_difference`.",
+            complex_step=len(scheme.nudges) == 1,
+        )
+
+
+def _tolerances(setting: Setting, point: FreePoint, nudges: jax.Array, nudged_tol: Any) -> jax.Array:
+    """Absolute gradient norms at which phases may stop: relative to their nudge, not below the noise."""
+    eps = jnp.finfo(setting.dtype).eps
+    relative_tol = eps ** (2 / 3) if nudged_tol is None else nudged_tol
+    sizes = jnp.abs(nudges)
+    smallest = jnp.min(jnp.where(sizes > 0, sizes, jnp.inf))
+    # The matched control stops with the weakest nudge.
+    wanted = jnp.asarray(relative_tol, setting.dtype) * jnp.where(sizes > 0, sizes, smallest) * point.nudge_norm
+    return jnp.maximum(wanted, 2 * point.noise).astype(setting.dtype)
+
+
+def _together(run: Any, nudges: jax.Array, tolerances: jax.Array) -> Solution:
+    """All phases in one vmapped solve; solvers that run to a tolerance go on until every phase is done."""
+    solutions: Solution = jax.vmap(lambda beta, tol: run(beta, Stop(tol=tol, group=_PHASES)), axis_name=_PHASES)(
+        nudges, tolerances
+    )
+    return solutions
+
+
+def _one_by_one(run: Any, nudges: jax.Array, tolerances: jax.Array, running: list[int]) -> Solution:
+    """One phase after another: the first to run decides how many steps the others take."""
+    first = run(nudges[running[-1]], Stop(tol=tolerances[running[-1]]))
+    stop = Stop(tol=jnp.zeros_like(tolerances[0]), max_steps=first.num_steps)
+    solutions = [run(nudges[k], stop) for k in running[:-1]] + [first]
+    stacked: Solution = jax.tree.map(lambda *xs: jnp.stack(xs), *solutions)
+    return stacked
+
+
+def _on_task(loss: Any, task: Any, params: Params, meta_params: MetaParams) -> jax.Array:
+    value: jax.Array = loss(params, meta_params, task)
+    return value

@@ -1,0 +1,401 @@
+"""The fast nudged learner: Newton's step for all phases at once, by conjugate gradients on gradient differences."""
+
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._estimators._free_point import NOISE_FLOOR, UNANSWERED, FreePoint, difference_step
+from contrastive_meta._estimators._phases import Nudging, Phases, or_one
+from contrastive_meta._estimators.base import Setting
+from contrastive_meta._nudging import NudgeScheme
+from contrastive_meta._plasticity.autodiff import measured_by
+from contrastive_meta._problem import Params
+from contrastive_meta._pytree import static, strategy
+
+# Of a remainder, one pass is asked to leave this power of the dtype's eps: what products that are one-sided gradient
+# differences are accurate to, 1e-6 in float64 and 3e-3 in float32.
+_FORCING = 3 / 8
+# Newton's step may move the base point by this fraction of the length of `params`.
+_RADIUS = 0.3
+# A pass that leaves more of the remainder than this is suspected of too large a nudge.
+_SUSPICIOUS = 0.3
+# So is one whose phases have this fraction of the nudge in common.
+_BENT = 0.1
+# By what strengths and difference steps are divided then, and how often.
+_SHRINK = 8.0
+_MOST_TRIES = 4
+
+
+@strategy
+class NewtonKrylov:
+    """A nudged learner that takes the inner loss to be nearly quadratic, and checks that it is.
+
+    What a nudge of strength beta does to the minimum is, for small beta, a straight line: phase k ends at
+    base - beta_k u, where H u = v. Both are found from gradients of the inner loss alone. A pass solves two linear
+    systems side by side by conjugate gradients, in which a Hessian-vector product is the difference of two gradients:
+    one for u, one for the step that the free phase had left to take. Then the phases are evaluated where they should
+    have ended. The contrast of their gradients is what is left of the nudge, v - H u, to the order of the scheme and
+    free of the products' error; their gradient at strength 0 is what is left of learning. Both are the right-hand sides
+    of the next pass. Usually two passes do.
+
+    It ends when the remainder of the nudge is below `tol`, or a pass no longer helps, or the budget is spent. Where
+    the loss curves downwards or no pass helped, the user's own learner runs the phases instead, as published, and the
+    status is `FELL_BACK`.
+
+    Args:
+      tol: norm of v - H u relative to that of v, dimensionless; by default as small as the rounding noise of the
+        contrast lets it be, about 1e-10 in float64 and 1e-4 in float32 for `relative(central_difference)`.
+      max_steps: budget of conjugate-gradient iterations of each system, all passes together; an iteration is one
+        gradient for each system that still needs it.
+      max_passes: most passes.
+      fall_back: run the estimator's own learner where this one fails. False saves its compilation.
+
+    Reference:
+      Knoll & Keyes (2004), Jacobian-free Newton-Krylov methods; Dembo, Eisenstat & Steihaug (1982) for the accuracy
+      asked of a pass; Steihaug (1983) for the radius.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> estimator = cm.Contrastive(cm.LBFGS(), nudged_solver=cm.NewtonKrylov(tol=1e-3))
+    """
+
+    tol: float | jax.Array | None = None
+    max_steps: int | jax.Array = 1000
+    max_passes: int | jax.Array = 8
+    fall_back: bool = static(default=True)
+
+    def run(self, nudging: Nudging, point: FreePoint) -> tuple[Phases, jax.Array]:
+        """Find the response to the nudge and the base point, and measure the phases on the line through them.
+
+        Returns:
+          The phases, and whether they failed: whether another learner should run them instead.
+        """
+        search = _Search(nudging, point, self)
+        return search.measure(jax.lax.while_loop(lambda line: line.running, search.one_pass, search.start()))
+
+
+class _Line(NamedTuple):
+    """The line base - beta u, on which the phases lie, and what their gradients say of it."""
+
+    base: Params
+    response: Params  # u
+    scheme: NudgeScheme
+    residuals: Params  # gradients of the phases' own losses, a leading axis of phases
+    remainder: Params  # v - H u, the contrast of the residuals
+    base_grad: Params  # what is left of learning, the mean of the residuals
+    measured: jax.Array  # whether the residuals are those of this line
+    shrink: jax.Array  # what strengths and difference steps are divided by
+    radius: jax.Array  # the longest step of the base point
+    change: jax.Array  # of the response by the last pass, relative, times what the pass left of the remainder
+    num_steps: jax.Array
+    num_passes: jax.Array
+    num_gradients: jax.Array
+    indefinite: jax.Array
+    running: jax.Array
+
+
+class _Measured(NamedTuple):
+    """The phases' gradients at one strength."""
+
+    scheme: NudgeScheme
+    residuals: Params
+    remainder: Params
+    base_grad: Params
+    left: jax.Array  # norm of the remainder
+    shrink: jax.Array
+    num_tries: jax.Array
+    running: jax.Array
+
+
+class _System(NamedTuple):
+    """Conjugate gradients for H x = b under way, b of length 1; what Steihaug (1983) needs of x and p is recursive."""
+
+    x: Params
+    remainder: Params
+    direction: Params  # p
+    squared: jax.Array  # ||remainder||^2
+    slope: jax.Array  # <remainder, p>
+    pp: jax.Array
+    xp: jax.Array
+    xx: jax.Array
+    fresh: jax.Array  # whether p is not the remainder's own, so that the next direction starts anew
+    num_steps: jax.Array
+    indefinite: jax.Array
+    active: jax.Array
+
+
+class _Limits(NamedTuple):
+    """When conjugate gradients end, one set for each system, in its units."""
+
+    remainder: jax.Array  # norm of the remainder
+    step: jax.Array  # length of a step
+    radius: jax.Array  # length of x
+
+
+T = TypeVar("T")
+
+
+def _cast_like(new: T, old: T) -> T:
+    """`new` in the dtypes of `old`: where leaves differ in precision, scalars must not widen them."""
+    cast: T = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), new, old)
+    return cast
+
+
+class _Search:
+    """One search for the line, with what stays the same in all passes."""
+
+    def __init__(self, nudging: Nudging, point: FreePoint, learner: NewtonKrylov) -> None:
+        setting = nudging.setting
+        self.nudging, self.point, self.setting, self.learner = nudging, point, setting, learner
+        self.dtype = setting.dtype
+        self.inner_grad = tree.grad(setting.inner)
+        eps = float(jnp.finfo(setting.dtype).eps)
+        self.tol = jnp.asarray(10 * eps if learner.tol is None else learner.tol, setting.dtype)
+        self.forcing = eps**_FORCING
+        self.distance, _ = difference_step(setting, point)
+        self.nudge = or_one(point.nudge_norm)
+        # The norm over which the mean inverse curvature is taken before a response is known.
+        self.usual = self.nudge / or_one(point.curvature)
+
+    def start(self) -> _Line:
+        """The free solution, with no response yet and all of the nudge left."""
+        point, none, false = self.point, jnp.int32(0), jnp.asarray(False)
+        one = jnp.ones((), self.dtype)
+        scheme = self._scheme(one, one)
+        num_phases = len(scheme.nudges)
+        residuals = jax.tree.map(
+            lambda g: jnp.zeros(
+                (num_phases, *g.shape), jnp.result_type(g, jnp.complex64) if scheme.is_complex else g.dtype
+            ),
+            point.inner_grad,
+        )
+        return _Line(
+            base=point.params,
+            response=tree.zeros_like(point.params),
+            scheme=scheme,
+            residuals=residuals,
+            remainder=point.outer_grad,
+            base_grad=point.inner_grad,
+            measured=false,
+            shrink=one,
+            radius=_RADIUS * point.scale,
+            change=one,
+            num_steps=none,
+            num_passes=none,
+            num_gradients=none,
+            indefinite=false,
+            running=tree.all_finite((point.outer_grad, point.inner_grad)) & (point.nudge_norm > 0),
+        )
+
+    def one_pass(self, line: _Line) -> _Line:
+        """Solve for what is left of the nudge and of learning, move there, and measure what is left now."""
+        point, learner = self.point, self.learner
+        left, base_left = self._norm(line.remainder), self._norm(line.base_grad)
+        systems = self._solve(line, left, base_left)
+        more = tree.scale(left, jax.tree.map(lambda xs: xs[0], systems.x))
+        step = tree.scale(base_left, jax.tree.map(lambda xs: xs[1], systems.x))
+        base, response = tree.add(line.base, step), tree.add(line.response, more)
+        length, moved = self._norm(response), self._norm(step)
+        found = self._measure_line(base, response, length, left, line.shrink)
+
+        # A point that has not moved is known better than by interpolation.
+        base_grad = tree.where(moved > 0, found.base_grad, line.base_grad)
+        now, base_now, noise = found.left, self._norm(base_grad), point.noise
+        target = self._target(found.scheme)
+        # What is left to learn, as a length: by the mean inverse curvature that the nudge and that learning met.
+        inverse = jnp.maximum(length / self.nudge, moved / or_one(base_left))
+        learned = (base_now <= 2 * noise) | (base_now * inverse <= target * point.scale)
+        answered = now <= target * self.nudge
+        bent = found.scheme.strength(self.dtype) * self.nudge * _BENT
+        sound = jnp.isfinite(base_now) & (base_now <= jnp.maximum(jnp.maximum(base_left, bent), NOISE_FLOOR * noise))
+        better = sound & (now <= left) & (length > 0)
+        learning = sound & (base_now <= 0.5 * base_left) & (base_left > 2 * noise)
+        retry = ~sound & (moved > 0) & (base_now > base_left)
+        progress = (better & (now <= 0.5 * left)) | learning | retry
+        done = better & answered & learned
+
+        num_steps, num_passes = line.num_steps + jnp.max(systems.num_steps), line.num_passes + 1
+        change = self._norm(more) / or_one(length) * jnp.minimum(now / or_one(left), 1.0)
+        base, base_grad = tree.where(sound, (base, base_grad), (line.base, line.base_grad))
+        old = (line.response, line.scheme, line.residuals, line.remainder, line.change)
+        new = (response, found.scheme, found.residuals, found.remainder, change)
+        response, scheme, residuals, remainder, change = tree.where(better, new, old)
+        after = _Line(
+            base, response, scheme, residuals, remainder, base_grad,
+            # A base point that moved without its response takes the old measurement's meaning away.
+            measured=better | (line.measured & ~sound),
+            shrink=found.shrink,
+            radius=jnp.where(retry, 0.25 * moved, line.radius),
+            change=change,
+            num_steps=num_steps,
+            num_passes=num_passes,
+            num_gradients=line.num_gradients
+            + jnp.sum(systems.num_steps)
+            + found.num_tries * (len(found.scheme.nudges) + 1),
+            indefinite=systems.indefinite[0],
+            running=~done & progress & (num_passes < learner.max_passes) & (num_steps < learner.max_steps),
+        )  # fmt: skip
+        return _cast_like(after, line)
+
+    def measure(self, line: _Line) -> tuple[Phases, jax.Array]:
+        """The phases at the end of the search, and whether the search failed."""
+        nudging, setting = self.nudging, self.setting
+        nudges, _ = line.scheme.arrays(self.dtype)
+        ends, nudged = self._ends(line.base, line.response, nudges), self._nudged(line.base)
+        statistic = nudging.over_phases(
+            lambda at, beta: measured_by(nudging.rule, nudged.problem, at, setting.meta_params, setting.task, beta),
+            ends,
+            nudges,
+        )
+        enough = jnp.maximum(UNANSWERED, self.tol)
+        unanswered = (self._norm(line.remainder) > enough * self.nudge) | (line.change > enough)
+        failed = (self.point.nudge_norm > 0) & (line.indefinite | unanswered | ~line.measured)
+        status = jnp.zeros(nudges.shape, jnp.int32)
+        return Phases(line.scheme, ends, statistic, line.residuals, status, line.num_gradients + nudges.size), failed
+
+    def _measure_line(
+        self, base: Params, response: Params, length: jax.Array, left: jax.Array, shrink: jax.Array
+    ) -> _Measured:
+        """The phases' gradients, at a smaller strength where this one goes beyond what is nearly quadratic."""
+        length = jnp.where(length > 0, length, self.usual)
+
+        def measure(before: _Measured) -> _Measured:
+            scheme = self._scheme(length, before.shrink)
+            nudges, _ = scheme.arrays(self.dtype)
+            nudged = self._nudged(base)
+            # A real scheme without a free phase gets one more phase, at the base point itself.
+            extra = scheme.free_phase is None and not scheme.is_complex
+            points = jnp.append(nudges, 0) if extra else nudges
+            residuals = self.nudging.over_phases(
+                lambda at, beta: tree.grad(lambda params: nudged.nudged(params, beta))(at),
+                self._ends(base, response, points),
+                points,
+            )
+            base_grad = jax.tree.map(lambda xs: xs[-1], residuals) if extra else scheme.at_zero(residuals)
+            residuals = jax.tree.map(lambda xs: xs[: nudges.size], residuals)
+            remainder = scheme.contrast(residuals)
+            now, num_tries = self._norm(remainder), before.num_tries + 1
+            better = (now < before.left) | (before.num_tries == 0)
+            bent = self._norm(base_grad) > _BENT * scheme.strength(self.dtype) * self.nudge
+            suspicious = ~(now <= jnp.maximum(_SUSPICIOUS * left, self._target(scheme) * self.nudge)) | bent
+            again = suspicious & better & (num_tries < (_MOST_TRIES if self.nudging.scheme.adapts else 1))
+            new = _Measured(scheme, residuals, remainder, base_grad, now, before.shrink, num_tries, jnp.asarray(False))
+            kept = tree.where(better, new, before)
+            kept = kept._replace(
+                shrink=jnp.where(again, _SHRINK * before.shrink, kept.shrink), num_tries=num_tries, running=again
+            )
+            return _cast_like(kept, before)
+
+        nothing = self.start()
+        begin = _Measured(
+            nothing.scheme, nothing.residuals, nothing.remainder, nothing.base_grad, jnp.full_like(left, jnp.inf),
+            shrink, jnp.int32(0), jnp.asarray(True),
+        )  # fmt: skip
+        return jax.lax.while_loop(lambda m: m.running, measure, begin)
+
+    def _solve(self, line: _Line, left: jax.Array, base_left: jax.Array) -> _System:
+        """Both systems: for the response, and for what the free phase left over."""
+        point, dtype = self.point, self.dtype
+        units, target = (or_one(left), or_one(base_left)), self._target(line.scheme)
+        warm = (line.num_passes == 0) & (tree.norm(self.nudging.response) > 0)
+        guess = tree.scale(1 / or_one(tree.norm(self.nudging.response)), self.nudging.response)
+        rhs = jax.tree.map(
+            lambda e, g: jnp.stack([e, g]),
+            tree.scale(1 / units[0], line.remainder),
+            tree.scale(-1 / units[1], line.base_grad),
+        )
+        first = jax.tree.map(lambda b, u: jnp.where(warm, b.at[0].set(u), b), rhs, guess)
+        limits = _Limits(
+            remainder=jnp.stack([
+                jnp.maximum(0.3 * target * self.nudge / units[0], self.forcing),
+                jnp.maximum(2 * point.noise / units[1], self.forcing),
+            ]).astype(dtype),
+            step=jnp.stack([jnp.zeros((), dtype), 0.1 * target * point.scale / units[1]]),
+            radius=jnp.stack([jnp.full((), jnp.inf, dtype), line.radius / units[1]]),
+        )  # fmt: skip
+        ones, zeros = jnp.ones(2, dtype), jnp.zeros(2, dtype)
+        slope = jnp.where(warm, ones.at[0].set(tree.vdot(line.remainder, guess) / units[0]), ones).astype(dtype)
+        false = jnp.zeros(2, bool)
+        systems = _System(
+            tree.zeros_like(rhs), rhs, first, ones, slope, ones, zeros, zeros, false.at[0].set(warm),
+            jnp.zeros(2, jnp.int32), false, jnp.stack([left > 0, base_left > 2 * point.noise]),
+        )  # fmt: skip
+        iterate = partial(self._iterate, line, self.learner.max_steps - line.num_steps)
+        if self.nudging.sequential:
+            one_by_one: _System = jax.lax.map(
+                lambda one: jax.lax.while_loop(lambda s: s.active, lambda s: iterate(one[0], s), one[1]),
+                (limits, systems),
+            )
+            return one_by_one
+        together = jax.vmap(lambda limits, s: tree.where(s.active, iterate(limits, s), s))
+        # Both as long as learning is unfinished; the response alone after that.
+        systems = jax.lax.while_loop(lambda s: s.active[1], lambda s: together(limits, s), systems)
+        alone = jax.tree.map(lambda xs: xs[0], (limits, systems))
+        response = jax.lax.while_loop(lambda s: s.active, lambda s: iterate(alone[0], s), alone[1])
+        both: _System = jax.tree.map(lambda one, stacked: stacked.at[0].set(one), response, systems)
+        return both
+
+    def _iterate(self, line: _Line, budget: Any, limits: _Limits, s: _System) -> _System:
+        """One step of conjugate gradients."""
+        distance = self.distance / line.shrink
+        # Curvature below it is not told from rounding.
+        resolution = self.point.noise / distance
+        step = distance / jnp.sqrt(s.pp)
+        ahead = self.inner_grad(tree.add_scaled(line.base, step, s.direction))
+        product = tree.scale(1 / step, tree.subtract(ahead, line.base_grad))
+        along = tree.vdot(s.direction, product).astype(self.dtype)
+        upward = along > 0.1 * resolution * s.pp
+        alpha = jnp.where(upward, s.slope / jnp.where(upward, along, 1), 0)
+        # Not beyond the radius.
+        longest = (jnp.sqrt(s.xp**2 + s.pp * jnp.maximum(limits.radius**2 - s.xx, 0)) - s.xp) / s.pp
+        inside = ~(jnp.abs(alpha) > longest)
+        alpha = jnp.where(inside, alpha, longest)
+        remainder = tree.add_scaled(s.remainder, -alpha, product)
+        squared = tree.vdot(remainder, remainder).astype(self.dtype)
+        turn = jnp.where(s.fresh, 0, squared / s.squared)
+        xx = s.xx + 2 * alpha * s.xp + alpha**2 * s.pp
+        enough = jnp.sqrt(squared) <= jnp.maximum(limits.remainder, resolution * jnp.sqrt(xx))
+        enough |= jnp.abs(alpha) * jnp.sqrt(s.pp) <= limits.step
+        num_steps = s.num_steps + 1
+        new = _System(
+            x=tree.add_scaled(s.x, alpha, s.direction),
+            remainder=remainder,
+            direction=tree.add_scaled(remainder, turn, s.direction),
+            squared=squared,
+            slope=squared,
+            pp=squared + turn**2 * s.pp,
+            xp=turn * (s.xp + alpha * s.pp),
+            xx=xx,
+            fresh=jnp.asarray(False),
+            num_steps=num_steps,
+            indefinite=along < -resolution * s.pp,
+            active=upward & inside & ~enough & (squared > 0) & (num_steps < budget),
+        )
+        return _cast_like(new, s)
+
+    def _scheme(self, length: jax.Array, shrink: jax.Array) -> NudgeScheme:
+        scheme = self.nudging.scheme.for_response(self.nudging.probe(self.point), length * shrink)
+        strong: NudgeScheme = jax.tree.map(jnp.asarray, scheme)
+        return strong
+
+    def _nudged(self, base: Params) -> Setting:
+        setting, outer_grad = self.setting, tree.grad(self.setting.outer)(base)
+        return setting.replace_problem(
+            self.nudging.nudge.apply(setting.problem, base, setting.meta_params, setting.task, outer_grad)
+        )
+
+    def _ends(self, base: Params, response: Params, nudges: jax.Array) -> Params:
+        return jax.vmap(lambda beta: tree.add_scaled(base, -beta, response))(nudges)
+
+    def _target(self, scheme: NudgeScheme) -> jax.Array:
+        """The remainder to reach, relative to the nudge: not below what rounding alone leaves of the contrast."""
+        _, weights = scheme.arrays(self.dtype)
+        # A pure imaginary nudge subtracts nothing.
+        gain = jnp.sqrt(jnp.sum(jnp.abs(weights) ** 2)) if len(scheme.nudges) > 1 else 0.0
+        return jnp.maximum(self.tol, 4 * gain * self.point.noise / self.nudge).astype(self.dtype)
+
+    def _norm(self, values: Params) -> jax.Array:
+        return tree.norm(values).astype(self.dtype)
