@@ -87,7 +87,7 @@ def _row(measured: Measured, ready: Ready, point: Point) -> Record:
         "seconds": measured.seconds,
         "spread": measured.spread,
         "compile_seconds": measured.compile_seconds,
-        "temp_bytes": None if point.method in speed_torch.METHODS else measured.temp_bytes,
+        "temp_bytes": measured.temp_bytes,
     }
 
 

@@ -45,19 +45,20 @@ def _draw(rows: Sequence[Record], quantity: str, label: str, path: Path) -> Path
     methods = list(dict.fromkeys(row["method"] for row in rows))
     columns = min(4, len(cases))
     lines = math.ceil(len(cases) / columns)
-    height = 1.2 + 3.1 * lines + 0.2 * math.ceil(len(methods) / 4)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(max(6.0, 3.8 * columns), height), squeeze=False, layout="constrained"
-    )
+    width = max(7.0, 3.8 * columns)
+    entries = int(width // 2.3)  # of the legend, side by side
+    height = 1.0 + 3.2 * lines + 0.2 * math.ceil(len(methods) / entries)
+    figure, axes = plt.subplots(lines, columns, figsize=(width, height), squeeze=False, layout="constrained")
     for case, axis in zip(cases, axes.ravel(), strict=False):
         _draw_panel(axis, [row for row in rows if row["case"] == case], quantity, methods)
         axis.set_title(case, fontsize=10)
     for axis in axes.ravel()[len(cases) :]:
         axis.set_visible(False)
-    figure.supxlabel(label, fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel(label, fontsize=9)
     figure.supylabel("relative error of the meta-gradient", fontsize=10)
     handles = [plt.Line2D([], [], label=method, **_style(methods, method)) for method in methods]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=entries, fontsize=8, frameon=False)
     start, precision, seed = (rows[0][field] for field in ("start", "precision", "seed"))
     figure.suptitle(f"From {_article(start)} free phase, {precision}, seed {seed}", fontsize=11)
     return _save(figure, path)

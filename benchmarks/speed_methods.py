@@ -47,6 +47,7 @@ class Point(NamedTuple):
       settings: of this point, in words.
       function: traceable.
       args: its arguments.
+      on_host: whether it is called as it is, and not compiled.
     """
 
     start: str
@@ -54,6 +55,7 @@ class Point(NamedTuple):
     settings: str
     function: Callable[..., Outcome]
     args: Sequence[Any]
+    on_host: bool = False
 
     @property
     def key(self) -> str:
