@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import beta_curves, estimators, scaling_steps, speed
+from benchmarks import beta_curves, estimators, scaling_steps, speed, speed_scaling
 from benchmarks.harness import Record, Session
 
 
@@ -33,5 +33,6 @@ BENCHMARKS = {
         Benchmark(beta_curves.NAME, beta_curves.ABOUT, beta_curves.run, beta_curves.show, beta_curves.draw),
         Benchmark(scaling_steps.NAME, scaling_steps.ABOUT, scaling_steps.run, scaling_steps.show, scaling_steps.draw),
         Benchmark(speed.NAME, speed.ABOUT, speed.run, speed.show, speed.draw),
+        Benchmark(speed_scaling.NAME, speed_scaling.ABOUT, speed_scaling.run, speed_scaling.show, speed_scaling.draw),
     )
 }

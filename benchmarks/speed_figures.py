@@ -77,9 +77,62 @@ def _draw_panel(axis: "Axes", rows: Sequence[Record], quantity: str, methods: Se
                 kept.append((place, error))
         if kept:
             axis.plot(*zip(*kept, strict=True), **_style(methods, method))
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    _make_log(axis)
+
+
+def draw_scaling(records: Sequence[Record], reached: Any, cost: Any, path: Path) -> Path:
+    """Evaluations and time to the target against size: a column for each axis.
+
+    Args:
+      records: of `speed_scaling`.
+      reached: `(records, axis, method, field) -> records`, the cheapest of each size.
+      cost: `(record, field) -> number`.
+      path: of the picture.
+    """
+    plt = _pyplot()
+    names = list(dict.fromkeys(row["case"] for row in records))
+    methods = list(dict.fromkeys(row["method"] for row in records))
+    figure, axes = plt.subplots(
+        2, len(names), figsize=(1.5 + 3.8 * len(names), 6.6), squeeze=False, sharex="col", layout="constrained"
+    )
+    fields = (("evaluations", "gradients and Hessian-vector products"), ("seconds", "time (s)"))
+    for column, name in enumerate(names):
+        for line, (field, label) in enumerate(fields):
+            axis = axes[line][column]
+            for method in methods:
+                rows = reached(records, name, method, field)
+                if rows:
+                    places = [row["size"] for row in rows]
+                    axis.plot(places, [cost(row, field) for row in rows], **_style(methods, method))
+            _make_log(axis)
+            if column == 0:
+                axis.set_ylabel(label)
+        axes[1][column].set_xlabel(name)
+    handles = [plt.Line2D([], [], label=method, **_style(methods, method)) for method in methods]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(methods), fontsize=9, frameon=False)
+    figure.suptitle(f"Cost of a meta-gradient to 1e-3, {records[0]['precision']}", fontsize=11)
+    return _save(figure, path)
+
+
+def _make_log(axis: "Axes") -> None:
+    """Logarithmic, over whole decades where there is less than one: ticks have room and two labels at least."""
+    for scale, limits, place in (
+        (axis.set_xscale, axis.get_xlim, axis.set_xlim),
+        (axis.set_yscale, axis.get_ylim, axis.set_ylim),
+    ):
+        scale("log")
+        least, most = limits()
+        if 0 < least < most < 10 * least:
+            place(10.0 ** math.floor(math.log10(least)), 10.0 ** math.ceil(math.log10(most)))
+    for which in (axis.xaxis, axis.yaxis):
+        which.set_minor_formatter(_null_formatter())
     axis.grid(True, which="major", alpha=0.3)
+
+
+def _null_formatter() -> Any:
+    from matplotlib.ticker import NullFormatter
+
+    return NullFormatter()
 
 
 def _style(methods: Sequence[str], method: str) -> dict[str, Any]:

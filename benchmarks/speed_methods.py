@@ -16,6 +16,7 @@ BACKPROP = "backprop"
 CHECKPOINTED = "backprop, checkpointed"
 FREE_PHASE = "free phase alone"
 NUDGED_LBFGS = "contrast, L-BFGS twice"
+NUDGED_DESCENT = "contrast, descent twice"
 # Steps of backprop's learning from the cold start.
 COLD_STEPS = 1000
 
@@ -81,13 +82,12 @@ def smoke_points(ready: Ready) -> Iterator[Point]:
     """Two points of each of two methods."""
     for budget in ((0, 1e-1), (0, 1e-3)):
         yield _point(ready, ACCURATE, IMPLICIT_CG, budget, _cg(_lbfgs(budget[0]), budget[1]))
-        if hasattr(cm, "NewtonKrylov"):
-            yield _point(ready, ACCURATE, FAST, budget, fast(_lbfgs(budget[0]), budget[1]))
+        yield _point(ready, ACCURATE, FAST, budget, fast(_lbfgs(budget[0]), budget[1]))
 
 
-def fast(free: cm.InnerSolver, tol: float | None, **scheme: Any) -> cm.Contrastive:
-    """The contrast with the fast nudged learner."""
-    return cm.Contrastive(free, nudged_solver=cm.NewtonKrylov(tol=tol), **scheme)
+def fast(free: cm.InnerSolver, tol: float | None) -> cm.Contrastive:
+    """The contrast with the fast nudged learner, its default."""
+    return cm.Contrastive(free, nudged_solver=cm.NewtonKrylov(tol=tol))
 
 
 def _from_accurate(free_steps: Sequence[int], tols: Sequence[float | None]) -> list[Budget]:
@@ -100,29 +100,26 @@ def _from_unfinished(free_steps: Sequence[int], tols: Sequence[float | None]) ->
 
 def _contrasts(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
     wide = ready.problem.wide
-    if hasattr(cm, "NewtonKrylov"):
-        for budget in budgets((0, 4, 16), (1e-1, 1e-2, 1e-3, 1e-4)):
-            yield _point(ready, start, FAST, budget, fast(_lbfgs(budget[0]), budget[1]))
-        schemes = {
-            f"{FAST}, forward": cm.relative(cm.forward_difference),
-            f"{FAST}, four-point": cm.relative(cm.four_point),
-            f"{FAST}, complex step": cm.relative(cm.complex_step),
-        }
-        for name, scheme in schemes.items() if wide else ():
-            for budget in budgets((0, 8), (1e-1, 1e-2, 1e-4)):
-                estimator = cm.Contrastive(
-                    _lbfgs(budget[0]), nudged_solver=cm.NewtonKrylov(tol=budget[1]), scheme=scheme
-                )
-                yield _point(ready, start, name, budget, estimator)
-        estimator = cm.Contrastive(_lbfgs(0), nudged_solver=cm.NewtonKrylov(tol=1e-2), sequential=True)
-        yield _point(ready, start, f"{FAST}, sequential", (0, 1e-2), estimator)
+    for budget in budgets((0, 4, 16), (1e-1, 1e-2, 1e-3, 1e-4)):
+        yield _point(ready, start, FAST, budget, fast(_lbfgs(budget[0]), budget[1]))
+    schemes = {
+        f"{FAST}, forward": cm.relative(cm.forward_difference),
+        f"{FAST}, four-point": cm.relative(cm.four_point),
+        f"{FAST}, complex step": cm.relative(cm.complex_step),
+    }
+    for name, scheme in schemes.items() if wide else ():
+        for budget in budgets((0, 8), (1e-1, 1e-2, 1e-4)):
+            estimator = cm.Contrastive(_lbfgs(budget[0]), nudged_solver=cm.NewtonKrylov(tol=budget[1]), scheme=scheme)
+            yield _point(ready, start, name, budget, estimator)
+    estimator = cm.Contrastive(_lbfgs(0), nudged_solver=cm.NewtonKrylov(tol=1e-2), sequential=True)
+    yield _point(ready, start, f"{FAST}, sequential", (0, 1e-2), estimator)
     for num_steps in (10, 30, 100):
         nudged = cm.LBFGS(tol=0.0, max_steps=num_steps)
         estimator = cm.Contrastive(_lbfgs(0), nudged_solver=nudged)
         yield _point(ready, start, NUDGED_LBFGS, (0, None), estimator, f"{num_steps} nudged steps")
     for num_steps in (30, 100, 300) if wide else ():
         estimator = cm.Contrastive(_lbfgs(0), nudged_solver=_descent(ready, num_steps))
-        yield _point(ready, start, "contrast, descent twice", (0, None), estimator, f"{num_steps} nudged steps")
+        yield _point(ready, start, NUDGED_DESCENT, (0, None), estimator, f"{num_steps} nudged steps")
 
 
 def _implicit(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
@@ -190,8 +187,7 @@ def _cold(ready: Ready, x64: bool) -> Iterator[Point]:
         for linear_tol in (1e-2, 1e-3):
             settings = f"{name}, tolerance {linear_tol:g}"
             yield _point(ready, COLD, IMPLICIT_CG, (0, linear_tol), _cg(learner, linear_tol), settings)
-            if hasattr(cm, "NewtonKrylov"):
-                yield _point(ready, COLD, FAST, (0, linear_tol), fast(learner, linear_tol), settings)
+            yield _point(ready, COLD, FAST, (0, linear_tol), fast(learner, linear_tol), settings)
 
 
 def _point(
@@ -200,7 +196,7 @@ def _point(
     free, tol = budget
     default = f"{free} free steps" + ("" if tol is None else f", tolerance {tol:g}")
     settings = words if start == COLD or "steps from" in words else f"{default}{', ' if words else ''}{words}"
-    function = _estimate_batch if ready.problem.batched else _estimate
+    function = estimate_batch if ready.problem.batched else estimate
     return Point(start, method, settings, function, (estimator, ready.losses, ready.meta_params, ready.tasks[start]))
 
 
@@ -220,12 +216,12 @@ def _descent_for(ready: Ready, num_steps: int) -> cm.OptaxDescent:
 
 
 def _nesterov(ready: Ready) -> optax.GradientTransformation:
-    return _sgd(1 / ready.curvature, ready.momentum)
+    return nesterov(1 / ready.curvature, ready.momentum)
 
 
 @functools.cache
-def _sgd(step_size: float, momentum: float) -> optax.GradientTransformation:
-    """The same object for the same settings: seeds share programs."""
+def nesterov(step_size: float, momentum: float) -> optax.GradientTransformation:
+    """Descent with momentum; the same object for the same settings, so that seeds share programs."""
     return optax.sgd(step_size, momentum=momentum, nesterov=True)
 
 
@@ -233,15 +229,17 @@ def _cg(free: cm.InnerSolver, tol: float | None) -> cm.ImplicitDifferentiation:
     return cm.ImplicitDifferentiation(free, cm.ConjugateGradient(tol=tol))
 
 
-def _estimate(estimator: cm.MetaGradientEstimator, problem: cm.BilevelProblem, meta_params: Any, task: Any) -> Outcome:
+def estimate(estimator: cm.MetaGradientEstimator, problem: cm.BilevelProblem, meta_params: Any, task: Any) -> Outcome:
+    """What is timed of our estimators, for a single task."""
     result = estimator.estimate(problem, meta_params, task)
     told = result.diagnostics
     return Outcome(result.outer_loss, result.grad, told.num_gradients, told.num_hvps, told.status)
 
 
-def _estimate_batch(
+def estimate_batch(
     estimator: cm.MetaGradientEstimator, problem: cm.BilevelProblem, meta_params: Any, tasks: Any
 ) -> Outcome:
+    """What is timed of our estimators, for a batch of tasks."""
     (value, told), grad = cm.value_and_meta_grad(problem, estimator, has_aux=True)(meta_params, tasks)
     means = [jax.numpy.mean(count) for count in (told.num_gradients, told.num_hvps)]
     return Outcome(value, grad, means[0], means[1], jax.numpy.max(told.status))
