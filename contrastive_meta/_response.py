@@ -69,7 +69,7 @@ def measure_noise(
       More & Wild (2011), ECnoise: the difference table.
     """
     length = tree.norm(direction)
-    step = (0.2 * jnp.sqrt(jnp.finfo(scale.dtype).eps) * scale / jnp.where(length > 0, length, 1)).astype(scale.dtype)
+    step = (0.05 * jnp.sqrt(jnp.finfo(scale.dtype).eps) * scale / jnp.where(length > 0, length, 1)).astype(scale.dtype)
     steps = jnp.stack([jnp.zeros_like(step), step, -step])
     points = jax.vmap(lambda distance: tree.add_scaled(at, distance, direction))(steps)
     values = evaluate_at(function, points, sequential=sequential)

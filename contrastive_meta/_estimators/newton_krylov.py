@@ -22,8 +22,6 @@ _FORCING = 3 / 8
 _RADIUS = 0.3
 # A pass that leaves more of the remainder than this is suspected of too large a nudge.
 _SUSPICIOUS = 0.3
-# So is one whose phases have this fraction of the nudge in common.
-_BENT = 0.1
 # By what strengths and difference steps are divided then, and how often.
 _SHRINK = 8.0
 _MOST_TRIES = 4
@@ -38,7 +36,7 @@ class NewtonKrylov:
     systems side by side by conjugate gradients, in which a Hessian-vector product is the difference of two gradients:
     one for u, one for the step that the free phase had left to take. Then the phases are evaluated where they should
     have ended. The contrast of their gradients is what is left of the nudge, v - H u, to the order of the scheme and
-    free of the products' error; their gradient at strength 0 is what is left of learning. Both are the right-hand sides
+    free of the products' error; the gradient at the base point is what is left of learning. Both are the right-hand sides
     of the next pass. Usually two passes do.
 
     It ends when the remainder of the nudge is below `tol`, or a pass no longer helps, or the budget is spent. Where
@@ -86,6 +84,7 @@ class _Line(NamedTuple):
     residuals: Params  # gradients of the phases' own losses, a leading axis of phases
     remainder: Params  # v - H u, the contrast of the residuals
     base_grad: Params  # what is left of learning, the mean of the residuals
+    learned: jax.Array  # whether what is left of learning is too little to matter
     measured: jax.Array  # whether the residuals are those of this line
     shrink: jax.Array  # what strengths and difference steps are divided by
     radius: jax.Array  # the longest step of the base point
@@ -106,6 +105,7 @@ class _Measured(NamedTuple):
     base_grad: Params
     left: jax.Array  # norm of the remainder
     shrink: jax.Array
+    trying: jax.Array  # what to shrink by in the next try
     num_tries: jax.Array
     running: jax.Array
 
@@ -179,6 +179,7 @@ class _Search:
             residuals=residuals,
             remainder=point.outer_grad,
             base_grad=point.inner_grad,
+            learned=tree.norm(point.inner_grad) <= 2 * point.noise,
             measured=false,
             shrink=one,
             radius=_RADIUS * point.scale,
@@ -201,30 +202,29 @@ class _Search:
         length, moved = self._norm(response), self._norm(step)
         found = self._measure_line(base, response, length, left, line.shrink)
 
-        # A point that has not moved is known better than by interpolation.
-        base_grad = tree.where(moved > 0, found.base_grad, line.base_grad)
-        now, base_now, noise = found.left, self._norm(base_grad), point.noise
+        now, base_now, noise = found.left, self._norm(found.base_grad), point.noise
         target = self._target(found.scheme)
         # What is left to learn, as a length: by the mean inverse curvature that the nudge and that learning met.
         inverse = jnp.maximum(length / self.nudge, moved / or_one(base_left))
         learned = (base_now <= 2 * noise) | (base_now * inverse <= target * point.scale)
-        answered = now <= target * self.nudge
-        bent = found.scheme.strength(self.dtype) * self.nudge * _BENT
-        sound = jnp.isfinite(base_now) & (base_now <= jnp.maximum(jnp.maximum(base_left, bent), NOISE_FLOOR * noise))
+        change = self._norm(more) / or_one(length) * jnp.minimum(now / or_one(left), 1.0)
+        # Along low curvature a small remainder is much of the response: what the pass changed tells.
+        answered = (now <= target * self.nudge) & (change <= 10 * target)
+        sound = jnp.isfinite(base_now) & (base_now <= jnp.maximum(base_left, NOISE_FLOOR * noise))
         better = sound & (now <= left) & (length > 0)
-        learning = sound & (base_now <= 0.5 * base_left) & (base_left > 2 * noise)
+        learning = sound & (base_now <= 0.5 * base_left) & ~line.learned
         retry = ~sound & (moved > 0) & (base_now > base_left)
         progress = (better & (now <= 0.5 * left)) | learning | retry
         done = better & answered & learned
 
         num_steps, num_passes = line.num_steps + jnp.max(systems.num_steps), line.num_passes + 1
-        change = self._norm(more) / or_one(length) * jnp.minimum(now / or_one(left), 1.0)
-        base, base_grad = tree.where(sound, (base, base_grad), (line.base, line.base_grad))
+        base, base_grad = tree.where(sound, (base, found.base_grad), (line.base, line.base_grad))
         old = (line.response, line.scheme, line.residuals, line.remainder, line.change)
         new = (response, found.scheme, found.residuals, found.remainder, change)
         response, scheme, residuals, remainder, change = tree.where(better, new, old)
         after = _Line(
             base, response, scheme, residuals, remainder, base_grad,
+            learned=learned,
             # A base point that moved without its response takes the old measurement's meaning away.
             measured=better | (line.measured & ~sound),
             shrink=found.shrink,
@@ -263,10 +263,11 @@ class _Search:
         length = jnp.where(length > 0, length, self.usual)
 
         def measure(before: _Measured) -> _Measured:
-            scheme = self._scheme(length, before.shrink)
+            scheme = self._scheme(length, before.trying)
             nudges, _ = scheme.arrays(self.dtype)
             nudged = self._nudged(base)
-            # A real scheme without a free phase gets one more phase, at the base point itself.
+            # Differences are taken from the gradient at the base point, so that has to be exact: a free phase gives it;
+            # a real scheme without one gets one more phase; complex phases would make it three times as dear.
             extra = scheme.free_phase is None and not scheme.is_complex
             points = jnp.append(nudges, 0) if extra else nudges
             residuals = self.nudging.over_phases(
@@ -274,25 +275,31 @@ class _Search:
                 self._ends(base, response, points),
                 points,
             )
-            base_grad = jax.tree.map(lambda xs: xs[-1], residuals) if extra else scheme.at_zero(residuals)
+            if scheme.is_complex:
+                base_grad = self.inner_grad(base)
+            else:
+                at = -1 if extra else scheme.free_phase
+                base_grad = jax.tree.map(lambda xs: xs[at], residuals)
             residuals = jax.tree.map(lambda xs: xs[: nudges.size], residuals)
             remainder = scheme.contrast(residuals)
             now, num_tries = self._norm(remainder), before.num_tries + 1
-            better = (now < before.left) | (before.num_tries == 0)
-            bent = self._norm(base_grad) > _BENT * scheme.strength(self.dtype) * self.nudge
-            suspicious = ~(now <= jnp.maximum(_SUSPICIOUS * left, self._target(scheme) * self.nudge)) | bent
-            again = suspicious & better & (num_tries < (_MOST_TRIES if self.nudging.scheme.adapts else 1))
-            new = _Measured(scheme, residuals, remainder, base_grad, now, before.shrink, num_tries, jnp.asarray(False))
-            kept = tree.where(better, new, before)
-            kept = kept._replace(
-                shrink=jnp.where(again, _SHRINK * before.shrink, kept.shrink), num_tries=num_tries, running=again
-            )
-            return _cast_like(kept, before)
+            better = (now < 0.5 * before.left) | (before.num_tries == 0)
+            suspicious = ~(now <= jnp.maximum(_SUSPICIOUS * left, self._target(scheme) * self.nudge))
+            most_tries = _MOST_TRIES if self.nudging.scheme.adapts else 1
+            new = _Measured(
+                scheme, residuals, remainder, base_grad, now,
+                shrink=before.trying,
+                trying=_SHRINK * before.trying,
+                num_tries=num_tries,
+                running=suspicious & (num_tries < most_tries),
+            )  # fmt: skip
+            old = before._replace(num_tries=num_tries, running=jnp.asarray(False))
+            return tree.where(better, _cast_like(new, before), old)
 
         nothing = self.start()
         begin = _Measured(
             nothing.scheme, nothing.residuals, nothing.remainder, nothing.base_grad, jnp.full_like(left, jnp.inf),
-            shrink, jnp.int32(0), jnp.asarray(True),
+            shrink, shrink, jnp.int32(0), jnp.asarray(True),
         )  # fmt: skip
         return jax.lax.while_loop(lambda m: m.running, measure, begin)
 
@@ -321,7 +328,7 @@ class _Search:
         false = jnp.zeros(2, bool)
         systems = _System(
             tree.zeros_like(rhs), rhs, first, ones, slope, ones, zeros, zeros, false.at[0].set(warm),
-            jnp.zeros(2, jnp.int32), false, jnp.stack([left > 0, base_left > 2 * point.noise]),
+            jnp.zeros(2, jnp.int32), false, jnp.stack([left > 0, ~line.learned]),
         )  # fmt: skip
         iterate = partial(self._iterate, line, self.learner.max_steps - line.num_steps)
         if self.nudging.sequential:
@@ -395,7 +402,7 @@ class _Search:
         _, weights = scheme.arrays(self.dtype)
         # A pure imaginary nudge subtracts nothing.
         gain = jnp.sqrt(jnp.sum(jnp.abs(weights) ** 2)) if len(scheme.nudges) > 1 else 0.0
-        return jnp.maximum(self.tol, 4 * gain * self.point.noise / self.nudge).astype(self.dtype)
+        return jnp.maximum(self.tol, 3 * gain * self.point.noise / self.nudge).astype(self.dtype)
 
     def _norm(self, values: Params) -> jax.Array:
         return tree.norm(values).astype(self.dtype)
