@@ -1,6 +1,7 @@
 """Error against time, gradients and memory, from accurate and unfinished free phases, beside backprop and peers."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,17 @@ def _measure(session: Session, ready: Ready, programs: Programs, x64: bool) -> N
         point = by_key[key]
         common = _common(ready, point.start, point.method, point.settings)
         if isinstance(outcome, Exception):
-            session.record(x64=x64, status="RAISED", error=first_line(outcome), **common)
+            session.record(x64=x64, status="RAISED", error=_reason(outcome), **common)
         else:
             session.record(x64=x64, **_row(outcome, ready, point), **common)
     for method, reason in [*speed_peers.absent(), *speed_torch.absent()]:
         session.record(x64=x64, status="NOT_INSTALLED", error=reason, **_common(ready, "", method, ""))
+
+
+def _reason(error: Exception) -> str:
+    """In one line; of an error from inside a program the one that started it."""
+    causes = re.findall(r"^[\w.]+Error: .*$", str(error), flags=re.MULTILINE)
+    return causes[-1] if causes else first_line(error)
 
 
 def _common(ready: Ready, start: str, method: str, settings: str) -> Record:

@@ -5,8 +5,11 @@ than a process can hold; here all points of a method share one, as they do in us
 ahead of time, warmed up, blocked on, in rounds in which all take turns.
 """
 
+import contextlib
+import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,26 +80,55 @@ def measure(
 ) -> dict[str, Measured | Exception]:
     """Warm all points up, time each once a round, and let one that raises take nobody else along."""
     session.progress.begin(what, len(points))
-    ready: dict[str, tuple[Program, Any, Outcome, bool]] = {}
+    ready: dict[str, _Warm] = {}
     measured: dict[str, Measured | Exception] = {}
     for key, point in points.items():
         args = tuple(point.args) if point.on_host else jax.tree.map(jnp.asarray, tuple(point.args))
         try:
             program, new = programs.find(point, args, session)
-            ready[key] = (program, args, jax.block_until_ready(program.call(*args)), new)
+            with _quiet():
+                start = time.perf_counter()
+                outcome = jax.block_until_ready(program.call(*args))
+            ready[key] = _Warm(program, args, outcome, new, _num_rounds(time.perf_counter() - start, repeats))
         except Exception as error:
             measured[key] = error
     seconds: dict[str, list[float]] = {key: [] for key in ready}
-    for _ in range(repeats):
-        for key, (program, args, _, _) in ready.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program.call(*args))
-            seconds[key].append(time.perf_counter() - start)
-    for key, (program, _, outcome, new) in ready.items():
+    for number in range(repeats):
+        for key, warm in ready.items():
+            if number < warm.num_rounds:
+                start = time.perf_counter()
+                jax.block_until_ready(warm.program.call(*warm.args))
+                seconds[key].append(time.perf_counter() - start)
+    for key, warm in ready.items():
         lower, median, upper = (float(x) for x in np.percentile(seconds[key], [25, 50, 75]))
-        told = program.compile_seconds if new else None
-        measured[key] = Measured(outcome, median, upper - lower, told, program.temp_bytes)
+        told = warm.program.compile_seconds if warm.new else None
+        measured[key] = Measured(warm.outcome, median, upper - lower, told, warm.program.temp_bytes)
     return {key: measured[key] for key in points}
+
+
+class _Warm(NamedTuple):
+    program: Program
+    args: Any
+    outcome: Outcome
+    new: bool
+    num_rounds: int
+
+
+def _num_rounds(seconds: float, repeats: int) -> int:
+    """As many as were asked for; of a slow point as many as take two seconds, but two at least."""
+    return min(repeats, max(2, math.ceil(2.0 / max(seconds, 1e-6))))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the trace that JAX logs where a peer raises from inside a program: the record tells."""
+    logger = logging.getLogger("jax._src.callback")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _compile(function: Callable[..., Any], args: Any) -> Program:

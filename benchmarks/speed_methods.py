@@ -124,10 +124,10 @@ def _contrasts(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
 
 def _implicit(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
     wide, floor = ready.problem.wide, ready.problem.floor
-    for budget in budgets((4, 8, 16, 32, 64), (1e-1, 1e-2, 1e-3, 1e-4)):
+    for budget in budgets((4, 16, 48) if ready.problem.batched else (4, 8, 16, 32, 64), (1e-1, 1e-2, 1e-3, 1e-4)):
         yield _point(ready, start, IMPLICIT_CG, budget, _cg(_lbfgs(budget[0]), budget[1]))
     if start == UNFINISHED:
-        for budget in budgets((8, 16, 32, 64), (1e-1, 1e-2, 1e-3)):
+        for budget in budgets((8, 32) if ready.problem.batched else (8, 16, 32, 64), (1e-1, 1e-2, 1e-3)):
             estimator = _cg(_descent(ready, budget[0]), budget[1])
             yield _point(ready, start, IMPLICIT_CG, budget, estimator, f"{budget[0]} steps of descent first")
     if not wide:
@@ -184,7 +184,7 @@ def _cold(ready: Ready, x64: bool) -> Iterator[Point]:
     }
     for name, learner in learners.items():
         yield Point(COLD, FREE_PHASE, name, _learn, (learner, ready.losses, ready.meta_params, ready.tasks[COLD]))
-        for linear_tol in (1e-2, 1e-3):
+        for linear_tol in (1e-2, 1e-3, 1e-4):
             settings = f"{name}, tolerance {linear_tol:g}"
             yield _point(ready, COLD, IMPLICIT_CG, (0, linear_tol), _cg(learner, linear_tol), settings)
             yield _point(ready, COLD, FAST, (0, linear_tol), fast(learner, linear_tol), settings)
