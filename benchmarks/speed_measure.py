@@ -61,7 +61,11 @@ class Programs:
         if point.on_host:
             return Program(point.function, None, None), True
         leaves, structure = jax.tree.flatten(args)
-        key = (point.function, structure, tuple((leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves))
+        key = (
+            point.function,
+            structure,
+            tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves),
+        )
         new = key not in self._compiled
         if new:
             session.progress.step(f"compiling {point.method}, {point.start}")

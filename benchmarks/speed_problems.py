@@ -133,7 +133,7 @@ def _cnn(session: Session) -> Instance:
 
 
 def _sinusoids(session: Session) -> Instance:
-    return cm.problems.sinusoids(jax.random.key(session.seed), num_tasks=25, strength=0.5)
+    return cm.problems.sinusoids(jax.random.key(session.seed), num_tasks=10, strength=0.5)
 
 
 def _network(split: data.Split, width: int, seed: int) -> Instance:
@@ -168,11 +168,11 @@ SUITE: Sequence[Problem] = (
     Problem("a9a", "Logistic regression on a9a: a strength per feature", _a9a, 1e-2),
     Problem("MNIST", "Softmax regression on MNIST: a strength per weight", _mnist, 1e-2, repeats=3),
     Problem("MNIST cleaning", "Data cleaning on MNIST: a weight per example", _mnist_cleaning, 1e-2, repeats=3),
-    Problem("sinusoids", "Sinusoids, 25 tasks: the anchor of a tanh MLP", _sinusoids, 0.5, convex=False, batched=True),
     Problem("CNN", "Tanh CNN on MNIST: a strength per synapse", _cnn, 1e-2, convex=False, repeats=3),
     MLP,
     Problem("newsgroups", "Softmax regression on newsgroups: a strength per weight", _newsgroups, 1e-3, repeats=3),
     Problem("MLP 1e5", "Tanh MLP on MNIST: a strength per synapse", _large_mlp, 1e-2, convex=False, repeats=3),
+    Problem("sinusoids", "Sinusoids, 10 tasks: the anchor of a tanh MLP", _sinusoids, 0.5, convex=False, batched=True),
 )
 
 

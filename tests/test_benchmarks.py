@@ -290,13 +290,17 @@ def test_speed_points_of_one_program_are_compiled_once_and_one_that_raises_is_al
     def fails(x: Any) -> Outcome:
         raise ValueError("no")
 
+    def draw(key: Any) -> Outcome:
+        return Outcome(0.0, jax.random.bits(key) * 0 + 9)
+
     points = [Point("s", "m", name, double, (x,)) for name, x in (("one", 1.0), ("two", 2.0))]
     points += [Point("s", "m", "longer", double, (jnp.ones(3),)), Point("s", "bad", "", fails, (1.0,))]
+    points += [Point("s", "key", "", draw, (jax.random.key(0),))]  # networks keep the key of their start
     points += [Point("s", "host", "", lambda x: Outcome(x, 7.0), (1.0,), on_host=True)]
     measured = measure(_session(), "test", {point.key: point for point in points}, Programs(), 2)
     good = {key: m for key, m in measured.items() if not isinstance(m, Exception)}
-    assert [float(np.sum(m.outcome.grad)) for m in good.values()] == [2.0, 4.0, 6.0, 7.0]
-    assert [m.compile_seconds is not None for m in good.values()] == [True, False, True, False]
+    assert [float(np.sum(m.outcome.grad)) for m in good.values()] == [2.0, 4.0, 6.0, 9.0, 7.0]
+    assert [m.compile_seconds is not None for m in good.values()] == [True, False, True, True, False]
     assert isinstance(measured["s | bad | "], ValueError)
 
 
