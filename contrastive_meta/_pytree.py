@@ -6,6 +6,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 T = TypeVar("T")
@@ -43,6 +44,43 @@ def strategy(cls: type[T]) -> type[T]:
     jax.tree_util.register_dataclass(frozen, data_fields=data, meta_fields=meta)
     result: type[T] = frozen
     return result
+
+
+# Beyond this many entries a copy into one vector would be felt, and might gather what is spread over devices.
+_LARGEST_FLAT = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattening:
+    """A pytree as one vector, and back: what is done to every leaf is then one operation to compile and to run.
+
+    Trees of one leaf, of several dtypes, or of very many entries stay as they are.
+
+    Attributes:
+      flatten: tree to vector.
+      unflatten: vector to tree.
+    """
+
+    flatten: Callable[[PyTree], PyTree]
+    unflatten: Callable[[PyTree], PyTree]
+
+    @classmethod
+    def of(cls, like: PyTree) -> "Flattening":
+        """The flattening of trees with the structure and shapes of `like`."""
+        leaves, structure = jax.tree.flatten(like)
+        shapes, sizes = [x.shape for x in leaves], [x.size for x in leaves]
+        if len(leaves) < 2 or len({x.dtype for x in leaves}) > 1 or sum(sizes) > _LARGEST_FLAT:
+            return cls(lambda a: a, lambda a: a)
+        ends = np.cumsum(sizes)
+
+        def flatten(a: PyTree) -> PyTree:
+            return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(a)])
+
+        def unflatten(a: PyTree) -> PyTree:
+            parts = zip(ends - sizes, ends, shapes, strict=True)
+            return jax.tree.unflatten(structure, [a[begin:end].reshape(shape) for begin, end, shape in parts])
+
+        return cls(flatten, unflatten)
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:

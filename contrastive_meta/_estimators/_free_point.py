@@ -52,16 +52,18 @@ class FreePoint(NamedTuple):
 NUM_GRADIENTS = 4
 
 
-def survey(setting: Setting, solution: Solution, init: Params, *, sequential: bool = False) -> FreePoint:
+def survey(
+    setting: Setting, params: Params, solution: Solution, init: Params, *, sequential: bool = False
+) -> FreePoint:
     """Evaluate both losses at the free solution and measure the rounding noise of the inner gradient.
 
     Args:
       setting: the problem.
+      params: where the free phase ended.
       solution: of the free phase.
       init: where learning started.
       sequential: evaluate one point after another.
     """
-    params = solution.params
     (outer_loss, aux), outer_grad = setting.outer_value_and_grad(params)
     scale = length_scale(params, init, setting.dtype)
     inner_grad, noise, curvature = measure_noise(

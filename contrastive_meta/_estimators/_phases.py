@@ -17,7 +17,7 @@ from contrastive_meta._estimators._free_point import (
 )
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import Nudge, NudgeScheme, NudgeStrength
-from contrastive_meta._plasticity.autodiff import PlasticityRule
+from contrastive_meta._plasticity.autodiff import PlasticityRule, measured_by
 from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
 from contrastive_meta._response import Probe, evaluate_at
 
@@ -29,7 +29,9 @@ class Nudging(NamedTuple):
     """What the phases of an estimate are to be.
 
     Attributes:
-      setting: the problem.
+      setting: the problem, its `params` flattened.
+      flattening: of `params`; learners and rules see the tree.
+      tree_setting: the problem as the user wrote it.
       scheme: the strengths, or a way to find them.
       nudge: what is added to the inner loss.
       rule: what is measured.
@@ -38,11 +40,34 @@ class Nudging(NamedTuple):
     """
 
     setting: Setting
+    flattening: tree.Flattening
+    tree_setting: Setting
     scheme: NudgeStrength
     nudge: Nudge
     rule: PlasticityRule
     sequential: bool
     response: Params
+
+    def nudged(self, base: Params, outer_grad: Params) -> Setting:
+        """The setting, for trees, whose outer loss is what nudges, from flattened `params` and outer gradient."""
+        setting, unflatten = self.tree_setting, self.flattening.unflatten
+        return setting.replace_problem(
+            self.nudge.apply(setting.problem, unflatten(base), setting.meta_params, setting.task, unflatten(outer_grad))
+        )
+
+    def residuals(self, nudged: Setting, ends: Params, nudges: jax.Array) -> Params:
+        """The gradient of each phase's loss, flattened, where it ended."""
+        flat = nudged.flattened(self.flattening)
+        return self.over_phases(lambda at, beta: tree.grad(lambda params: flat.nudged(params, beta))(at), ends, nudges)
+
+    def measure(self, nudged: Setting, ends: Params, nudges: jax.Array) -> MetaParams:
+        """The rule's statistic of each phase, where it ended; the rule sees trees."""
+        problem, meta_params, task = nudged.problem, nudged.meta_params, nudged.task
+        return self.over_phases(
+            lambda at, beta: measured_by(self.rule, problem, self.flattening.unflatten(at), meta_params, task, beta),
+            ends,
+            nudges,
+        )
 
     def over_phases(self, function: Callable[..., Any], *stacked: Any) -> Any:
         """`function` of each phase, whose values are stacked along the leading axis."""

@@ -12,7 +12,6 @@ from contrastive_meta._estimators._phases import Nudging, Phases
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._holomorphic import require_holomorphic
 from contrastive_meta._nudging import NudgeScheme
-from contrastive_meta._plasticity.autodiff import measured_by
 from contrastive_meta._problem import MetaParams, Params, same_arrays
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
@@ -28,18 +27,17 @@ def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_to
       solver: the learner, bound to the meta-parameters.
       nudged_tol: gradient norm at which phases may stop, relative to |beta| ||v||; None for about eps^(2/3).
     """
-    setting = nudging.setting
     scheme, pilot_gradients = nudging.scheme.resolve(nudging.probe(point))
     scheme = jax.tree.map(jnp.asarray, scheme)
-    nudged = setting.replace_problem(
-        nudging.nudge.apply(setting.problem, point.params, setting.meta_params, setting.task, point.outer_grad)
-    )
-    start, memory = point.params, point.solution.memory
+    # A learner may treat leaves differently: it gets the tree.
+    setting, flattening = nudging.tree_setting, nudging.flattening
+    start, nudged = flattening.unflatten(point.params), nudging.nudged(point.params, point.outer_grad)
+    memory = point.solution.memory
+    if not same_arrays(memory, solver.init_memory(start)):
+        memory = ()
     if scheme.is_complex:
         start, memory = tree.to_complex(start), ()
         solver.check_holomorphic(start)
-    if not same_arrays(memory, solver.init_memory(point.params)):
-        memory = ()
     nudges, _ = scheme.arrays(setting.dtype)
     tolerances = _tolerances(setting, point, nudges, nudged_tol)
 
@@ -66,11 +64,8 @@ def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_to
         ended = jax.tree.map(lambda xs, x: jnp.insert(xs, skipped, x, axis=0), ended, start)
         status = jnp.insert(status, skipped, 0)
 
-    def measure(at: Params, beta: jax.Array) -> tuple[MetaParams, Params]:
-        statistic = measured_by(nudging.rule, nudged.problem, at, setting.meta_params, setting.task, beta)
-        return statistic, tree.grad(lambda params: nudged.nudged(params, beta))(at)
-
-    statistic, residual = nudging.over_phases(measure, ended, nudges)
+    ended = jax.vmap(flattening.flatten)(ended)
+    residual, statistic = nudging.residuals(nudged, ended, nudges), nudging.measure(nudged, ended, nudges)
     spent = (pilot_gradients + num_gradients + len(scheme.nudges)).astype(jnp.int32)
     return Phases(scheme, ended, statistic, residual, status, spent)
 

@@ -54,6 +54,20 @@ class Setting:
         fine = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, self.dtype)), self.meta_params)
         return Setting(self.problem, fine, self.task, self.key, self.dtype)
 
+    def flattened(self, flattening: tree.Flattening) -> "Setting":
+        """The same setting for flattened `params`."""
+        problem, unflatten = self.problem, flattening.unflatten
+        sample = problem.sample
+        return self.replace_problem(
+            BilevelProblem(
+                lambda params, meta_params, task: problem.inner_loss(unflatten(params), meta_params, task),
+                lambda params, meta_params, task: problem.outer_loss(unflatten(params), meta_params, task),
+                lambda meta_params, task: flattening.flatten(problem.init_params(meta_params, task)),
+                has_aux=problem.has_aux,
+                sample=sample,
+            )
+        )
+
     def inner(self, params: Params) -> jax.Array:
         """The inner loss on the whole task."""
         return self.problem.inner(params, self.meta_params, self.task)

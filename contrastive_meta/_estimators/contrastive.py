@@ -80,11 +80,15 @@ class Contrastive(MetaGradientEstimator):
         free = setting.free_phase(self.solver, state)
         init = setting.problem.init(setting.meta_params, setting.task)
         meta_params, setting = setting.meta_params, setting.in_dtype_of_loss()
-        point = survey(setting, free, init, sequential=self.sequential)
+        flattening = tree.Flattening.of(free.params)
+        flat = setting.flattened(flattening)
+        point = survey(
+            flat, flattening.flatten(free.params), free, flattening.flatten(init), sequential=self.sequential
+        )
 
         # Nudged phases: learn a little towards the outer loss.
-        response = tree.scale(-1.0, state.displacement)
-        nudging = Nudging(setting, self.scheme, self.nudge, self.rule, self.sequential, response)
+        response = tree.scale(-1.0, flattening.flatten(state.displacement))
+        nudging = Nudging(flat, flattening, setting, self.scheme, self.nudge, self.rule, self.sequential, response)
         phases, fell_back = self._nudged_phases(nudging, point)
 
         # Contrast: what the phases measured, weighted and summed, algorithm (8).
@@ -92,12 +96,13 @@ class Contrastive(MetaGradientEstimator):
 
         # The same contrast of where they ended, and of their residuals, says how far it can be trusted.
         judged = judge(nudging, point, phases)
+        params, response = flattening.unflatten(judged.params), flattening.unflatten(judged.response)
         beta = phases.scheme.strength(setting.dtype)
         return MetaGradient(
             grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), grad, meta_params),
             outer_loss=judged.outer_loss,
-            params=judged.params,
-            state=EstimatorState(judged.params, free.memory, judged.response, beta),
+            params=params,
+            state=EstimatorState(params, free.memory, response, beta),
             aux=judged.aux,
             diagnostics=make_diagnostics(
                 setting.dtype,

@@ -58,7 +58,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
 
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
         free = setting.free_phase(self.solver, state)
-        point = survey(setting, free, setting.problem.init(setting.meta_params, setting.task))
+        point = survey(setting, free.params, free, setting.problem.init(setting.meta_params, setting.task))
 
         # Linearising once keeps what the products share; each then costs one forward-over-reverse pass.
         _, hvp = jax.linearize(tree.grad(setting.inner), point.params)

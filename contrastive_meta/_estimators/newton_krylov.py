@@ -11,7 +11,6 @@ from contrastive_meta._estimators._free_point import NOISE_FLOOR, UNANSWERED, Fr
 from contrastive_meta._estimators._phases import Nudging, Phases, or_one
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import NudgeScheme
-from contrastive_meta._plasticity.autodiff import measured_by
 from contrastive_meta._problem import Params
 from contrastive_meta._pytree import static, strategy
 
@@ -36,8 +35,8 @@ class NewtonKrylov:
     systems side by side by conjugate gradients, in which a Hessian-vector product is the difference of two gradients:
     one for u, one for the step that the free phase had left to take. Then the phases are evaluated where they should
     have ended. The contrast of their gradients is what is left of the nudge, v - H u, to the order of the scheme and
-    free of the products' error; the gradient at the base point is what is left of learning. Both are the right-hand sides
-    of the next pass. Usually two passes do.
+    free of the products' error; the gradient at the base point is what is left of learning. Both are the right-hand
+    sides of the next pass. Usually two passes do.
 
     It ends when the remainder of the nudge is below `tol`, or a pass no longer helps, or the budget is spent. Where
     the loss curves downwards or no pass helped, the user's own learner runs the phases instead, as published, and the
@@ -242,14 +241,9 @@ class _Search:
 
     def measure(self, line: _Line) -> tuple[Phases, jax.Array]:
         """The phases at the end of the search, and whether the search failed."""
-        nudging, setting = self.nudging, self.setting
         nudges, _ = line.scheme.arrays(self.dtype)
-        ends, nudged = self._ends(line.base, line.response, nudges), self._nudged(line.base)
-        statistic = nudging.over_phases(
-            lambda at, beta: measured_by(nudging.rule, nudged.problem, at, setting.meta_params, setting.task, beta),
-            ends,
-            nudges,
-        )
+        ends = self._ends(line.base, line.response, nudges)
+        statistic = self.nudging.measure(self._nudged(line.base), ends, nudges)
         enough = jnp.maximum(UNANSWERED, self.tol)
         unanswered = (self._norm(line.remainder) > enough * self.nudge) | (line.change > enough)
         failed = (self.point.nudge_norm > 0) & (line.indefinite | unanswered | ~line.measured)
@@ -265,16 +259,11 @@ class _Search:
         def measure(before: _Measured) -> _Measured:
             scheme = self._scheme(length, before.trying)
             nudges, _ = scheme.arrays(self.dtype)
-            nudged = self._nudged(base)
             # Differences are taken from the gradient at the base point, so that has to be exact: a free phase gives it;
             # a real scheme without one gets one more phase; complex phases would make it three times as dear.
             extra = scheme.free_phase is None and not scheme.is_complex
             points = jnp.append(nudges, 0) if extra else nudges
-            residuals = self.nudging.over_phases(
-                lambda at, beta: tree.grad(lambda params: nudged.nudged(params, beta))(at),
-                self._ends(base, response, points),
-                points,
-            )
+            residuals = self.nudging.residuals(self._nudged(base), self._ends(base, response, points), points)
             if scheme.is_complex:
                 base_grad = self.inner_grad(base)
             else:
@@ -389,10 +378,7 @@ class _Search:
         return strong
 
     def _nudged(self, base: Params) -> Setting:
-        setting, outer_grad = self.setting, tree.grad(self.setting.outer)(base)
-        return setting.replace_problem(
-            self.nudging.nudge.apply(setting.problem, base, setting.meta_params, setting.task, outer_grad)
-        )
+        return self.nudging.nudged(base, tree.grad(self.setting.outer)(base))
 
     def _ends(self, base: Params, response: Params, nudges: jax.Array) -> Params:
         return jax.vmap(lambda beta: tree.add_scaled(base, -beta, response))(nudges)
