@@ -121,6 +121,12 @@ def norm(a: PyTree) -> jax.Array:
     return safe * jnp.sqrt(_sum(squares))
 
 
+def norm_in(unit: jax.Array, a: PyTree) -> jax.Array:
+    """The Euclidean norm over all leaves, by a single sum: safe where it is comparable to `unit` > 0."""
+    scaled = scale(1 / unit, jax.lax.stop_gradient(a))
+    return unit * jnp.sqrt(_sum(jax.tree.map(lambda x: jnp.sum(jnp.square(jnp.abs(x))), scaled)))
+
+
 def max_abs(a: PyTree) -> jax.Array:
     """The largest absolute entry of any leaf; 0 for a tree without entries."""
     leaves = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(a)]

@@ -34,6 +34,7 @@ class FreePoint(NamedTuple):
       scale: length of `params`, see `length_scale`.
       noise: rounding noise of the inner gradient.
       curvature: of the inner loss along v: the norm of H v over that of v.
+      usual_grad: curvature * scale, a usual norm of inner gradients, to measure them in; 1 where that is 0.
     """
 
     params: Params
@@ -46,6 +47,7 @@ class FreePoint(NamedTuple):
     scale: jax.Array
     noise: jax.Array
     curvature: jax.Array
+    usual_grad: jax.Array
 
 
 # Spent by `survey`: the inner gradient three times, the outer one once.
@@ -70,12 +72,14 @@ def survey(
         tree.grad(setting.inner), params, outer_grad, scale, sequential=sequential
     )
     nudge_norm = tree.norm(outer_grad).astype(setting.dtype)
+    usual = curvature * scale
+    usual = jnp.where((usual > 0) & jnp.isfinite(usual), usual, jnp.ones_like(usual))
     return FreePoint(
-        params, solution, outer_loss, aux, inner_grad, outer_grad, nudge_norm, scale, noise, curvature
-    )  # fmt: skip
+        params, solution, outer_loss, aux, inner_grad, outer_grad, nudge_norm, scale, noise, curvature, usual
+    )
 
 
-def newton_length(remainder: Params, product: Params, least_curvature: jax.Array) -> jax.Array:
+def newton_length(remainder: Params, product: Params, least_curvature: jax.Array, length: jax.Array) -> jax.Array:
     """The length of what H^-1 would at least make of `remainder`: its norm over the curvature along itself.
 
     For positive definite H the Cauchy-Schwarz inequality gives e' H^-1 e >= (e'e)^2 / e'He, so a remainder that is too
@@ -85,10 +89,10 @@ def newton_length(remainder: Params, product: Params, least_curvature: jax.Array
       remainder: e.
       product: H e.
       least_curvature: curvatures below it are not told from rounding.
+      length: norm of e.
     """
-    length = tree.norm(remainder)
-    unit = jnp.where(length > 0, length, jnp.ones_like(length))
-    curvature = tree.vdot(tree.scale(1 / unit, remainder), tree.scale(1 / unit, product))
+    per_length = 1 / jnp.where(length > 0, length, jnp.ones_like(length))
+    curvature = tree.vdot(tree.scale(per_length, remainder), tree.scale(per_length, product))
     return length / jnp.maximum(curvature, least_curvature)
 
 

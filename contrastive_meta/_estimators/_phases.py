@@ -114,7 +114,9 @@ class Judged(NamedTuple):
 
     Attributes:
       response: contrast of where the phases ended: dphi/dbeta = -u.
+      moved: norm of the response.
       remainder: contrast of their residuals: v - H u, what is left of the nudge.
+      unanswered: norm of the remainder.
       params: the base point: the free solution, or what the phases made of it where that is better learned.
       residual: norm of the inner gradient there.
       outer_loss: there.
@@ -125,7 +127,9 @@ class Judged(NamedTuple):
     """
 
     response: Params
+    moved: jax.Array
     remainder: Params
+    unanswered: jax.Array
     params: Params
     residual: jax.Array
     outer_loss: jax.Array
@@ -160,48 +164,49 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     center, refined = _mean(phases.params), scheme.at_zero(phases.params)
     expected, common = _mean(jax.vmap(inner_grad)(phases.residual, nudges)), scheme.at_zero(phases.residual)
     distance, least = difference_step(setting, point)
-    ends = (center, *(tree.add_scaled(refined, distance / or_one(tree.norm(x)), x) for x in (remainder, common)))
+    nudge, usual = or_one(point.nudge_norm), point.usual_grad
+    sizes = tree.norm_in(nudge, remainder), tree.norm_in(usual, common)
+    ends = (
+        center,
+        *(tree.add_scaled(refined, distance / or_one(k), x) for k, x in zip(sizes, (remainder, common), strict=True)),
+    )
     points = jax.tree.map(lambda *xs: jnp.stack(xs), *ends, refined)
     found, *grads, base_grad = _unstack(evaluate_at(tree.grad(setting.inner), points, sequential=nudging.sequential), 4)
-    products = [
-        tree.scale(tree.norm(x) / distance, tree.subtract(grad, base_grad))
-        for x, grad in zip((remainder, common), grads, strict=True)
-    ]
-    missing = newton_length(remainder, products[0], least)
-    length = newton_length(common, products[1], least)
-    better = tree.norm(base_grad) < tree.norm(point.inner_grad)
-    base, base_grad = tree.where(better, (refined, base_grad), (point.params, point.inner_grad))
-    residual = tree.norm(base_grad).astype(setting.dtype)
+    products = [tree.scale(k / distance, tree.subtract(grad, base_grad)) for k, grad in zip(sizes, grads, strict=True)]
+    missing = newton_length(remainder, products[0], least, sizes[0])
+    length = newton_length(common, products[1], least, sizes[1])
+    before, residual = tree.norm_in(usual, point.inner_grad), tree.norm_in(usual, base_grad)
+    base, base_grad = tree.where(residual < before, (refined, base_grad), (point.params, point.inner_grad))
+    residual = jnp.where(residual < before, residual, before).astype(setting.dtype)
 
     # The step that is left goes down `base_grad`, by the curvature along what the phases have in common.
-    length = length * residual / or_one(tree.norm(common))
+    length = length * residual / or_one(sizes[1])
     ahead = tree.add_scaled(base, -length / or_one(residual), base_grad)
     (values, auxes), outer_grads = evaluate_at(
-        setting.outer_value_and_grad, jax.tree.map(lambda a, b: jnp.stack([a, b]), base, ahead),
+        setting.outer_value_and_grad,
+        jax.tree.map(lambda a, b: jnp.stack([a, b]), base, ahead),
         sequential=nudging.sequential,
-    )  # fmt: skip
-    here, there = _unstack(outer_grads, 2)
-    left = LeftToLearn(residual, length, tree.norm(tree.subtract(there, here)), tree.norm(here))
-    strength = scheme.strength(setting.dtype)
-    nudge = strength * or_one(point.nudge_norm)
-    of_gradient = tree.norm(tree.subtract(found, expected)) / nudge
-    missed = tree.subtract(
-        _mean(jax.vmap(lambda at, beta: tree.subtract(at, tree.scale(beta, response)))(phases.params, nudges)),
-        point.params,
     )
-    of_path = tree.norm(missed) / or_one(strength * tree.norm(response))
+    here, there = _unstack(outer_grads, 2)
+    left = LeftToLearn(
+        residual, length, tree.norm_in(nudge, tree.subtract(there, here)), tree.norm_in(nudge, here)
+    )  # fmt: skip
+    strength, moved = scheme.strength(setting.dtype), tree.norm_in(point.scale, response)
+    of_gradient = tree.norm_in(usual, tree.subtract(found, expected)) / (strength * nudge)
+    straight = jax.vmap(lambda at, beta: tree.subtract(at, tree.scale(beta, response)))(phases.params, nudges)
+    of_path = tree.norm_in(point.scale, tree.subtract(_mean(straight), point.params)) / or_one(strength * moved)
     # Before learning ends the phases drift on together, which bends nothing.
-    ended = tree.norm(point.inner_grad) < 1e-3 * nudge
+    ended = before < 1e-3 * strength * nudge
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
     outer_loss, aux = jax.tree.map(lambda xs: xs[0], (values, auxes))
-    return Judged(response, remainder, base, residual, outer_loss, aux, missing, bend, left)
+    return Judged(response, moved, remainder, sizes[0], base, residual, outer_loss, aux, missing, bend, left)
 
 
 def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams, judged: Judged) -> jax.Array:
     """What went wrong in the nudged phases, judged from the same contrast as the meta-gradient."""
     dtype, scheme = nudging.setting.dtype, phases.scheme
-    nudge, response, remainder = or_one(point.nudge_norm), judged.response, judged.remainder
-    unanswered = (tree.norm(remainder) > UNANSWERED * nudge) | (judged.missing > UNANSWERED * tree.norm(response))
+    nudge = or_one(point.nudge_norm)
+    unanswered = (judged.unanswered > UNANSWERED * nudge) | (judged.missing > UNANSWERED * judged.moved)
     # A pure imaginary nudge is read off without subtraction: rounding is not divided by it.
     subtracts = len(scheme.nudges) > 1
     _, weights = scheme.arrays(dtype)
@@ -216,8 +221,8 @@ def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: Meta
     )
     anything = point.nudge_norm > 0
     # H response = remainder - v: its product with the response is the curvature that the nudge met.
-    curvature = tree.vdot(response, tree.subtract(remainder, point.outer_grad))
-    indefinite = curvature < -1e-3 * tree.norm(response) * nudge
+    met = tree.scale(1 / nudge, tree.subtract(judged.remainder, point.outer_grad))
+    indefinite = tree.vdot(tree.scale(1 / or_one(judged.moved), judged.response), met) < -1e-3
     learned, finite = tree.all_finite((point.params, point.outer_grad)), tree.all_finite((grad, phases.params))
     coarse = judged.bend**scheme.order > UNTRUNCATED
     ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, phases) | (judged.bend > 0.5)
@@ -237,12 +242,14 @@ def _curves_downwards(point: FreePoint, phases: Phases) -> jax.Array:
     scheme = phases.scheme
     if scheme.is_complex:
         return jnp.asarray(False)
+    unit = scheme.strength(point.scale.dtype) * or_one(point.nudge_norm)
 
     def curves(params: Params, residual: Params, beta: jax.Array) -> jax.Array:
         moved = tree.subtract(params, point.params)
         start = tree.add_scaled(point.inner_grad, beta, point.outer_grad)
         turned = tree.subtract(residual, start)
-        return tree.vdot(turned, moved) < -1e-2 * tree.norm(turned) * tree.norm(moved)
+        lengths = tree.norm_in(unit, turned) * tree.norm_in(point.scale, moved)
+        return tree.vdot(tree.scale(1 / unit, turned), moved) * unit < -1e-2 * lengths
 
     nudges, _ = scheme.arrays(tree.float_dtype(point.inner_grad))
     return jnp.any(jax.vmap(curves)(phases.params, phases.residual, nudges) & (nudges != 0))

@@ -108,8 +108,8 @@ class Contrastive(MetaGradientEstimator):
                 setting.dtype,
                 beta=beta,
                 free_residual=judged.residual,
-                nudged_residual=tree.norm(judged.remainder) / or_one(point.nudge_norm),
-                displacement=beta * tree.norm(judged.response) / point.scale,
+                nudged_residual=judged.unanswered / or_one(point.nudge_norm),
+                displacement=beta * judged.moved / point.scale,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + phases.num_gradients + NUM_JUDGING,
                 status=worst(
                     fell_back,

@@ -32,7 +32,7 @@ class NewtonKrylov:
 
     What a nudge of strength beta does to the minimum is, for small beta, a straight line: phase k ends at
     base - beta_k u, where H u = v. Both are found from gradients of the inner loss alone. A pass solves two linear
-    systems side by side by conjugate gradients, in which a Hessian-vector product is the difference of two gradients:
+    systems by conjugate gradients, in which a Hessian-vector product is the difference of two gradients:
     one for u, one for the step that the free phase had left to take. Then the phases are evaluated where they should
     have ended. The contrast of their gradients is what is left of the nudge, v - H u, to the order of the scheme and
     free of the products' error; the gradient at the base point is what is left of learning. Both are the right-hand
@@ -320,19 +320,12 @@ class _Search:
             jnp.zeros(2, jnp.int32), false, jnp.stack([left > 0, ~line.learned]),
         )  # fmt: skip
         iterate = partial(self._iterate, line, self.learner.max_steps - line.num_steps)
-        if self.nudging.sequential:
-            one_by_one: _System = jax.lax.map(
-                lambda one: jax.lax.while_loop(lambda s: s.active, lambda s: iterate(one[0], s), one[1]),
-                (limits, systems),
-            )
-            return one_by_one
-        together = jax.vmap(lambda limits, s: tree.where(s.active, iterate(limits, s), s))
-        # Both as long as learning is unfinished; the response alone after that.
-        systems = jax.lax.while_loop(lambda s: s.active[1], lambda s: together(limits, s), systems)
-        alone = jax.tree.map(lambda xs: xs[0], (limits, systems))
-        response = jax.lax.while_loop(lambda s: s.active, lambda s: iterate(alone[0], s), alone[1])
-        both: _System = jax.tree.map(lambda one, stacked: stacked.at[0].set(one), response, systems)
-        return both
+        # One after the other: side by side they would share passes over the data, but take a loop more to compile, and
+        # the one that ends first would run on with the other.
+        solved: _System = jax.lax.map(
+            lambda one: jax.lax.while_loop(lambda s: s.active, lambda s: iterate(one[0], s), one[1]), (limits, systems)
+        )
+        return solved
 
     def _iterate(self, line: _Line, budget: Any, limits: _Limits, s: _System) -> _System:
         """One step of conjugate gradients."""
