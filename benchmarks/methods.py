@@ -45,6 +45,7 @@ class Method(NamedTuple):
 
 
 CONTRASTIVE = "contrastive (default)"
+TWICE = "contrastive, learner run twice"
 FORWARD = "forward as published"
 IMPLICIT_CG = "implicit, CG"
 BACKPROP = "backprop"
@@ -53,6 +54,7 @@ NYSTROM = "implicit, Nystrom"
 FINITE_DIFFERENCES = "finite differences"
 BASICS = (
     CONTRASTIVE,
+    TWICE,
     "contrastive, four-point",
     FORWARD,
     "contrastive, complex step",
@@ -74,19 +76,24 @@ def contrastive(tuning: Tuning) -> dict[str, Method]:
     learner, beta = tuning.learner, tuning.beta
     published = cm.forward_difference(beta, matched=False)
     return {
-        CONTRASTIVE: Method(cm.Contrastive(learner), "relative(central_difference)"),
+        CONTRASTIVE: Method(cm.Contrastive(learner), "relative(central_difference), phases by NewtonKrylov()"),
+        TWICE: Method(
+            cm.Contrastive(learner, nudged_solver=learner), "relative(central_difference), phases by the learner itself"
+        ),
         "contrastive, four-point": Method(
-            cm.Contrastive(learner, scheme=cm.relative(cm.four_point)), "relative(four_point)"
+            cm.Contrastive(learner, scheme=cm.relative(cm.four_point)), "relative(four_point), phases by NewtonKrylov()"
         ),
         "contrastive, linear nudge": Method(
-            cm.Contrastive(learner, nudge=cm.LinearNudge()), "relative(central_difference), LinearNudge"
+            cm.Contrastive(learner, nudge=cm.LinearNudge()),
+            "relative(central_difference), LinearNudge, phases by NewtonKrylov()",
         ),
         FORWARD: Method(
             cm.Contrastive(learner, nudged_solver=learner, scheme=published),
             f"forward_difference(beta={beta:g}, matched=False)",
         ),
         "contrastive, complex step": Method(
-            cm.Contrastive(learner, scheme=cm.relative(cm.complex_step)), "relative(complex_step)"
+            cm.Contrastive(learner, scheme=cm.relative(cm.complex_step)),
+            "relative(complex_step), phases by NewtonKrylov()",
         ),
     }
 

@@ -8,13 +8,13 @@ import contrastive_meta as cm
 from benchmarks import figures
 from benchmarks.cases import LOGISTIC, prepare
 from benchmarks.harness import Record, Session, first_line, precision, relative_error
-from benchmarks.methods import BACKPROP, CHECKPOINTED, CONTRASTIVE, IMPLICIT_CG, all_methods
+from benchmarks.methods import BACKPROP, CHECKPOINTED, CONTRASTIVE, IMPLICIT_CG, TWICE, all_methods
 from benchmarks.tables import lay_out, memory, milliseconds, scientific, wrap
 
 NAME = "scaling_steps"
 ABOUT = "compiled temporary memory and time against 10 to 10,000 inner steps: contrast, implicit CG, backprop"
 
-_METHODS = (CONTRASTIVE, IMPLICIT_CG, BACKPROP, CHECKPOINTED)
+_METHODS = (CONTRASTIVE, TWICE, IMPLICIT_CG, BACKPROP, CHECKPOINTED)
 
 
 def run(session: Session) -> None:

@@ -283,14 +283,16 @@ class _Search:
                 running=suspicious & (num_tries < most_tries),
             )  # fmt: skip
             old = before._replace(num_tries=num_tries, running=jnp.asarray(False))
-            return tree.where(better, _cast_like(new, before), old)
+            chosen: _Measured = tree.where(better, _cast_like(new, before), old)
+            return chosen
 
         nothing = self.start()
         begin = _Measured(
             nothing.scheme, nothing.residuals, nothing.remainder, nothing.base_grad, jnp.full_like(left, jnp.inf),
             shrink, shrink, jnp.int32(0), jnp.asarray(True),
         )  # fmt: skip
-        return jax.lax.while_loop(lambda m: m.running, measure, begin)
+        found: _Measured = jax.lax.while_loop(lambda m: m.running, measure, begin)
+        return found
 
     def _solve(self, line: _Line, left: jax.Array, base_left: jax.Array) -> _System:
         """Both systems: for the response, and for what the free phase left over."""
