@@ -24,13 +24,14 @@ _REAL = {
     "four-point": cm.four_point,
 }
 _COMPLEX = {"complex step": cm.complex_step, "circle, 8 points": cm.circle}
+_TWICE = {"central, learner run twice": cm.central_difference}
 _CHOSEN = {"central": cm.central_difference}
 
 _NUM_STEPS = {RIDGE.name: 300, LOGISTIC.name: 200}
 
 
 def run(session: Session) -> None:
-    """One compiled program sweeps all real schemes over all strengths; another one the complex schemes."""
+    """One compiled program sweeps all real schemes over all strengths; others the complex ones, and learning twice."""
     betas = np.geomspace(1e-8, 1e1, 7 if session.smoke else 37)
     for x64 in (False, True) if session.x64 is None else (session.x64,):
         for case in (RIDGE,) if session.smoke else (RIDGE, LOGISTIC):
@@ -45,11 +46,12 @@ def _sweep(session: Session, case: Case, prepared: Prepared, betas: Vector, x64:
     num_steps = 20 if session.smoke else _NUM_STEPS[case.name]
     instance, learner = prepared.instance, prepared.tuning._replace(num_steps=num_steps).learner
     subject = (instance.problem, instance.meta_params, instance.task)
-    families: dict[str, dict[str, Any]] = {"real": _REAL, "complex": {} if session.smoke else _COMPLEX}
+    families: dict[str, dict[str, Any]] = {"real": _REAL, "twice": _TWICE, "complex": _COMPLEX}
+    learners = {"real": cm.NewtonKrylov(fall_back=False), "twice": learner, "complex": cm.NewtonKrylov()}
     calls: dict[str, Any] = {
-        kind: (_over_schemes, (_stack(schemes, betas), learner, *subject))
+        kind: (_over_schemes, (_stack(schemes, betas), learner, learners[kind], *subject))
         for kind, schemes in families.items()
-        if schemes
+        if not session.smoke or kind == "real"
     }
     for name, scheme in {} if session.smoke else _CHOSEN.items():
         estimator = cm.Contrastive(learner, scheme=cm.relative(scheme))
@@ -94,10 +96,15 @@ def _pad(scheme: cm.NudgeScheme, num_phases: int) -> cm.NudgeScheme:
 
 
 def _over_schemes(
-    schemes: cm.NudgeScheme, learner: cm.InnerSolver, problem: cm.BilevelProblem, meta_params: Any, task: Any
+    schemes: cm.NudgeScheme,
+    learner: cm.InnerSolver,
+    nudged: cm.InnerSolver | cm.NewtonKrylov,
+    problem: cm.BilevelProblem,
+    meta_params: Any,
+    task: Any,
 ) -> Any:
     def one(scheme: cm.NudgeScheme) -> Any:
-        return cm.Contrastive(learner, scheme=scheme).estimate(problem, meta_params, task).grad
+        return cm.Contrastive(learner, nudged, scheme).estimate(problem, meta_params, task).grad
 
     return jax.vmap(one)(schemes)
 

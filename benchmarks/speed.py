@@ -14,7 +14,8 @@ from benchmarks.data import DataMissingError
 from benchmarks.harness import Record, Session, first_line, precision, relative_error
 from benchmarks.speed_measure import Measured, Programs, measure
 from benchmarks.speed_methods import FREE_PHASE, Point
-from benchmarks.speed_problems import RIDGE, SUITE, Ready, prepare
+from benchmarks.speed_problems import RIDGE, SUITE
+from benchmarks.speed_reference import Ready, prepare
 
 NAME = "speed"
 ABOUT = "time, gradients and memory to reach an error, on a suite of problems, beside implicit CG, backprop and peers"

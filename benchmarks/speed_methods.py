@@ -8,7 +8,7 @@ import jax
 import optax
 
 import contrastive_meta as cm
-from benchmarks.speed_problems import ACCURATE, COLD, UNFINISHED, Ready
+from benchmarks.speed_reference import ACCURATE, COLD, UNFINISHED, Ready
 
 FAST = "contrast, fast"
 IMPLICIT_CG = "implicit, CG"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 import contrastive_meta as cm
 from benchmarks.speed_methods import Outcome, Point
-from benchmarks.speed_problems import ACCURATE, UNFINISHED, Ready
+from benchmarks.speed_reference import ACCURATE, UNFINISHED, Ready
 
 JAXOPT, OPTIMISTIX = "jaxopt", "optimistix"
 # Rows of peers begin with their names.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.harness import Record
 from benchmarks.speed_methods import BACKPROP, CHECKPOINTED, FAST, FREE_PHASE, IMPLICIT_CG, NUDGED_LBFGS
-from benchmarks.speed_problems import ACCURATE, COLD, UNFINISHED
+from benchmarks.speed_reference import ACCURATE, COLD, UNFINISHED
 from benchmarks.tables import decimals, lay_out, memory, milliseconds, scientific, wrap
 
 TARGETS = (1e-2, 1e-3)

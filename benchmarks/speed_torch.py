@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from benchmarks.speed_methods import COLD_STEPS, Outcome, Point
-from benchmarks.speed_problems import ACCURATE, CLEANING, COLD, DIGITS, RIDGE, UNFINISHED, Ready
+from benchmarks.speed_problems import CLEANING, DIGITS, RIDGE
+from benchmarks.speed_reference import ACCURATE, COLD, UNFINISHED, Ready
 
 HIGHER, TORCHOPT = "higher", "torchopt"
 

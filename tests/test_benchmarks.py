@@ -19,12 +19,13 @@ from benchmarks import (
     report,
     speed_figures,
     speed_problems,
+    speed_reference,
     speed_scaling,
     speed_tables,
     tables,
 )
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, RIDGE, Case, prepare
+from benchmarks.cases import CASES, RIDGE, Case, WarmTask, prepare
 from benchmarks.data import (
     DATA_VARIABLE,
     DataMissingError,
@@ -305,11 +306,11 @@ def test_speed_points_of_one_program_are_compiled_once_and_one_that_raises_is_al
 
 
 def test_speed_starts_and_reference_of_one_minimum() -> None:
-    ready = speed_problems.prepare(speed_problems.RIDGE, _session(), x64=False)
+    ready = speed_reference.prepare(speed_problems.RIDGE, _session(), x64=False)
     # The same problem as of the benchmark `estimators`, whose reference is a closed form.
     np.testing.assert_allclose(ready.reference, prepare(RIDGE, _session(), x64=False).reference, rtol=1e-9)
     assert ready.converged
-    assert 1e-4 < ready.distances["unfinished"] <= speed_problems.DISTANCE
+    assert 1e-4 < ready.distances["unfinished"] <= speed_reference.DISTANCE
     assert ready.distances["accurate"] == 0 and ready.distances["cold"] == pytest.approx(1.0)
     assert jax.tree.leaves(ready.tasks["accurate"].start)[0].dtype == jnp.float32
 
@@ -319,8 +320,8 @@ def test_speed_scaling_knows_its_exact_answers_and_fits_exponents(tmp_path: Path
         instance, start, grad = make(size, _session())
         batched = make is speed_scaling._many
         estimator = cm.ImplicitDifferentiation(cm.LBFGS(tol=1e-12), cm.DenseInverse())
-        problem = speed_problems.started_by_task(instance.problem)
-        task = speed_problems.WarmTask(instance.task, start)
+        problem = speed_reference.started_by_task(instance.problem)
+        task = WarmTask(instance.task, start)
         tasks = task if batched else jax.tree.map(lambda leaf: leaf[None], task)
         ours = jax.jit(cm.value_and_meta_grad(problem, estimator))(instance.meta_params, tasks)[1]
         # Both are dense solves in float64 at condition numbers of at most 100.

@@ -143,10 +143,13 @@ class NudgeScheme(NudgeStrength):
 
         def interpolate(values: jax.Array) -> jax.Array:
             nudges, _ = self.arrays(jnp.real(values).dtype)
-            # Lagrange's weights at 0: the products over j != k of beta_j / (beta_j - beta_k).
-            same = jnp.eye(len(self.nudges), dtype=bool)
-            gaps = jnp.where(same, 1, nudges[None, :] - nudges[:, None])
-            weights = jnp.prod(jnp.where(same, 1, nudges[None, :]) / gaps, axis=1)
+            # Lagrange's weights at 0: the products over j != k of beta_j / (beta_j - beta_k). A strength that occurs
+            # twice counts once.
+            gaps = nudges[None, :] - nudges[:, None]
+            repeated = jnp.any(jnp.tril(gaps == 0, -1), axis=1)
+            left_out = (gaps == 0) | repeated[None, :]
+            factors = jnp.where(left_out, 1, nudges[None, :] / jnp.where(left_out, 1, gaps))
+            weights = jnp.where(repeated, 0, jnp.prod(factors, axis=1))
             return jnp.real(jnp.tensordot(weights, values, axes=(0, 0)))
 
         return jax.tree.map(interpolate, measured)
