@@ -24,7 +24,7 @@ JAXOPT, OPTIMISTIX = "jaxopt", "optimistix"
 NAMES = (JAXOPT, OPTIMISTIX)
 # Above so many parameters nothing dense is tried.
 _DENSE = 1000
-_MAX_LINEAR_STEPS = 1000
+_MAX_LINEAR_STEPS = 400
 # lineax's absolute tolerance is on each entry, in units of the outer gradient's entries, which are below 1e-2 here.
 _SMALL = 1e-3
 
