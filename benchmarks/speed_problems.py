@@ -82,7 +82,7 @@ def _large_mlp(session: Session) -> Instance:
 
 
 def _cnn(session: Session) -> Instance:
-    split = data.mnist(session.seed, 300, 300, session.data)
+    split = data.mnist(session.seed, 150, 150, session.data)
     return cnn_strengths(*split, num_classes=10, key=jax.random.key(session.seed), strength=1e-2)
 
 
