@@ -91,7 +91,7 @@ def _sinusoids(session: Session) -> Instance:
 
 
 def _network(split: data.Split, width: int, seed: int) -> Instance:
-    return cm.problems.mlp_strengths(*split, num_classes=10, widths=(width,), key=jax.random.key(seed), strength=1e-2)
+    return cm.problems.mlp_strengths(*split, num_classes=10, widths=(width,), key=jax.random.key(seed), strength=2e-2)
 
 
 def _cleaned(split: data.Split, seed: int) -> Instance:
@@ -112,7 +112,7 @@ CLEANING = Problem(
     "cleaning", "Data cleaning on digits: a weight per example", _cleaning, 1e-2, wide=True, cold=True, repeats=7
 )
 MLP = Problem(
-    "MLP 1e4", "Tanh MLP on digits: a strength per synapse", _mlp, 1e-2, convex=False, wide=True, cold=True, repeats=3
+    "MLP 1e4", "Tanh MLP on digits: a strength per synapse", _mlp, 2e-2, convex=False, wide=True, cold=True, repeats=3
 )
 SUITE: Sequence[Problem] = (
     RIDGE,
@@ -125,6 +125,6 @@ SUITE: Sequence[Problem] = (
     Problem("CNN", "Tanh CNN on MNIST: a strength per synapse", _cnn, 1e-2, convex=False, repeats=3),
     MLP,
     Problem("newsgroups", "Softmax regression on newsgroups: a strength per weight", _newsgroups, 1e-3, repeats=3),
-    Problem("MLP 1e5", "Tanh MLP on MNIST: a strength per synapse", _large_mlp, 1e-2, convex=False, repeats=3),
+    Problem("MLP 1e5", "Tanh MLP on MNIST: a strength per synapse", _large_mlp, 2e-2, convex=False, repeats=3),
     Problem("sinusoids", "Sinusoids, 10 tasks: the anchor of a tanh MLP", _sinusoids, 0.5, convex=False, batched=True),
 )
