@@ -100,7 +100,7 @@ def _from_unfinished(free_steps: Sequence[int], tols: Sequence[float | None]) ->
 
 def _contrasts(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
     wide = ready.problem.wide
-    for budget in budgets((0, 4, 16), (1e-1, 1e-2, 1e-3, 1e-4)):
+    for budget in budgets((0, 4, 16), ready.tolerances):
         yield _point(ready, start, FAST, budget, fast(_lbfgs(budget[0]), budget[1]))
     schemes = {
         f"{FAST}, forward": cm.relative(cm.forward_difference),
@@ -124,10 +124,10 @@ def _contrasts(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
 
 def _implicit(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
     wide, floor = ready.problem.wide, ready.problem.floor
-    for budget in budgets((4, 16, 48) if ready.problem.batched else (4, 8, 16, 32, 64), (1e-1, 1e-2, 1e-3, 1e-4)):
+    for budget in budgets((4, 16, 48) if ready.problem.batched else (4, 8, 16, 32, 64), ready.tolerances):
         yield _point(ready, start, IMPLICIT_CG, budget, _cg(_lbfgs(budget[0]), budget[1]))
     if start == UNFINISHED:
-        for budget in budgets((8, 32) if ready.problem.batched else (8, 16, 32, 64), (1e-1, 1e-2, 1e-3)):
+        for budget in budgets((8, 32) if ready.problem.batched else (8, 16, 32, 64), ready.tolerances[:-1]):
             estimator = _cg(_descent(ready, budget[0]), budget[1])
             yield _point(ready, start, IMPLICIT_CG, budget, estimator, f"{budget[0]} steps of descent first")
     if not wide:

@@ -64,7 +64,7 @@ def _imported(name: str) -> Any:
 
 
 def _jaxopt_points(ready: Ready) -> Iterator[Point]:
-    tols = (1e-1, 1e-2, 1e-3, 1e-4)
+    tols = ready.tolerances
     grids = {ACCURATE: [(0, tol) for tol in tols], UNFINISHED: [(k, tol) for k in (4, 8, 16, 32) for tol in tols[1:]]}
     for start, budgets in grids.items():
         for budget in budgets:
@@ -72,7 +72,7 @@ def _jaxopt_points(ready: Ready) -> Iterator[Point]:
             yield _point(ready, start, "jaxopt, L-BFGS + CG", words, _jaxopt_lbfgs, budget)
     for start, steps in ((ACCURATE, (0,)), (UNFINISHED, (16, 48, 144))):
         for num_steps in steps:
-            for tol in (1e-2, 1e-3):
+            for tol in ready.tolerances[1:-1]:
                 words = f"{num_steps} steps, tolerance {tol:g}"
                 learn = functools.partial(_jaxopt_descent, 1 / ready.curvature)
                 yield _point(ready, start, "jaxopt, descent + CG", words, learn, (num_steps, tol))
@@ -84,8 +84,8 @@ def _jaxopt_points(ready: Ready) -> Iterator[Point]:
 
 def _optimistix_points(ready: Ready) -> Iterator[Point]:
     grids = {
-        ACCURATE: [(1e-1, tol) for tol in (1e-1, 1e-2, 1e-3, 1e-4)],
-        UNFINISHED: [(tol, linear_tol) for tol in (1e-4, 1e-5, 1e-6, 1e-7) for linear_tol in (1e-2, 1e-3)],
+        ACCURATE: [(1e-1, tol) for tol in ready.tolerances],
+        UNFINISHED: [(tol, linear_tol) for tol in (1e-4, 1e-5, 1e-6, 1e-7) for linear_tol in ready.tolerances[1:-1]],
     }
     dense = ready.num_params <= _DENSE
     for start, budgets in grids.items():

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,11 @@ class Ready(NamedTuple):
     first_residual: float
     num_params: int
     num_meta: int
+
+    @property
+    def tolerances(self) -> Sequence[float]:
+        """Of linear solves and of their likes; networks, worse conditioned, need smaller ones."""
+        return (1e-1, 1e-2, 1e-3, 1e-4) if self.problem.convex else (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
     @property
     def momentum(self) -> float:
