@@ -41,26 +41,20 @@ def length_scale(params: Params, init: Params, dtype: Any) -> jax.Array:
     return jnp.where(larger > 0, larger, jnp.ones((), dtype))
 
 
-def evaluate_at(function: Callable[..., Any], stacked: Any, *, sequential: bool) -> Any:
-    """`function` of every point along the leading axis: all at once, or one after another for half the memory."""
-    return jax.lax.map(function, stacked) if sequential else jax.vmap(function)(stacked)
-
-
 def measure_noise(
-    function: Callable[[Params], Params], at: Params, direction: Params, scale: jax.Array, *, sequential: bool
+    function: Callable[[Params], Params], at: Params, direction: Params, scale: jax.Array
 ) -> tuple[Params, jax.Array, jax.Array]:
     """The value of `function` at a point, the norm of its rounding noise there, and its slope.
 
     A second difference over steps that are a small part of sqrt(eps) * scale: what is smooth contributes less than
     eps, so what is left is noise, whether it comes from the dtype or from reduced-precision matrix products. Costs 3
-    evaluations side by side.
+    evaluations, one after another: side by side they would need three times the memory.
 
     Args:
       function: `params -> tree`.
       at: where.
       direction: along which to step; any length.
       scale: length of `at`.
-      sequential: see `evaluate_at`.
 
     Returns:
       The value; the norm of its noise; and how much it changes, in norm, for a unit of length along `direction`.
@@ -72,7 +66,7 @@ def measure_noise(
     step = (0.05 * jnp.sqrt(jnp.finfo(scale.dtype).eps) * scale / jnp.where(length > 0, length, 1)).astype(scale.dtype)
     steps = jnp.stack([jnp.zeros_like(step), step, -step])
     points = jax.vmap(lambda distance: tree.add_scaled(at, distance, direction))(steps)
-    values = evaluate_at(function, points, sequential=sequential)
+    values = jax.lax.map(function, points)
     here, ahead, behind = (jax.tree.map(lambda xs, k=k: xs[k], values) for k in range(3))
     # Taken from `here`, nearly equal numbers are subtracted exactly.
     ahead, behind = tree.subtract(ahead, here), tree.subtract(behind, here)

@@ -151,7 +151,7 @@ def test_forward_contrast_is_the_fully_first_order_estimator(beta):
 
     # grad = d_theta g(y_lambda) + lambda (d_theta f(y_lambda) - d_theta f(y*)), g without direct term here.
     expected = penalty * (inner_in_meta(solve(beta)) - inner_in_meta(solve(0.0)))
-    result = estimate(cm.Contrastive(NESTEROV, scheme=cm.forward_difference(beta)), case)
+    result = estimate(cm.Contrastive(NESTEROV, NESTEROV, cm.forward_difference(beta)), case)
     # Rounding of the solutions, about 1e-15, is divided by beta.
     assert relative_error(result.grad, expected) <= 1e-12 / beta
 

@@ -120,7 +120,7 @@ def test_phases_see_the_same_minibatches():
     solver = cm.OptaxDescent(optax.sgd(0.1), num_steps=200)
     grads = [
         grad_of(
-            cm.Contrastive(solver, scheme=cm.central_difference(beta), nudge=cm.LinearNudge()),
+            cm.Contrastive(solver, solver, cm.central_difference(beta), cm.LinearNudge()),
             problem, case.meta_params, case.task,
         )
         for beta in (1e-3, 1e-6)
@@ -128,7 +128,7 @@ def test_phases_see_the_same_minibatches():
     # Each step is linear in params and in beta, so nothing but rounding, about 1e-16 / beta, depends on beta.
     assert relative_error(grads[1], grads[0]) < 1e-8
     other = grad_of(
-        cm.Contrastive(solver, scheme=cm.central_difference(1e-3), nudge=cm.LinearNudge()),
+        cm.Contrastive(solver, solver, cm.central_difference(1e-3), cm.LinearNudge()),
         problem, case.meta_params, case.task, key=jax.random.key(5),
     )  # fmt: skip
     assert relative_error(other, grads[0]) > 1e-4, "the key must change the sequence"
@@ -161,7 +161,7 @@ def test_a_tolerance_with_minibatches_is_refused():
 def test_absolute_tolerance_does_not_stop_the_nudged_phases(solver):
     """A beta of 1e-6 starts its phases with a gradient below tol = 1e-6: they must move all the same."""
     case = problem_named("logistic")
-    result = cm.Contrastive(solver, scheme=cm.central_difference(1e-6)).estimate(*case[1:4])
+    result = cm.Contrastive(solver, solver, cm.central_difference(1e-6)).estimate(*case[1:4])
     assert result.diagnostics.status == cm.Status.CONVERGED
     assert relative_error(result.grad, case.exact.grad) < 1e-5
 
@@ -172,7 +172,7 @@ def test_finished_schedule_is_not_a_silent_zero(carry_state):
     case = problem_named("logistic")
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 400))
     solver = cm.OptaxDescent(optimizer, num_steps=400, carry_state=carry_state)
-    result = cm.Contrastive(solver).estimate(*case[1:4])
+    result = cm.Contrastive(solver, nudged_solver=solver).estimate(*case[1:4])
     if carry_state:
         assert result.diagnostics.status == cm.Status.NUDGED_NOT_CONVERGED
         assert np.isclose(result.diagnostics.nudged_residual, 1.0, atol=0.05)
@@ -233,7 +233,7 @@ def test_unbounded_nudge_is_reported():
     )
     theta, task = jnp.array([1.0, -2.0]), jnp.array([0.5, 0.5])
     solver = cm.OptaxDescent(optax.sgd(0.3), num_steps=60)
-    loss_nudge = cm.Contrastive(solver, scheme=cm.central_difference(1.0)).estimate(problem, theta, task)
+    loss_nudge = cm.Contrastive(solver, solver, cm.central_difference(1.0)).estimate(problem, theta, task)
     assert loss_nudge.diagnostics.status == cm.Status.UNBOUNDED_NUDGE
     linear = cm.Contrastive(solver, scheme=cm.central_difference(1.0), nudge=cm.LinearNudge())
     assert relative_error(grad_of(linear, problem, theta, task), 2 * (theta - task)) < 1e-8
@@ -315,7 +315,7 @@ def test_scheme_runs_its_phases_for_the_same_number_of_steps():
     """A pair stopped at a tolerance goes on until both members are done: the counts show it."""
     case = problem_named("logistic")
     solver = cm.OptaxDescent(optax.sgd(0.1, momentum=0.9, nesterov=True), tol=1e-3)
-    result = cm.Contrastive(solver, scheme=cm.second_order_forward(1e-3)).estimate(*case[1:4])
+    result = cm.Contrastive(solver, solver, cm.second_order_forward(1e-3)).estimate(*case[1:4])
     # A matched control that stopped on its own would leave its relaxation in the contrast, divided by beta.
     assert relative_error(result.grad, case.exact.grad) < 1e-3
 
@@ -328,7 +328,7 @@ def test_phases_that_leave_the_basin_are_reported():
         init_params=lambda theta, task: -jnp.ones(2),
     )
     solver = cm.OptaxDescent(optax.sgd(0.05), num_steps=400)
-    result = cm.Contrastive(solver, scheme=cm.central_difference(3.0)).estimate(problem, jnp.array(0.0), None)
+    result = cm.Contrastive(solver, solver, cm.central_difference(3.0)).estimate(problem, jnp.array(0.0), None)
     assert result.diagnostics.nudged_residual < 1e-2
     assert result.diagnostics.status == cm.Status.UNBOUNDED_NUDGE
     near = cm.Contrastive(solver).estimate(problem, jnp.array(0.0), None)

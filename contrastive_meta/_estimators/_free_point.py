@@ -54,9 +54,7 @@ class FreePoint(NamedTuple):
 NUM_GRADIENTS = 4
 
 
-def survey(
-    setting: Setting, params: Params, solution: Solution, init: Params, *, sequential: bool = False
-) -> FreePoint:
+def survey(setting: Setting, params: Params, solution: Solution, init: Params) -> FreePoint:
     """Evaluate both losses at the free solution and measure the rounding noise of the inner gradient.
 
     Args:
@@ -64,13 +62,10 @@ def survey(
       params: where the free phase ended.
       solution: of the free phase.
       init: where learning started.
-      sequential: evaluate one point after another.
     """
     (outer_loss, aux), outer_grad = setting.outer_value_and_grad(params)
     scale = length_scale(params, init, setting.dtype)
-    inner_grad, noise, curvature = measure_noise(
-        tree.grad(setting.inner), params, outer_grad, scale, sequential=sequential
-    )
+    inner_grad, noise, curvature = measure_noise(tree.grad(setting.inner), params, outer_grad, scale)
     nudge_norm = tree.norm(outer_grad).astype(setting.dtype)
     usual = curvature * scale
     usual = jnp.where((usual > 0) & jnp.isfinite(usual), usual, jnp.ones_like(usual))
@@ -113,8 +108,9 @@ def free_status(setting: Setting, point: FreePoint, left: "LeftToLearn") -> jax.
     """
     shifted = left.shift > UNLEARNED * left.nudge_norm
     at_floor = left.residual <= NOISE_FLOOR * point.noise
-    # Without a nudge there is nothing for the solution to matter to.
-    unlearned = ((left.distance > UNLEARNED * point.scale) | shifted) & ~at_floor & (point.nudge_norm > 0)
+    # Without a nudge, here and ahead, there is nothing for the solution to matter to.
+    matters = (point.nudge_norm > 0) | (left.nudge_norm > 0) | (left.shift > 0)
+    unlearned = ((left.distance > UNLEARNED * point.scale) | shifted) & ~at_floor & matters
     reported = point.solution.status
     refined = left.residual < 1e-3 * point.solution.residual
     excused = (reported == Status.FREE_NOT_CONVERGED) & (at_floor | refined)

@@ -19,7 +19,7 @@ from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import Nudge, NudgeScheme, NudgeStrength
 from contrastive_meta._plasticity.autodiff import PlasticityRule, measured_by
 from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
-from contrastive_meta._response import Probe, evaluate_at
+from contrastive_meta._response import Probe
 
 # The truncation error of a scheme of order p is of the order of bend^p.
 UNTRUNCATED = 1e-2
@@ -171,7 +171,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
         *(tree.add_scaled(refined, distance / or_one(k), x) for k, x in zip(sizes, (remainder, common), strict=True)),
     )
     points = jax.tree.map(lambda *xs: jnp.stack(xs), *ends, refined)
-    found, *grads, base_grad = _unstack(evaluate_at(tree.grad(setting.inner), points, sequential=nudging.sequential), 4)
+    found, *grads, base_grad = _unstack(jax.lax.map(tree.grad(setting.inner), points), 4)
     products = [tree.scale(k / distance, tree.subtract(grad, base_grad)) for k, grad in zip(sizes, grads, strict=True)]
     missing = newton_length(remainder, products[0], least, sizes[0])
     length = newton_length(common, products[1], least, sizes[1])
@@ -182,10 +182,8 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     # The step that is left goes down `base_grad`, by the curvature along what the phases have in common.
     length = length * residual / or_one(sizes[1])
     ahead = tree.add_scaled(base, -length / or_one(residual), base_grad)
-    (values, auxes), outer_grads = evaluate_at(
-        setting.outer_value_and_grad,
-        jax.tree.map(lambda a, b: jnp.stack([a, b]), base, ahead),
-        sequential=nudging.sequential,
+    (values, auxes), outer_grads = jax.lax.map(
+        setting.outer_value_and_grad, jax.tree.map(lambda a, b: jnp.stack([a, b]), base, ahead)
     )
     here, there = _unstack(outer_grads, 2)
     left = LeftToLearn(
@@ -210,7 +208,7 @@ def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: Meta
     # A pure imaginary nudge is read off without subtraction: rounding is not divided by it.
     subtracts = len(scheme.nudges) > 1
     _, weights = scheme.arrays(dtype)
-    gain = jnp.sqrt(jnp.sum(jnp.abs(weights) ** 2)) * subtracts
+    gain = tree.norm(weights) * subtracts
     # The statistic is taken to be as noisy, relative to itself, as the inner gradient is to what it is made of.
     eps = float(jnp.finfo(dtype).eps)
     coarser = jnp.maximum(point.noise / or_one(eps * point.curvature * point.scale), 1.0)

@@ -84,7 +84,6 @@ class _Line(NamedTuple):
     remainder: Params  # v - H u, the contrast of the residuals
     base_grad: Params  # what is left of learning, the mean of the residuals
     learned: jax.Array  # whether what is left of learning is too little to matter
-    measured: jax.Array  # whether the residuals are those of this line
     shrink: jax.Array  # what strengths and difference steps are divided by
     radius: jax.Array  # the longest step of the base point
     change: jax.Array  # of the response by the last pass, relative, times what the pass left of the remainder
@@ -163,14 +162,11 @@ class _Search:
         """The free solution, with no response yet and all of the nudge left."""
         point, none, false = self.point, jnp.int32(0), jnp.asarray(False)
         one = jnp.ones((), self.dtype)
-        scheme = self._scheme(one, one)
-        num_phases = len(scheme.nudges)
-        residuals = jax.tree.map(
-            lambda g: jnp.zeros(
-                (num_phases, *g.shape), jnp.result_type(g, jnp.complex64) if scheme.is_complex else g.dtype
-            ),
-            point.inner_grad,
-        )
+        learned = tree.norm(point.inner_grad) <= 2 * point.noise
+        scheme = self._scheme(self.usual, one)
+        nudges, _ = scheme.arrays(self.dtype)
+        # At the free solution itself the nudged losses' gradients are known.
+        residuals = jax.vmap(lambda beta: tree.add_scaled(point.inner_grad, beta, point.outer_grad))(nudges)
         return _Line(
             base=point.params,
             response=tree.zeros_like(point.params),
@@ -178,8 +174,7 @@ class _Search:
             residuals=residuals,
             remainder=point.outer_grad,
             base_grad=point.inner_grad,
-            learned=tree.norm(point.inner_grad) <= 2 * point.noise,
-            measured=false,
+            learned=learned,
             shrink=one,
             radius=_RADIUS * point.scale,
             change=one,
@@ -187,7 +182,8 @@ class _Search:
             num_passes=none,
             num_gradients=none,
             indefinite=false,
-            running=tree.all_finite((point.outer_grad, point.inner_grad)) & (point.nudge_norm > 0),
+            # Without a nudge here there may be one where learning ends.
+            running=tree.all_finite((point.outer_grad, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned),
         )
 
     def one_pass(self, line: _Line) -> _Line:
@@ -210,25 +206,28 @@ class _Search:
         # Along low curvature a small remainder is much of the response: what the pass changed tells.
         answered = (now <= target * self.nudge) & (change <= 10 * target)
         sound = jnp.isfinite(base_now) & (base_now <= jnp.maximum(base_left, NOISE_FLOOR * noise))
-        better = sound & (now <= left) & (length > 0)
+        # A base point that learned takes its own measurement along, whatever the nudge was before.
         learning = sound & (base_now <= 0.5 * base_left) & ~line.learned
+        better = sound & jnp.isfinite(now) & ((now <= left) | learning)
         retry = ~sound & (moved > 0) & (base_now > base_left)
-        progress = (better & (now <= 0.5 * left)) | learning | retry
+        progress = (better & ((now <= 0.5 * left) | learning)) | retry
         done = better & answered & learned
 
         num_steps, num_passes = line.num_steps + jnp.max(systems.num_steps), line.num_passes + 1
-        base, base_grad = tree.where(sound, (base, found.base_grad), (line.base, line.base_grad))
-        old = (line.response, line.scheme, line.residuals, line.remainder, line.change)
-        new = (response, found.scheme, found.residuals, found.remainder, change)
-        response, scheme, residuals, remainder, change = tree.where(better, new, old)
+        old = (line.base, line.response, line.scheme, line.residuals, line.remainder, line.base_grad)
+        new = (base, response, found.scheme, found.residuals, found.remainder, found.base_grad)
+        base, response, scheme, residuals, remainder, base_grad = tree.where(better, _cast_like(new, old), old)
         after = _Line(
-            base, response, scheme, residuals, remainder, base_grad,
-            learned=learned,
-            # A base point that moved without its response takes the old measurement's meaning away.
-            measured=better | (line.measured & ~sound),
-            shrink=found.shrink,
+            base=base,
+            response=response,
+            scheme=scheme,
+            residuals=residuals,
+            remainder=remainder,
+            base_grad=base_grad,
+            learned=jnp.where(better, learned, line.learned),
+            shrink=jnp.where(better, found.shrink, line.shrink),
             radius=jnp.where(retry, 0.25 * moved, line.radius),
-            change=change,
+            change=jnp.where(better, change, line.change),
             num_steps=num_steps,
             num_passes=num_passes,
             num_gradients=line.num_gradients
@@ -246,7 +245,8 @@ class _Search:
         statistic = self.nudging.measure(self._nudged(line.base), ends, nudges)
         enough = jnp.maximum(UNANSWERED, self.tol)
         unanswered = (self._norm(line.remainder) > enough * self.nudge) | (line.change > enough)
-        failed = (self.point.nudge_norm > 0) & (line.indefinite | unanswered | ~line.measured)
+        anything = (self.point.nudge_norm > 0) | (self._norm(line.remainder) > 0)
+        failed = anything & (line.indefinite | unanswered)
         status = jnp.zeros(nudges.shape, jnp.int32)
         return Phases(line.scheme, ends, statistic, line.residuals, status, line.num_gradients + nudges.size), failed
 
@@ -298,8 +298,11 @@ class _Search:
         """Both systems: for the response, and for what the free phase left over."""
         point, dtype = self.point, self.dtype
         units, target = (or_one(left), or_one(base_left)), self._target(line.scheme)
-        warm = (line.num_passes == 0) & (tree.norm(self.nudging.response) > 0)
-        guess = tree.scale(1 / or_one(tree.norm(self.nudging.response)), self.nudging.response)
+        before = tree.norm(self.nudging.response)
+        guess = tree.scale(1 / or_one(before), self.nudging.response)
+        along = tree.vdot(tree.scale(1 / units[0], line.remainder), guess)
+        # A direction that has nothing of the remainder is of no use.
+        warm = (line.num_passes == 0) & (before > 0) & jnp.isfinite(before) & (jnp.abs(along) > 1e-2)
         rhs = jax.tree.map(
             lambda e, g: jnp.stack([e, g]),
             tree.scale(1 / units[0], line.remainder),
@@ -315,7 +318,7 @@ class _Search:
             radius=jnp.stack([jnp.full((), jnp.inf, dtype), line.radius / units[1]]),
         )  # fmt: skip
         ones, zeros = jnp.ones(2, dtype), jnp.zeros(2, dtype)
-        slope = jnp.where(warm, ones.at[0].set(tree.vdot(line.remainder, guess) / units[0]), ones).astype(dtype)
+        slope = jnp.where(warm, ones.at[0].set(along.astype(dtype)), ones)
         false = jnp.zeros(2, bool)
         systems = _System(
             tree.zeros_like(rhs), rhs, first, ones, slope, ones, zeros, zeros, false.at[0].set(warm),
@@ -349,7 +352,7 @@ class _Search:
         turn = jnp.where(s.fresh, 0, squared / s.squared)
         xx = s.xx + 2 * alpha * s.xp + alpha**2 * s.pp
         enough = jnp.sqrt(squared) <= jnp.maximum(limits.remainder, resolution * jnp.sqrt(xx))
-        enough |= jnp.abs(alpha) * jnp.sqrt(s.pp) <= limits.step
+        enough |= jnp.abs(alpha) * jnp.sqrt(s.pp) < limits.step
         num_steps = s.num_steps + 1
         new = _System(
             x=tree.add_scaled(s.x, alpha, s.direction),
@@ -362,8 +365,9 @@ class _Search:
             xx=xx,
             fresh=jnp.asarray(False),
             num_steps=num_steps,
-            indefinite=along < -resolution * s.pp,
-            active=upward & inside & ~enough & (squared > 0) & (num_steps < budget),
+            indefinite=(along < -resolution * s.pp) & ~s.fresh,
+            # A first direction that leads nowhere is replaced by the remainder itself.
+            active=(upward | s.fresh) & inside & ~enough & (squared > 0) & (num_steps < budget),
         )
         return _cast_like(new, s)
 
@@ -382,7 +386,7 @@ class _Search:
         """The remainder to reach, relative to the nudge: not below what rounding alone leaves of the contrast."""
         _, weights = scheme.arrays(self.dtype)
         # A pure imaginary nudge subtracts nothing.
-        gain = jnp.sqrt(jnp.sum(jnp.abs(weights) ** 2)) if len(scheme.nudges) > 1 else 0.0
+        gain = tree.norm(weights) if len(scheme.nudges) > 1 else 0.0
         return jnp.maximum(self.tol, 3 * gain * self.point.noise / self.nudge).astype(self.dtype)
 
     def _norm(self, values: Params) -> jax.Array:

@@ -27,9 +27,9 @@ class NudgeStrength(abc.ABC):
     def resolve(self, probe: Probe) -> tuple["NudgeScheme", jax.Array]:
         """The scheme to use, and the number of gradients spent to find it."""
 
-    @abc.abstractmethod
     def for_response(self, probe: Probe, response: jax.Array) -> "NudgeScheme":
-        """The scheme to use where the length `response` of the response to a unit nudge is known."""
+        """The scheme to use where the length of the response to a unit nudge is known; by default as if it were not."""
+        return self.resolve(probe)[0]
 
     @property
     def adapts(self) -> bool:

@@ -112,13 +112,21 @@ class InnerSolver(abc.ABC):
         """
 
     @property
-    def is_smooth(self) -> bool:
-        """Whether the solution is a minimum of the loss that a gradient method would find too.
+    def descends_loss(self) -> bool:
+        """Whether the learner follows the gradient of the loss it is given, so that another may run on from its end.
 
-        Then `Contrastive` may let a faster learner run the nudged phases. Learners that minimise something else, or
-        may not be looked into, run their own phases.
+        `Contrastive` then lets a faster learner run the nudged phases. Learners that minimise something else, or that
+        may not be looked into, run their own.
         """
         return False
+
+    def rests_at(self, params: Params, gradient: Params) -> jax.Array:
+        """Whether the learner stays at `params` where the gradient vanishes, and moves each leaf that has one.
+
+        Only asked of learners that descend the loss: weight decay, projections and frozen leaves in their updates make
+        them end elsewhere than at its minimum.
+        """
+        return jnp.asarray(True)
 
     def init_memory(self, params: Params) -> PyTree:
         """A memory that carries nothing yet, in the structure of `Solution.memory`."""

@@ -39,8 +39,8 @@ class LBFGS(InnerSolver):
     memory_size: int = static(default=10)
 
     @property
-    def is_smooth(self) -> bool:
-        """It descends the loss's own gradient."""
+    def descends_loss(self) -> bool:
+        """It does."""
         return True
 
     def solve(

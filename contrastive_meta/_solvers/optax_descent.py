@@ -77,9 +77,28 @@ class OptaxDescent(InnerSolver):
         )
 
     @property
-    def is_smooth(self) -> bool:
-        """It descends the loss's own gradient."""
+    def descends_loss(self) -> bool:
+        """As far as its updates follow the gradient: see `rests_at`."""
         return True
+
+    def rests_at(self, params: Params, gradient: Params) -> jax.Array:
+        """One update without a gradient must do nothing, and one with it must move every leaf or none."""
+        optimizer = optax.with_extra_args_support(self._bound_optimizer())
+        zero = jnp.zeros((), tree.float_dtype(params))
+
+        def update(grads: Params) -> Params:
+            state = optimizer.init(params)
+            extra = {"value": zero, "grad": grads, "value_fn": lambda at: zero}
+            return tree.subtract(
+                optax.apply_updates(params, optimizer.update(grads, state, params, **extra)[0]), params
+            )
+
+        stays = tree.max_abs(update(tree.zeros_like(params))) == 0
+        moves = [jnp.any(x != 0) for x in jax.tree.leaves(update(gradient))]
+        wanted = [jnp.any(x != 0) for x in jax.tree.leaves(gradient)]
+        follows = jnp.stack([moved | ~due for moved, due in zip(moves, wanted, strict=True)])
+        # A schedule that warms up from 0 moves nothing at first.
+        return stays & (jnp.all(follows) | ~jnp.any(jnp.stack(moves)))
 
     def solve(
         self,
