@@ -115,7 +115,7 @@ def _errors_table(rows: Sequence[Record]) -> str:
 def _cell(row: Record) -> str:
     if row.get("relative_error") is None:
         return str(row["status"])
-    mark = "" if row["status"] in ("CONVERGED", "APPROXIMATE") else " †"
+    mark = "" if row["status"] in ("CONVERGED", "FELL_BACK", "APPROXIMATE") else " †"
     return f"{scientific(row['relative_error'])}{mark}, {milliseconds(row['seconds'])} ms"
 
 

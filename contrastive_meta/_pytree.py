@@ -156,6 +156,11 @@ def float_dtype(a: PyTree) -> Any:
     return jnp.finfo(dtype).dtype
 
 
+def coarsest_eps(dtype: Any, a: PyTree) -> float:
+    """The largest relative rounding of `dtype` and of the leaves of `a`."""
+    return max(float(jnp.finfo(kind).eps) for kind in (dtype, *(jnp.real(x).dtype for x in jax.tree.leaves(a))))
+
+
 def value_and_grad(function: Callable[..., jax.Array], argnums: int | tuple[int, ...] = 0) -> Callable[..., Any]:
     """`jax.value_and_grad` that takes the holomorphic derivative when the first differentiated argument is complex."""
     first = argnums if isinstance(argnums, int) else argnums[0]

@@ -23,6 +23,7 @@ class Probe(NamedTuple):
         that is larger (as when `params` end at zero).
       noise: norm of the rounding noise of `inner_grad`.
       dtype: real floating dtype of the losses.
+      eps: relative rounding of the coarsest of losses and `params`.
     """
 
     inner_grad: Callable[[Params], Params]
@@ -33,6 +34,7 @@ class Probe(NamedTuple):
     scale: jax.Array
     noise: jax.Array
     dtype: Any
+    eps: float
 
 
 def length_scale(params: Params, init: Params, dtype: Any) -> jax.Array:
@@ -42,7 +44,7 @@ def length_scale(params: Params, init: Params, dtype: Any) -> jax.Array:
 
 
 def measure_noise(
-    function: Callable[[Params], Params], at: Params, direction: Params, scale: jax.Array
+    function: Callable[[Params], Params], at: Params, direction: Params, scale: jax.Array, eps: float
 ) -> tuple[Params, jax.Array, jax.Array]:
     """The value of `function` at a point, the norm of its rounding noise there, and its slope.
 
@@ -55,6 +57,7 @@ def measure_noise(
       at: where.
       direction: along which to step; any length.
       scale: length of `at`.
+      eps: relative rounding.
 
     Returns:
       The value; the norm of its noise; and how much it changes, in norm, for a unit of length along `direction`.
@@ -63,7 +66,7 @@ def measure_noise(
       More & Wild (2011), ECnoise: the difference table.
     """
     length = tree.norm(direction)
-    step = (0.05 * jnp.sqrt(jnp.finfo(scale.dtype).eps) * scale / jnp.where(length > 0, length, 1)).astype(scale.dtype)
+    step = (0.05 * eps**0.5 * scale / jnp.where(length > 0, length, 1)).astype(scale.dtype)
     steps = jnp.stack([jnp.zeros_like(step), step, -step])
     points = jax.vmap(lambda distance: tree.add_scaled(at, distance, direction))(steps)
     values = jax.lax.map(function, points)
@@ -94,7 +97,7 @@ def measure_response(probe: Probe, num_steps: int) -> tuple[jax.Array, jax.Array
     # which a first, long difference gives the scale.
     unit = tree.scale(1 / jnp.where(probe.nudge_norm > 0, probe.nudge_norm, 1), probe.outer_grad)
     coarse = tree.norm(curve(unit, 1e-2 * probe.scale)) * probe.scale
-    relative_noise = jnp.clip(probe.noise / jnp.where(coarse > 0, coarse, 1), jnp.finfo(probe.dtype).eps, 1e-3)
+    relative_noise = jnp.clip(probe.noise / jnp.where(coarse > 0, coarse, 1), probe.eps, 1e-3)
     distance = 3 * jnp.sqrt(relative_noise) * probe.scale
 
     def go_on(carry: Any) -> Any:

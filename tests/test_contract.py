@@ -829,7 +829,7 @@ def test_a_loss_that_is_not_holomorphic_is_named_with_its_operation(which: str, 
 )
 def test_a_learner_that_is_not_holomorphic_is_named(solver: cm.InnerSolver, message: str) -> None:
     with pytest.raises(TypeError, match=f"(?s){message}.*nudged_solver="):
-        cm.Contrastive(solver, scheme=cm.complex_step()).estimate(PROBLEM, meta_params(), task())
+        cm.Contrastive(solver, solver, cm.complex_step()).estimate(PROBLEM, meta_params(), task())
 
 
 # Strengths that are wrong, known only when they run.

@@ -70,9 +70,9 @@ def test_refined_base_point_is_returned():
 def test_negative_nudges_are_nudges():
     """Earlier code dropped the cost for beta < 0: its central estimate was half the forward one (ratio .4999)."""
     case = problem_named("logistic")
-    central = grad_of(cm.Contrastive(NESTEROV, scheme=cm.central_difference(1e-4)), *case[1:4])
-    forward = grad_of(cm.Contrastive(NESTEROV, scheme=cm.forward_difference(1e-4)), *case[1:4])
-    backward = grad_of(cm.Contrastive(NESTEROV, scheme=cm.forward_difference(-1e-4)), *case[1:4])
+    central = grad_of(cm.Contrastive(NESTEROV, NESTEROV, cm.central_difference(1e-4)), *case[1:4])
+    forward = grad_of(cm.Contrastive(NESTEROV, NESTEROV, cm.forward_difference(1e-4)), *case[1:4])
+    backward = grad_of(cm.Contrastive(NESTEROV, NESTEROV, cm.forward_difference(-1e-4)), *case[1:4])
     for one_sided in (forward, backward):
         assert relative_error(central, one_sided) < 1e-3
     # Forward and backward truncation errors are opposite, and the central estimate lies in the middle.

@@ -34,6 +34,7 @@ class FreePoint(NamedTuple):
       scale: length of `params`, see `length_scale`.
       noise: rounding noise of the inner gradient.
       curvature: of the inner loss along v: the norm of H v over that of v.
+      eps: relative rounding of the coarsest of losses and `params`.
       usual_grad: curvature * scale, a usual norm of inner gradients, to measure them in; 1 where that is 0.
     """
 
@@ -47,6 +48,7 @@ class FreePoint(NamedTuple):
     scale: jax.Array
     noise: jax.Array
     curvature: jax.Array
+    eps: float
     usual_grad: jax.Array
 
 
@@ -64,13 +66,13 @@ def survey(setting: Setting, params: Params, solution: Solution, init: Params) -
       init: where learning started.
     """
     (outer_loss, aux), outer_grad = setting.outer_value_and_grad(params)
-    scale = length_scale(params, init, setting.dtype)
-    inner_grad, noise, curvature = measure_noise(tree.grad(setting.inner), params, outer_grad, scale)
+    scale, eps = length_scale(params, init, setting.dtype), tree.coarsest_eps(setting.dtype, params)
+    inner_grad, noise, curvature = measure_noise(tree.grad(setting.inner), params, outer_grad, scale, eps)
     nudge_norm = tree.norm(outer_grad).astype(setting.dtype)
     usual = curvature * scale
     usual = jnp.where((usual > 0) & jnp.isfinite(usual), usual, jnp.ones_like(usual))
     return FreePoint(
-        params, solution, outer_loss, aux, inner_grad, outer_grad, nudge_norm, scale, noise, curvature, usual
+        params, solution, outer_loss, aux, inner_grad, outer_grad, nudge_norm, scale, noise, curvature, eps, usual
     )
 
 
@@ -94,9 +96,9 @@ def newton_length(remainder: Params, product: Params, least_curvature: jax.Array
 def difference_step(setting: Setting, point: FreePoint) -> tuple[jax.Array, jax.Array]:
     """The length of a one-sided gradient difference, and the least curvature that it resolves."""
     # Rounding and curvature balance at the square root of the relative noise.
-    eps, scale = jnp.finfo(setting.dtype).eps, point.scale
+    scale = point.scale
     wanted = 3 * jnp.sqrt(point.noise * scale / jnp.where(point.curvature > 0, point.curvature, 1))
-    distance = jnp.clip(wanted, jnp.sqrt(eps) * scale, 0.1 * scale)
+    distance = jnp.clip(wanted, point.eps**0.5 * scale, 0.1 * scale)
     return distance, jnp.maximum(point.noise / distance, jnp.finfo(setting.dtype).tiny)
 
 

@@ -86,6 +86,7 @@ class Nudging(NamedTuple):
             scale=point.scale,
             noise=point.noise,
             dtype=self.setting.dtype,
+            eps=point.eps,
         )
 
 
@@ -119,6 +120,7 @@ class Judged(NamedTuple):
       unanswered: norm of the remainder.
       params: the base point: the free solution, or what the phases made of it where that is better learned.
       residual: norm of the inner gradient there.
+      outer_grad: there.
       outer_loss: there.
       aux: of the outer loss, there.
       missing: length of what is at least missing of the response, see `newton_length`.
@@ -132,6 +134,7 @@ class Judged(NamedTuple):
     unanswered: jax.Array
     params: Params
     residual: jax.Array
+    outer_grad: Params
     outer_loss: jax.Array
     aux: Any
     missing: jax.Array
@@ -197,7 +200,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     ended = before < 1e-3 * strength * nudge
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
     outer_loss, aux = jax.tree.map(lambda xs: xs[0], (values, auxes))
-    return Judged(response, moved, remainder, sizes[0], base, residual, outer_loss, aux, missing, bend, left)
+    return Judged(response, moved, remainder, sizes[0], base, residual, here, outer_loss, aux, missing, bend, left)
 
 
 def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams, judged: Judged) -> jax.Array:
@@ -210,16 +213,15 @@ def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: Meta
     _, weights = scheme.arrays(dtype)
     gain = tree.norm(weights) * subtracts
     # The statistic is taken to be as noisy, relative to itself, as the inner gradient is to what it is made of.
-    eps = float(jnp.finfo(dtype).eps)
-    coarser = jnp.maximum(point.noise / or_one(eps * point.curvature * point.scale), 1.0)
-    statistic_noise = eps * coarser * tree.norm(_mean(phases.statistic)) / 4
+    coarser = jnp.maximum(point.noise / or_one(point.eps * point.curvature * point.scale), 1.0)
+    statistic_noise = point.eps * coarser * tree.norm(_mean(phases.statistic)) / 4
     # A response that never came leaves a zero that any noise exceeds: that is not the noise's doing.
     drowned = (point.noise * gain * NOISE_FLOOR > nudge) | (
         (statistic_noise * gain * NOISE_FLOOR > tree.norm(grad)) & ~unanswered
     )
     anything = point.nudge_norm > 0
     # H response = remainder - v: its product with the response is the curvature that the nudge met.
-    met = tree.scale(1 / nudge, tree.subtract(judged.remainder, point.outer_grad))
+    met = tree.scale(1 / nudge, tree.subtract(judged.remainder, judged.outer_grad))
     indefinite = tree.vdot(tree.scale(1 / or_one(judged.moved), judged.response), met) < -1e-3
     learned, finite = tree.all_finite((point.params, point.outer_grad)), tree.all_finite((grad, phases.params))
     coarse = judged.bend**scheme.order > UNTRUNCATED

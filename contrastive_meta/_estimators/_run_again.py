@@ -87,8 +87,7 @@ def require_complex_capable(setting: Setting, scheme: NudgeScheme, start: Params
 
 def _tolerances(setting: Setting, point: FreePoint, nudges: jax.Array, nudged_tol: Any) -> jax.Array:
     """Absolute gradient norms at which phases may stop: relative to their nudge, not below the noise."""
-    eps = jnp.finfo(setting.dtype).eps
-    relative_tol = eps ** (2 / 3) if nudged_tol is None else nudged_tol
+    relative_tol = point.eps ** (2 / 3) if nudged_tol is None else nudged_tol
     sizes = jnp.abs(nudges)
     smallest = jnp.min(jnp.where(sizes > 0, sizes, jnp.inf))
     # The matched control stops with the weakest nudge.

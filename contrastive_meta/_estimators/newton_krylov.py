@@ -150,7 +150,7 @@ class _Search:
         self.nudging, self.point, self.setting, self.learner = nudging, point, setting, learner
         self.dtype = setting.dtype
         self.inner_grad = tree.grad(setting.inner)
-        eps = float(jnp.finfo(setting.dtype).eps)
+        eps = point.eps
         self.tol = jnp.asarray(10 * eps if learner.tol is None else learner.tol, setting.dtype)
         self.forcing = eps**_FORCING
         self.distance, _ = difference_step(setting, point)
@@ -166,7 +166,7 @@ class _Search:
         scheme = self._scheme(self.usual, one)
         nudges, _ = scheme.arrays(self.dtype)
         # At the free solution itself the nudged losses' gradients are known.
-        residuals = jax.vmap(lambda beta: tree.add_scaled(point.inner_grad, beta, point.outer_grad))(nudges)
+        residuals = self._ends(point.inner_grad, tree.scale(-1.0, point.outer_grad), nudges)
         return _Line(
             base=point.params,
             response=tree.zeros_like(point.params),
@@ -380,7 +380,13 @@ class _Search:
         return self.nudging.nudged(base, tree.grad(self.setting.outer)(base))
 
     def _ends(self, base: Params, response: Params, nudges: jax.Array) -> Params:
-        return jax.vmap(lambda beta: tree.add_scaled(base, -beta, response))(nudges)
+        """Where the phases end, in the precision of each leaf."""
+
+        def end(at: jax.Array, u: jax.Array) -> jax.Array:
+            dtype = jnp.result_type(at, jnp.complex64) if jnp.iscomplexobj(nudges) else at.dtype
+            return at - nudges.astype(dtype).reshape(-1, *[1] * at.ndim) * u
+
+        return jax.tree.map(end, base, response)
 
     def _target(self, scheme: NudgeScheme) -> jax.Array:
         """The remainder to reach, relative to the nudge: not below what rounding alone leaves of the contrast."""

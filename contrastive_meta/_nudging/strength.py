@@ -46,7 +46,7 @@ class RelativeStrength(NudgeStrength):
     def _displacement(self, probe: Probe, response: jax.Array) -> jax.Array:
         if self.displacement is not None:
             return jnp.asarray(self.displacement, probe.dtype)
-        eps = float(jnp.finfo(probe.dtype).eps)
+        eps = probe.eps
         if self.unit.is_complex and len(self.unit.nudges) == 1:
             # Nothing is subtracted, so only the truncation, about displacement^2, has to vanish.
             return jnp.asarray(0.1 * math.sqrt(eps), probe.dtype)
