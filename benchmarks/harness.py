@@ -117,6 +117,8 @@ class Session:
       x64: float64 or float32; None for the benchmark's own choice.
       smoke: small sizes that only show that it runs.
       data: folder given by `--data`.
+      num_seeds: given by `--seeds`; None for the benchmark's own number.
+      cases: names given by `--cases`; empty for all.
     """
 
     benchmark: str
@@ -126,6 +128,8 @@ class Session:
     x64: bool | None = None
     smoke: bool = False
     data: Path | None = None
+    num_seeds: int | None = None
+    cases: tuple[str, ...] = ()
     records: list[Record] = dataclasses.field(default_factory=list)
     run: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:12])
     date: str = dataclasses.field(

@@ -17,6 +17,7 @@ class Benchmark(NamedTuple):
       run: measures and records.
       show: text from the records of a run.
       draw: pictures from the records of a run, into a folder; None draws none.
+      main_job: whether `python -m benchmarks` runs it; the others take too long for a first look.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Benchmark(NamedTuple):
     run: Callable[[Session], None]
     show: Callable[[Sequence[Record]], str]
     draw: Callable[[Sequence[Record], Path], list[Path]] | None = None
+    main_job: bool = True
 
 
 BENCHMARKS = {
@@ -32,7 +34,14 @@ BENCHMARKS = {
         Benchmark(estimators.NAME, estimators.ABOUT, estimators.run, estimators.show),
         Benchmark(beta_curves.NAME, beta_curves.ABOUT, beta_curves.run, beta_curves.show, beta_curves.draw),
         Benchmark(scaling_steps.NAME, scaling_steps.ABOUT, scaling_steps.run, scaling_steps.show, scaling_steps.draw),
-        Benchmark(speed.NAME, speed.ABOUT, speed.run, speed.show, speed.draw),
-        Benchmark(speed_scaling.NAME, speed_scaling.ABOUT, speed_scaling.run, speed_scaling.show, speed_scaling.draw),
+        Benchmark(speed.NAME, speed.ABOUT, speed.run, speed.show, speed.draw, main_job=False),
+        Benchmark(
+            speed_scaling.NAME,
+            speed_scaling.ABOUT,
+            speed_scaling.run,
+            speed_scaling.show,
+            speed_scaling.draw,
+            main_job=False,
+        ),
     )
 }

@@ -25,8 +25,14 @@ NUM_SEEDS = 5
 def run(session: Session) -> None:
     """Measure problem by problem, seed by seed; each point of a grid is a record."""
     x64 = bool(session.x64)
-    num_seeds = 1 if session.smoke else NUM_SEEDS
+    num_seeds = 1 if session.smoke else session.num_seeds or NUM_SEEDS
+    unknown = set(session.cases) - {problem.name for problem in SUITE}
+    if unknown:
+        known = ", ".join(problem.name for problem in SUITE)
+        raise SystemExit(f"speed has no problem {', '.join(sorted(unknown))}; it has {known}")
     for problem in (RIDGE,) if session.smoke else SUITE:
+        if session.cases and problem.name not in session.cases:
+            continue
         programs = Programs()
         for seed in range(session.seed, session.seed + num_seeds):
             # The same records, run and date: the seeds of one run belong together.
