@@ -56,9 +56,8 @@ def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_to
     # An unmatched free phase is the free solution itself; everything else runs, the matched control included.
     skipped = None if scheme.matched else scheme.free_phase
     running = [k for k in range(len(scheme.nudges)) if k != skipped]
-    solutions = _one_by_one(run, nudges, tolerances, running) if nudging.sequential else _together(
-        run, nudges[jnp.array(running)], tolerances[jnp.array(running)]
-    )  # fmt: skip
+    phases = nudges[jnp.array(running)], tolerances[jnp.array(running)]
+    solutions = _one_by_one(run, *phases, solver.step_budget) if nudging.sequential else _together(run, *phases)
     ended, status, num_gradients = solutions.params, solutions.status, jnp.sum(solutions.num_gradients)
     if skipped is not None:
         ended = jax.tree.map(lambda xs, x: jnp.insert(xs, skipped, x, axis=0), ended, start)
@@ -103,12 +102,19 @@ def _together(run: Any, nudges: jax.Array, tolerances: jax.Array) -> Solution:
     return solutions
 
 
-def _one_by_one(run: Any, nudges: jax.Array, tolerances: jax.Array, running: list[int]) -> Solution:
+def _one_by_one(run: Any, nudges: jax.Array, tolerances: jax.Array, budget: Any) -> Solution:
     """One phase after another: the first to run decides how many steps the others take."""
-    first = run(nudges[running[-1]], Stop(tol=tolerances[running[-1]]))
-    stop = Stop(tol=jnp.zeros_like(tolerances[0]), max_steps=first.num_steps)
-    solutions = [run(nudges[k], stop) for k in running[:-1]] + [first]
-    stacked: Solution = jax.tree.map(lambda *xs: jnp.stack(xs), *solutions)
+
+    def next_phase(num_steps: jax.Array, phase: Any) -> tuple[jax.Array, Solution]:
+        beta, tol, first = phase
+        solution = run(beta, Stop(tol=jnp.where(first, tol, 0), max_steps=num_steps))
+        return jnp.where(first, solution.num_steps, num_steps), solution
+
+    first = jnp.arange(nudges.size) == nudges.size - 1
+    _, solutions = jax.lax.scan(
+        next_phase, jnp.asarray(budget, jnp.int32), (nudges, tolerances, first), reverse=True
+    )  # fmt: skip
+    stacked: Solution = solutions
     return stacked
 
 

@@ -144,9 +144,10 @@ class Contrastive(MetaGradientEstimator):
         if not learner.fall_back or template.is_complex:
             return phases, flag(failed, Status.NUDGED_NOT_CONVERGED)
 
-        # At most one turn. Not a `cond`: under vmap that would run the slow phases for every task.
+        # At most one turn. Not a `cond`: under vmap that would run the slow phases for every task. One phase after
+        # another, lest what hardly ever runs decides how much memory is set aside.
         def once(carry: tuple[Phases, jax.Array]) -> tuple[Phases, jax.Array]:
-            slow = run_again(nudging, point, own, self.nudged_tol)
+            slow = run_again(nudging._replace(sequential=True), point, own, self.nudged_tol)
             return slow._replace(num_gradients=slow.num_gradients + carry[0].num_gradients), jnp.asarray(False)
 
         phases, _ = jax.lax.while_loop(lambda carry: carry[1], once, (phases, failed))

@@ -120,6 +120,11 @@ class InnerSolver(abc.ABC):
         """
         return False
 
+    @property
+    def step_budget(self) -> int | jax.Array:
+        """The most steps that a solve takes where `stop.max_steps` is None."""
+        return 2**31 - 1
+
     def rests_at(self, params: Params, gradient: Params) -> jax.Array:
         """Whether the learner stays at `params` where the gradient vanishes, and moves each leaf that has one.
 

@@ -39,6 +39,11 @@ class LBFGS(InnerSolver):
     memory_size: int = static(default=10)
 
     @property
+    def step_budget(self) -> int | jax.Array:
+        """As the user set it."""
+        return self.max_steps
+
+    @property
     def descends_loss(self) -> bool:
         """It does."""
         return True

@@ -77,6 +77,11 @@ class OptaxDescent(InnerSolver):
         )
 
     @property
+    def step_budget(self) -> int | jax.Array:
+        """As the user set it."""
+        return self.max_steps
+
+    @property
     def descends_loss(self) -> bool:
         """As far as its updates follow the gradient: see `rests_at`."""
         return True

@@ -109,6 +109,11 @@ class ScipyMinimize(InnerSolver):
                 "Write a dictionary as `tuple(options.items())`."
             )
 
+    @property
+    def step_budget(self) -> int | jax.Array:
+        """As the user set it, in evaluations."""
+        return self.max_steps
+
     def solve(
         self,
         loss: InnerLoss,
