@@ -342,11 +342,15 @@ class OfTheNorm(cm.NudgeStrength):
 
 
 def test_nudges_and_strengths_of_a_users_own() -> None:
-    plain = cm.Contrastive(LEARNER, scheme=cm.central_difference(1e-2)).estimate(QUADRATIC, META, TARGET)
-    own = cm.Contrastive(LEARNER, scheme=OfTheNorm(), nudge=Twice()).estimate(QUADRATIC, META, TARGET)
+    plain = cm.Contrastive(LEARNER, LEARNER, cm.central_difference(1e-2)).estimate(QUADRATIC, META, TARGET)
+    own = cm.Contrastive(LEARNER, LEARNER, OfTheNorm(), Twice()).estimate(QUADRATIC, META, TARGET)
     w = META / CURVATURES
     expected = 0.01 / float(jnp.linalg.norm(w - TARGET + META**2))
     assert float(own.diagnostics.beta) == pytest.approx(expected, rel=1e-12)
     assert int(own.diagnostics.num_gradients) == int(plain.diagnostics.num_gradients) + 1000
     # The bias of the central scheme is (2 beta)^2 times the response's third derivative: 1e-4 of the gradient or less.
     assert relative_error(own.grad, 2 * quadratic_answer()) < 1e-4
+    fast = cm.Contrastive(LEARNER, scheme=OfTheNorm(), nudge=Twice()).estimate(QUADRATIC, META, TARGET)
+    assert fast.diagnostics.status == cm.Status.CONVERGED
+    assert float(fast.diagnostics.beta) == pytest.approx(expected, rel=1e-12)
+    assert relative_error(fast.grad, 2 * quadratic_answer()) < 1e-4

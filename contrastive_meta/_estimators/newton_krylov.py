@@ -154,7 +154,9 @@ class _Search:
         self.tol = jnp.asarray(10 * eps if learner.tol is None else learner.tol, setting.dtype)
         self.forcing = eps**_FORCING
         self.distance, _ = difference_step(setting, point)
-        self.nudge = or_one(point.nudge_norm)
+        # What nudges may be more than the outer loss.
+        self.first_nudge = tree.grad(self._nudged(point.params).flattened(nudging.flattening).outer)(point.params)
+        self.nudge = or_one(self._norm(self.first_nudge))
         # The norm over which the mean inverse curvature is taken before a response is known.
         self.usual = self.nudge / or_one(point.curvature)
 
@@ -166,13 +168,13 @@ class _Search:
         scheme = self._scheme(self.usual, one)
         nudges, _ = scheme.arrays(self.dtype)
         # At the free solution itself the nudged losses' gradients are known.
-        residuals = self._ends(point.inner_grad, tree.scale(-1.0, point.outer_grad), nudges)
+        residuals = self._ends(point.inner_grad, tree.scale(-1.0, self.first_nudge), nudges)
         return _Line(
             base=point.params,
             response=tree.zeros_like(point.params),
             scheme=scheme,
             residuals=residuals,
-            remainder=point.outer_grad,
+            remainder=self.first_nudge,
             base_grad=point.inner_grad,
             learned=learned,
             shrink=one,
@@ -183,7 +185,7 @@ class _Search:
             num_gradients=none,
             indefinite=false,
             # Without a nudge here there may be one where learning ends.
-            running=tree.all_finite((point.outer_grad, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned),
+            running=tree.all_finite((self.first_nudge, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned),
         )
 
     def one_pass(self, line: _Line) -> _Line:

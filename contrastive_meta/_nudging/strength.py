@@ -41,6 +41,8 @@ class RelativeStrength(NudgeStrength):
         wanted = self._displacement(probe, response)
         # With nothing to respond to (a zero outer gradient) any strength does.
         beta = jnp.where(response > 0, wanted * probe.scale / jnp.where(response > 0, response, 1), 1.0)
+        # What is not finite is reported as such, and not as a scheme that is none.
+        beta = jnp.where(jnp.isfinite(beta) & (beta > 0), beta, 1.0)
         return self.unit.scaled(beta.astype(probe.dtype))
 
     def _displacement(self, probe: Probe, response: jax.Array) -> jax.Array:
