@@ -1,11 +1,11 @@
-"""Remakes tables, pictures and the README's numbers from records alone."""
+"""Remakes tables, pictures and the numbers in README and docs from records alone."""
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import estimators, scaling_steps
+from benchmarks import estimators, scaling_steps, speed, speed_scaling, speed_tables
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE
 from benchmarks.registry import BENCHMARKS, Benchmark
@@ -22,20 +22,22 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
             f"no records in {folder}: make some with `python -m benchmarks run all --records {folder}`", file=sys.stderr
         )
         return 1
-    block = render_readme_block(records)
-    readme = PACKAGE_FOLDER.parent / "README.md"
+    pages = {PACKAGE_FOLDER.parent / "README.md": render_readme_block(records)}
+    if newest_runs(records, speed.NAME):
+        pages[PACKAGE_FOLDER.parent / "docs" / "performance.md"] = render_speed_block(records)
     if check:
-        return _check(readme, block)
+        return max(_check(page, block) for page, block in pages.items())
     for benchmark in BENCHMARKS.values():
         for rows in newest_runs(records, benchmark.name):
             print(f"{benchmark.show(rows)}\n\n")
         for path in draw(benchmark, [row for rows in newest_runs(records, benchmark.name) for row in rows], pictures):
             print(f"picture  {path}")
-    if not readme.exists() or BEGIN not in readme.read_text(encoding="utf-8"):
-        print(f"no README.md with `{BEGIN}` to write to; what would stand there:\n\n{block}")
-        return 0
-    readme.write_text(replace_block(readme.read_text(encoding="utf-8"), block), encoding="utf-8")
-    print(f"numbers  {readme}")
+    for page, block in pages.items():
+        if not page.exists() or BEGIN not in page.read_text(encoding="utf-8"):
+            print(f"no {page.name} with `{BEGIN}` to write to; what would stand there:\n\n{block}")
+            continue
+        page.write_text(replace_block(page.read_text(encoding="utf-8"), block), encoding="utf-8")
+        print(f"numbers  {page}")
     return 0
 
 
@@ -76,12 +78,12 @@ def replace_block(text: str, block: str) -> str:
     return f"{before}{BEGIN}\n{block}\n{END}{after}"
 
 
-def _check(readme: Path, block: str) -> int:
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+def _check(page: Path, block: str) -> int:
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     if BEGIN in text and END in text and replace_block(text, block) == text:
-        print("README.md agrees with the records")
+        print(f"{page.name} agrees with the records")
         return 0
-    print("README.md differs from the records: run `python -m benchmarks report`", file=sys.stderr)
+    print(f"{page.name} differs from the records: run `python -m benchmarks report`", file=sys.stderr)
     return 1
 
 
@@ -92,8 +94,20 @@ def render_readme_block(records: Sequence[Record]) -> str:
         parts.append(_errors_table(rows))
     for rows in newest_runs(records, scaling_steps.NAME)[:1]:
         parts.append(scaling_steps.read(rows))
-    parts.append(_provenance(records))
+    rest = [record for record in records if record["benchmark"] not in (speed.NAME, speed_scaling.NAME)]
+    parts.append(_provenance(rest, "python -m benchmarks"))
     return "\n\n".join(parts)
+
+
+def render_speed_block(records: Sequence[Record]) -> str:
+    """What the speed records come to, as Markdown."""
+    parts = []
+    for rows in newest_runs(records, speed.NAME):
+        seeds = sorted({row["seed"] for row in rows})
+        text = "\n".join(speed_tables.summary(rows))
+        parts.append(f"In {rows[0]['precision']}, seeds {seeds[0]} to {seeds[-1]}:\n\n```text\n{text}\n```")
+    speed_records = [record for record in records if record["benchmark"] == speed.NAME]
+    return "\n\n".join([*parts, _provenance(speed_records, "python -m benchmarks run speed")])
 
 
 def _errors_table(rows: Sequence[Record]) -> str:
@@ -130,11 +144,13 @@ def _memory_lines(rows: Sequence[Record]) -> list[str]:
     ]
 
 
-def _provenance(records: Sequence[Record]) -> str:
+def _provenance(records: Sequence[Record], command: str) -> str:
     newest = max(records, key=lambda record: str(record["date"]))
+    seeds = sorted({record["seed"] for record in records if record["run"] == newest["run"]})
+    of_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     environment = newest["environment"]
     return (
         f"Measured {newest['date'][:10]} with jax {environment['jax']} on {environment['cpu_count']} cores of "
-        f"{environment['device']}, seed {newest['seed']}. Remake: `python -m benchmarks` to measure anew, "
+        f"{environment['device']}, {of_seeds}. Remake: `{command}` to measure anew, "
         "`python -m benchmarks report` to rewrite this block from the committed records (`benchmarks/results`)."
     )

@@ -1,13 +1,13 @@
 """The fast nudged learner: Newton's step for all phases at once, by conjugate gradients on gradient differences."""
 
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, UNANSWERED, FreePoint, difference_step
+from contrastive_meta._estimators._krylov import Difference, Limits, System, cast_like, solve_both
 from contrastive_meta._estimators._phases import Nudging, Phases, or_one
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import NudgeScheme
@@ -82,7 +82,7 @@ class _Line(NamedTuple):
     scheme: NudgeScheme
     residuals: Params  # gradients of the phases' own losses, a leading axis of phases
     remainder: Params  # v - H u, the contrast of the residuals
-    base_grad: Params  # what is left of learning, the mean of the residuals
+    base_grad: Params  # gradient of the inner loss at the base point: what is left of learning
     learned: jax.Array  # whether what is left of learning is too little to matter
     shrink: jax.Array  # what strengths and difference steps are divided by
     radius: jax.Array  # the longest step of the base point
@@ -106,40 +106,6 @@ class _Measured(NamedTuple):
     trying: jax.Array  # what to shrink by in the next try
     num_tries: jax.Array
     running: jax.Array
-
-
-class _System(NamedTuple):
-    """Conjugate gradients for H x = b under way, b of length 1; what Steihaug (1983) needs of x and p is recursive."""
-
-    x: Params
-    remainder: Params
-    direction: Params  # p
-    squared: jax.Array  # ||remainder||^2
-    slope: jax.Array  # <remainder, p>
-    pp: jax.Array
-    xp: jax.Array
-    xx: jax.Array
-    fresh: jax.Array  # whether p is not the remainder's own, so that the next direction starts anew
-    num_steps: jax.Array
-    indefinite: jax.Array
-    active: jax.Array
-
-
-class _Limits(NamedTuple):
-    """When conjugate gradients end, one set for each system, in its units."""
-
-    remainder: jax.Array  # norm of the remainder
-    step: jax.Array  # length of a step
-    radius: jax.Array  # length of x
-
-
-T = TypeVar("T")
-
-
-def _cast_like(new: T, old: T) -> T:
-    """`new` in the dtypes of `old`: where leaves differ in precision, scalars must not widen them."""
-    cast: T = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), new, old)
-    return cast
 
 
 class _Search:
@@ -218,7 +184,7 @@ class _Search:
         num_steps, num_passes = line.num_steps + jnp.max(systems.num_steps), line.num_passes + 1
         old = (line.base, line.response, line.scheme, line.residuals, line.remainder, line.base_grad)
         new = (base, response, found.scheme, found.residuals, found.remainder, found.base_grad)
-        base, response, scheme, residuals, remainder, base_grad = tree.where(better, _cast_like(new, old), old)
+        base, response, scheme, residuals, remainder, base_grad = tree.where(better, cast_like(new, old), old)
         after = _Line(
             base=base,
             response=response,
@@ -238,7 +204,7 @@ class _Search:
             indefinite=systems.indefinite[0],
             running=~done & progress & (num_passes < learner.max_passes) & (num_steps < learner.max_steps),
         )  # fmt: skip
-        return _cast_like(after, line)
+        return cast_like(after, line)
 
     def measure(self, line: _Line) -> tuple[Phases, jax.Array]:
         """The phases at the end of the search, and whether the search failed."""
@@ -285,7 +251,7 @@ class _Search:
                 running=suspicious & (num_tries < most_tries),
             )  # fmt: skip
             old = before._replace(num_tries=num_tries, running=jnp.asarray(False))
-            chosen: _Measured = tree.where(better, _cast_like(new, before), old)
+            chosen: _Measured = tree.where(better, cast_like(new, before), old)
             return chosen
 
         nothing = self.start()
@@ -296,82 +262,25 @@ class _Search:
         found: _Measured = jax.lax.while_loop(lambda m: m.running, measure, begin)
         return found
 
-    def _solve(self, line: _Line, left: jax.Array, base_left: jax.Array) -> _System:
+    def _solve(self, line: _Line, left: jax.Array, base_left: jax.Array) -> System:
         """Both systems: for the response, and for what the free phase left over."""
-        point, dtype = self.point, self.dtype
-        units, target = (or_one(left), or_one(base_left)), self._target(line.scheme)
-        before = tree.norm(self.nudging.response)
-        guess = tree.scale(1 / or_one(before), self.nudging.response)
-        along = tree.vdot(tree.scale(1 / units[0], line.remainder), guess)
-        # A direction that has nothing of the remainder is of no use.
-        warm = (line.num_passes == 0) & (before > 0) & jnp.isfinite(before) & (jnp.abs(along) > 1e-2)
-        rhs = jax.tree.map(
-            lambda e, g: jnp.stack([e, g]),
-            tree.scale(1 / units[0], line.remainder),
-            tree.scale(-1 / units[1], line.base_grad),
+        point, target = self.point, self._target(line.scheme)
+        units = or_one(left), or_one(base_left)
+        difference = Difference(
+            self.inner_grad, line.base, line.base_grad, self.distance / line.shrink, point.noise, self.dtype
         )
-        first = jax.tree.map(lambda b, u: jnp.where(warm, b.at[0].set(u), b), rhs, guess)
-        limits = _Limits(
+        limits = Limits(
             remainder=jnp.stack([
                 jnp.maximum(0.3 * target * self.nudge / units[0], self.forcing),
                 jnp.maximum(2 * point.noise / units[1], self.forcing),
-            ]).astype(dtype),
-            step=jnp.stack([jnp.zeros((), dtype), 0.1 * target * point.scale / units[1]]),
-            radius=jnp.stack([jnp.full((), jnp.inf, dtype), line.radius / units[1]]),
+            ]).astype(self.dtype),
+            step=jnp.stack([jnp.zeros((), self.dtype), 0.1 * target * point.scale / units[1]]),
+            radius=jnp.stack([jnp.full((), jnp.inf, self.dtype), line.radius / units[1]]),
         )  # fmt: skip
-        ones, zeros = jnp.ones(2, dtype), jnp.zeros(2, dtype)
-        slope = jnp.where(warm, ones.at[0].set(along.astype(dtype)), ones)
-        false = jnp.zeros(2, bool)
-        systems = _System(
-            tree.zeros_like(rhs), rhs, first, ones, slope, ones, zeros, zeros, false.at[0].set(warm),
-            jnp.zeros(2, jnp.int32), false, jnp.stack([left > 0, ~line.learned]),
-        )  # fmt: skip
-        iterate = partial(self._iterate, line, self.learner.max_steps - line.num_steps)
-        # One after the other: side by side they would share passes over the data, but take a loop more to compile, and
-        # the one that ends first would run on with the other.
-        solved: _System = jax.lax.map(
-            lambda one: jax.lax.while_loop(lambda s: s.active, lambda s: iterate(one[0], s), one[1]), (limits, systems)
-        )
-        return solved
-
-    def _iterate(self, line: _Line, budget: Any, limits: _Limits, s: _System) -> _System:
-        """One step of conjugate gradients."""
-        distance = self.distance / line.shrink
-        # Curvature below it is not told from rounding.
-        resolution = self.point.noise / distance
-        step = distance / jnp.sqrt(s.pp)
-        ahead = self.inner_grad(tree.add_scaled(line.base, step, s.direction))
-        product = tree.scale(1 / step, tree.subtract(ahead, line.base_grad))
-        along = tree.vdot(s.direction, product).astype(self.dtype)
-        upward = along > 0.1 * resolution * s.pp
-        alpha = jnp.where(upward, s.slope / jnp.where(upward, along, 1), 0)
-        # Not beyond the radius.
-        longest = (jnp.sqrt(s.xp**2 + s.pp * jnp.maximum(limits.radius**2 - s.xx, 0)) - s.xp) / s.pp
-        inside = ~(jnp.abs(alpha) > longest)
-        alpha = jnp.where(inside, alpha, longest)
-        remainder = tree.add_scaled(s.remainder, -alpha, product)
-        squared = tree.vdot(remainder, remainder).astype(self.dtype)
-        turn = jnp.where(s.fresh, 0, squared / s.squared)
-        xx = s.xx + 2 * alpha * s.xp + alpha**2 * s.pp
-        enough = jnp.sqrt(squared) <= jnp.maximum(limits.remainder, resolution * jnp.sqrt(xx))
-        enough |= jnp.abs(alpha) * jnp.sqrt(s.pp) < limits.step
-        num_steps = s.num_steps + 1
-        new = _System(
-            x=tree.add_scaled(s.x, alpha, s.direction),
-            remainder=remainder,
-            direction=tree.add_scaled(remainder, turn, s.direction),
-            squared=squared,
-            slope=squared,
-            pp=squared + turn**2 * s.pp,
-            xp=turn * (s.xp + alpha * s.pp),
-            xx=xx,
-            fresh=jnp.asarray(False),
-            num_steps=num_steps,
-            indefinite=(along < -resolution * s.pp) & ~s.fresh,
-            # A first direction that leads nowhere is replaced by the remainder itself.
-            active=(upward | s.fresh) & inside & ~enough & (squared > 0) & (num_steps < budget),
-        )
-        return _cast_like(new, s)
+        rhs = tree.scale(1 / units[0], line.remainder), tree.scale(-1 / units[1], line.base_grad)
+        guess = tree.scale(jnp.where(line.num_passes == 0, 1.0, 0.0), self.nudging.response)
+        active = jnp.stack([left > 0, ~line.learned])
+        return solve_both(difference, rhs, guess, active, limits, self.learner.max_steps - line.num_steps)
 
     def _scheme(self, length: jax.Array, shrink: jax.Array) -> NudgeScheme:
         scheme = self.nudging.scheme.for_response(self.nudging.probe(self.point), length * shrink)

@@ -1,0 +1,168 @@
+"""Conjugate gradients whose products are differences of two gradients: the linear algebra of the fast learner."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._problem import Params
+
+T = TypeVar("T")
+
+# A first direction is worth trying if its cosine with the right-hand side is above this.
+_USEFUL = 1e-2
+
+
+def cast_like(new: T, old: T) -> T:
+    """`new` in the dtypes of `old`: where leaves differ in precision, scalars must not widen them."""
+    cast: T = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), new, old)
+    return cast
+
+
+class Difference(NamedTuple):
+    """A Hessian known by differences of the gradient.
+
+    Attributes:
+      inner_grad: the gradient, `params -> params`.
+      base: where the Hessian is taken.
+      base_grad: the gradient there, exactly: its error would be divided by the step.
+      distance: length of the step.
+      noise: rounding noise of the gradient.
+      dtype: of scalars.
+    """
+
+    inner_grad: Callable[[Params], Params]
+    base: Params
+    base_grad: Params
+    distance: jax.Array
+    noise: jax.Array
+    dtype: Any
+
+    def product(self, direction: Params, squared: jax.Array) -> Params:
+        """H times a direction of the given squared length."""
+        step = self.distance / jnp.sqrt(squared)
+        ahead = self.inner_grad(tree.add_scaled(self.base, step, direction))
+        return tree.scale(1 / step, tree.subtract(ahead, self.base_grad))
+
+    @property
+    def resolution(self) -> jax.Array:
+        """Curvature below it is not told from rounding."""
+        return self.noise / self.distance
+
+
+class System(NamedTuple):
+    """Conjugate gradients for H x = b under way, b of length 1; what Steihaug (1983) needs of x and p is recursive."""
+
+    x: Params
+    remainder: Params
+    direction: Params  # p
+    squared: jax.Array  # ||remainder||^2
+    slope: jax.Array  # <remainder, p>
+    pp: jax.Array
+    xp: jax.Array
+    xx: jax.Array
+    fresh: jax.Array  # whether p is not the remainder's own, so that the next direction starts anew
+    num_steps: jax.Array
+    indefinite: jax.Array
+    active: jax.Array
+
+
+class Limits(NamedTuple):
+    """When conjugate gradients end, one set for each system, in its units."""
+
+    remainder: jax.Array  # norm of the remainder
+    step: jax.Array  # length of a step
+    radius: jax.Array  # length of x
+
+
+def solve_both(
+    difference: Difference,
+    rhs: tuple[Params, Params],
+    guess: Params,
+    active: jax.Array,
+    limits: Limits,
+    budget: jax.Array,
+) -> System:
+    """Solve H x = b for two right-hand sides of length 1 (or 0).
+
+    One after the other: side by side they would share passes over the data, but take a loop more to compile, and the
+    one that ends first would run on with the other.
+
+    Args:
+      difference: H.
+      rhs: both b.
+      guess: a first direction for the first system, of any length; zeros for none.
+      active: which of the two to solve, shape (2,).
+      limits: when to end, a leading axis of 2.
+      budget: most steps of each.
+
+    Returns:
+      Both systems at their end, a leading axis of 2.
+    """
+    stacked = jax.tree.map(lambda *b: jnp.stack(b), *rhs)
+    length = tree.norm(guess)
+    unit = tree.scale(1 / jnp.where(length > 0, length, 1), guess)
+    along = tree.vdot(rhs[0], unit)
+    warm = (length > 0) & jnp.isfinite(length) & (jnp.abs(along) > _USEFUL)
+    dtype = difference.dtype
+    ones, zeros, false = jnp.ones(2, dtype), jnp.zeros(2, dtype), jnp.zeros(2, bool)
+    systems = System(
+        x=tree.zeros_like(stacked),
+        remainder=stacked,
+        direction=jax.tree.map(lambda b, u: jnp.where(warm, b.at[0].set(u), b), stacked, unit),
+        squared=ones,
+        slope=jnp.where(warm, ones.at[0].set(along.astype(dtype)), ones),
+        pp=ones,
+        xp=zeros,
+        xx=zeros,
+        fresh=false.at[0].set(warm),
+        num_steps=jnp.zeros(2, jnp.int32),
+        indefinite=false,
+        active=active,
+    )
+
+    def solve(one: tuple[Limits, System]) -> System:
+        solved: System = jax.lax.while_loop(
+            lambda s: s.active, lambda s: _iterate(difference, budget, one[0], s), one[1]
+        )
+        return solved
+
+    both: System = jax.lax.map(solve, (limits, systems))
+    return both
+
+
+def _iterate(difference: Difference, budget: jax.Array, limits: Limits, s: System) -> System:
+    """One step of conjugate gradients."""
+    product = difference.product(s.direction, s.pp)
+    along, resolved = tree.vdot(s.direction, product).astype(difference.dtype), difference.resolution * s.pp
+    upward = along > 0.1 * resolved
+    alpha = jnp.where(upward, s.slope / jnp.where(upward, along, 1), 0)
+    # Not beyond the radius.
+    longest = (jnp.sqrt(s.xp**2 + s.pp * jnp.maximum(limits.radius**2 - s.xx, 0)) - s.xp) / s.pp
+    inside = ~(jnp.abs(alpha) > longest)
+    alpha = jnp.where(inside, alpha, longest)
+    remainder = tree.add_scaled(s.remainder, -alpha, product)
+    squared = tree.vdot(remainder, remainder).astype(difference.dtype)
+    turn = jnp.where(s.fresh, 0, squared / s.squared)
+    xx = s.xx + 2 * alpha * s.xp + alpha**2 * s.pp
+    enough = jnp.sqrt(squared) <= jnp.maximum(limits.remainder, difference.resolution * jnp.sqrt(xx))
+    enough |= jnp.abs(alpha) * jnp.sqrt(s.pp) < limits.step
+    num_steps = s.num_steps + 1
+    new = System(
+        x=tree.add_scaled(s.x, alpha, s.direction),
+        remainder=remainder,
+        direction=tree.add_scaled(remainder, turn, s.direction),
+        squared=squared,
+        slope=squared,
+        pp=squared + turn**2 * s.pp,
+        xp=turn * (s.xp + alpha * s.pp),
+        xx=xx,
+        fresh=jnp.asarray(False),
+        num_steps=num_steps,
+        indefinite=(along < -resolved) & ~s.fresh,
+        # A first direction that leads nowhere is replaced by the remainder itself.
+        active=(upward | s.fresh) & inside & ~enough & (squared > 0) & (num_steps < budget),
+    )
+    return cast_like(new, s)
