@@ -277,3 +277,71 @@ def test_a_rule_sees_the_tree_that_the_user_wrote():
     jax.tree_util.register_static(Decay)
     result = cm.Contrastive(NESTEROV, rule=Decay()).estimate(problem, *case[2:4])
     assert relative_error(result.grad, case.exact.grad) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1)),
+        optax.chain(optax.sgd(0.1), optax.keep_params_nonnegative()),
+        optax.multi_transform({"learn": optax.sgd(0.1), "still": optax.set_to_zero()}, {"a": "learn", "b": "still"}),
+    ],
+    ids=["weight decay", "projection", "frozen leaf"],
+)
+def test_a_learner_that_rests_elsewhere_runs_its_own_phases(optimizer):
+    """Newton's step would go to the minimum of the loss, which is not where such a learner ends."""
+    target = {"a": jnp.array([1.0, -0.5]), "b": jnp.array(2.0)}
+    problem = cm.BilevelProblem(
+        inner_loss=lambda w, theta, task: sum(
+            0.5 * jnp.sum(jnp.exp(theta) * (w[k] - task[k]) ** 2) + 0.05 * jnp.sum(w[k] ** 2) for k in task
+        ),
+        outer_loss=lambda w, theta, task: sum(jnp.sum((w[k] - 1.0) ** 2) for k in task),
+        init_params=lambda theta, task: jax.tree.map(lambda x: 0.5 * jnp.ones_like(x), task),
+    )
+    solver = cm.OptaxDescent(optimizer, num_steps=300)
+    default = cm.Contrastive(solver).estimate(problem, jnp.array(0.0), target)
+    published = cm.Contrastive(solver, solver).estimate(problem, jnp.array(0.0), target)
+    assert default.diagnostics.status >= cm.Status.FELL_BACK
+    np.testing.assert_allclose(default.grad, published.grad, rtol=1e-9)
+    assert relative_error(default.params, published.params) < 1e-9
+
+
+def test_a_nudge_that_is_zero_where_learning_stopped_is_looked_for_where_it_ends():
+    problem = cm.BilevelProblem(
+        inner_loss=lambda w, theta, task: 0.5 * (w - theta) ** 2,
+        outer_loss=lambda w, theta, task: jnp.maximum(w - 0.5, 0.0) ** 2,
+        init_params=lambda theta, task: jnp.zeros(()),
+    )
+    result = cm.Contrastive(STILL).estimate(problem, jnp.array(1.0), None)
+    trusted = result.diagnostics.status == cm.Status.CONVERGED
+    # At w = theta = 1 the outer gradient is 2 (1 - 0.5).
+    assert abs(float(result.grad) - 1.0) < 1e-6 if trusted else abs(float(result.grad) - 1.0) > 1e-6, result
+
+
+def test_an_old_response_of_no_use_is_left_alone():
+    case = small_problem("ridge")
+    problem = started_at(case.problem, case.params)
+    fresh = cm.Contrastive(STILL).estimate(problem, *case[2:4])
+    outer_grad = jax.grad(case.problem.outer_loss)(case.params, *case[2:4])
+    other = jnp.roll(outer_grad, 1)
+    orthogonal = other - outer_grad * jnp.vdot(other, outer_grad) / jnp.vdot(outer_grad, outer_grad)
+    for displacement in (orthogonal, jnp.full_like(other, jnp.inf), jnp.full_like(other, jnp.nan), 1e-300 * other):
+        state = fresh.state._replace(displacement=displacement)
+        result = cm.Contrastive(STILL).estimate(problem, *case[2:4], state=state)
+        assert result.diagnostics.status == cm.Status.CONVERGED
+        assert relative_error(result.grad, case.exact.grad) < 1e-6
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e15])
+def test_the_outer_loss_may_be_counted_in_any_unit(factor):
+    """The squares of float32 numbers this size are 0 or infinite."""
+    case = small_problem("logistic", jnp.float32)
+    problem = cm.BilevelProblem(
+        case.problem.inner_loss,
+        lambda w, meta, task: jnp.float32(factor) * case.problem.outer_loss(w, meta, task),
+        lambda meta, task: case.params,
+    )
+    result = cm.Contrastive(STILL).estimate(problem, *case[2:4])
+    scaled = jax.tree.map(lambda g: g.astype(jnp.float64) / factor, result.grad)
+    assert result.diagnostics.status == cm.Status.CONVERGED
+    assert relative_error(scaled, case.exact.grad) < 5e-4

@@ -192,7 +192,8 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     left = LeftToLearn(
         residual, length, tree.norm_in(nudge, tree.subtract(there, here)), tree.norm_in(nudge, here)
     )  # fmt: skip
-    strength, moved = scheme.strength(setting.dtype), tree.norm_in(point.scale, response)
+    strength = scheme.strength(setting.dtype)
+    moved = tree.norm_in(point.scale / or_one(strength), response)
     of_gradient = tree.norm_in(usual, tree.subtract(found, expected)) / (strength * nudge)
     straight = jax.vmap(lambda at, beta: tree.subtract(at, tree.scale(beta, response)))(phases.params, nudges)
     of_path = tree.norm_in(point.scale, tree.subtract(_mean(straight), point.params)) / or_one(strength * moved)
