@@ -129,6 +129,11 @@ def small_problems(dtype: Any = jnp.float64) -> list[SmallProblem]:
     return [small_problem(name, dtype) for name in SMALL_PROBLEMS]
 
 
+def started_at(problem: BilevelProblem, params: PyTree) -> BilevelProblem:
+    """The same problem, learning from `params`."""
+    return BilevelProblem(problem.inner_loss, problem.outer_loss, lambda meta, task: params)
+
+
 def finite_difference_meta_gradient(
     problem: BilevelProblem, meta_params: PyTree, task: PyTree, near: PyTree | None = None, step: float = 1e-3
 ) -> PyTree:
