@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Compare meta-gradient estimators on real data. Without a command: the main job, in about "
-        "three minutes on two cores.",
+        "four minutes on two cores.",
     )
     parser.set_defaults(seed=0, seeds=None, cases=None, x64=None, smoke=False, records=None, data=None)
     commands = parser.add_subparsers(dest="command", title="commands")
