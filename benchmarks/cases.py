@@ -101,7 +101,7 @@ def _mlp(session: Session) -> Instance:
         key=jax.random.key(session.seed),
         strength=MLP.floor,
     )
-    problem = _warm_started(cold.problem)
+    problem = started_by_task(cold.problem)
     with precision(True):
         weaker, task = jax.tree.map(lambda strength: strength - 0.2, upcast(cold.meta_params)), upcast(cold.task)
         # The same program as the reference's: compiled once.
@@ -112,10 +112,11 @@ def _mlp(session: Session) -> Instance:
 
 
 @functools.cache
-def _warm_started(cold: cm.BilevelProblem) -> cm.BilevelProblem:
+def started_by_task(losses: cm.BilevelProblem) -> cm.BilevelProblem:
+    """The same losses, with learning started from where the task says."""
     return cm.BilevelProblem(
-        inner_loss=lambda params, meta_params, task: cold.inner(params, meta_params, task.data),
-        outer_loss=lambda params, meta_params, task: cold.outer(params, meta_params, task.data),
+        inner_loss=lambda params, meta_params, task: losses.inner(params, meta_params, task.data),
+        outer_loss=lambda params, meta_params, task: losses.outer(params, meta_params, task.data),
         init_params=lambda meta_params, task: task.start,
     )
 
@@ -183,7 +184,7 @@ def prepare(case: Case, session: Session, x64: bool) -> Prepared:
             converged = cm.Status(int(learned.diagnostics.status)) == cm.Status.CONVERGED
             text = "L-BFGS from the same start to a gradient of 1e-10 and implicit CG to 1e-10, in float64"
         points = (upcast(init), params)
-        curvature = 1.1 * max(float(_largest_curvature(instance.problem, at, meta_params, task)) for at in points)
+        curvature = 1.1 * max(float(largest_curvature(instance.problem, at, meta_params, task)) for at in points)
         reference = flatten(grad)
     # No theory for the network: 1e-3 is the order of its smallest curvature.
     root = (curvature / (smallest or 1e-3)) ** 0.5
@@ -214,7 +215,7 @@ def upcast(values: Any) -> Any:
 
 
 @jax.jit
-def _largest_curvature(problem: cm.BilevelProblem, params: Any, meta_params: Any, task: Any) -> jax.Array:
+def largest_curvature(problem: cm.BilevelProblem, params: Any, meta_params: Any, task: Any) -> jax.Array:
     """Largest eigenvalue of the inner Hessian, by power iteration."""
     flat, unravel = ravel_pytree(params)
     grad = jax.grad(lambda at: problem.inner(unravel(at), meta_params, task))

@@ -11,7 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import contrastive_meta as cm
-from benchmarks.cases import WarmTask, upcast
+from benchmarks.cases import WarmTask, largest_curvature, started_by_task, upcast
 from benchmarks.harness import Session, Vector, flatten, precision
 from benchmarks.speed_problems import Problem
 
@@ -218,28 +218,8 @@ def _differentiate(losses: cm.BilevelProblem, meta_params: Any, task: WarmTask) 
 
 
 def _largest_curvature(losses: cm.BilevelProblem, meta_params: Any, task: WarmTask) -> jax.Array:
-    flat, unravel = ravel_pytree(task.start)
-    inner_grad = jax.grad(lambda at: losses.inner(unravel(at), meta_params, task))
-
-    def multiply(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        product = jax.jvp(inner_grad, (flat,), (carry[0],))[1]
-        length = jnp.linalg.norm(product)
-        return product / length, length
-
-    vector = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
-    begin = (vector / jnp.linalg.norm(vector), jnp.zeros((), flat.dtype))
-    largest: jax.Array = jax.lax.fori_loop(0, 60, multiply, begin)[1]
+    largest: jax.Array = largest_curvature(losses, task.start, meta_params, task)
     return largest
-
-
-@functools.cache
-def started_by_task(losses: cm.BilevelProblem) -> cm.BilevelProblem:
-    """The same losses, with learning started from where the task says."""
-    return cm.BilevelProblem(
-        inner_loss=lambda params, meta_params, task: losses.inner(params, meta_params, task.data),
-        outer_loss=lambda params, meta_params, task: losses.outer(params, meta_params, task.data),
-        init_params=lambda meta_params, task: task.start,
-    )
 
 
 def _unmapped(function: Any) -> Any:

@@ -11,11 +11,10 @@ import numpy as np
 
 import contrastive_meta as cm
 from benchmarks import speed_figures
-from benchmarks.cases import Instance, WarmTask
+from benchmarks.cases import Instance, WarmTask, started_by_task
 from benchmarks.harness import Record, Session, first_line, flatten, precision, relative_error
 from benchmarks.speed_measure import Measured, Programs, measure
 from benchmarks.speed_methods import FAST, IMPLICIT_CG, NUDGED_DESCENT, Point, estimate, estimate_batch, nesterov
-from benchmarks.speed_reference import started_by_task
 from benchmarks.tables import lay_out, memory, milliseconds, scientific, wrap
 
 NAME = "speed_scaling"

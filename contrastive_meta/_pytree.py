@@ -138,6 +138,16 @@ def zeros_like(a: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, a)
 
 
+def or_one(x: jax.Array) -> jax.Array:
+    """`x` where it is positive, else 1: a divisor."""
+    return jnp.where(x > 0, x, jnp.ones_like(x))
+
+
+def unstack(a: PyTree, number: int) -> list[PyTree]:
+    """The trees whose leaves are stacked along the leading axis of those of `a`."""
+    return [jax.tree.map(lambda xs, k=k: xs[k], a) for k in range(number)]
+
+
 def where(condition: Any, a: PyTree, b: PyTree) -> PyTree:
     """`a` where the scalar `condition` holds, else `b`; never arithmetic, so a NaN on the other side stays there."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

@@ -66,16 +66,16 @@ def measure_noise(
       More & Wild (2011), ECnoise: the difference table.
     """
     length = tree.norm(direction)
-    step = (0.05 * eps**0.5 * scale / jnp.where(length > 0, length, 1)).astype(scale.dtype)
+    step = (0.05 * eps**0.5 * scale / tree.or_one(length)).astype(scale.dtype)
     steps = jnp.stack([jnp.zeros_like(step), step, -step])
     points = jax.vmap(lambda distance: tree.add_scaled(at, distance, direction))(steps)
     values = jax.lax.map(function, points)
-    here, ahead, behind = (jax.tree.map(lambda xs, k=k: xs[k], values) for k in range(3))
+    here, ahead, behind = tree.unstack(values, 3)
     # Taken from `here`, nearly equal numbers are subtracted exactly.
     ahead, behind = tree.subtract(ahead, here), tree.subtract(behind, here)
     # The variance of a second difference of independent errors is 1 + 4 + 1 times theirs.
     noise = tree.norm(tree.add(ahead, behind)) / 6**0.5
-    slope = tree.norm(tree.subtract(ahead, behind)) / (2 * step * jnp.where(length > 0, length, 1))
+    slope = tree.norm(tree.subtract(ahead, behind)) / (2 * step * tree.or_one(length))
     return here, noise.astype(scale.dtype), slope.astype(scale.dtype)
 
 

@@ -88,7 +88,7 @@ def newton_length(remainder: Params, product: Params, least_curvature: jax.Array
       least_curvature: curvatures below it are not told from rounding.
       length: norm of e.
     """
-    per_length = 1 / jnp.where(length > 0, length, jnp.ones_like(length))
+    per_length = 1 / tree.or_one(length)
     curvature = tree.vdot(tree.scale(per_length, remainder), tree.scale(per_length, product))
     return length / jnp.maximum(curvature, least_curvature)
 
@@ -97,7 +97,7 @@ def difference_step(setting: Setting, point: FreePoint) -> tuple[jax.Array, jax.
     """The length of a one-sided gradient difference, and the least curvature that it resolves."""
     # Rounding and curvature balance at the square root of the relative noise.
     scale = point.scale
-    wanted = 3 * jnp.sqrt(point.noise * scale / jnp.where(point.curvature > 0, point.curvature, 1))
+    wanted = 3 * jnp.sqrt(point.noise * scale / tree.or_one(point.curvature))
     distance = jnp.clip(wanted, point.eps**0.5 * scale, 0.1 * scale)
     return distance, jnp.maximum(point.noise / distance, jnp.finfo(setting.dtype).tiny)
 

@@ -103,7 +103,7 @@ def solve_both(
     """
     stacked = jax.tree.map(lambda *b: jnp.stack(b), *rhs)
     length = tree.norm(guess)
-    unit = tree.scale(1 / jnp.where(length > 0, length, 1), guess)
+    unit = tree.scale(1 / tree.or_one(length), guess)
     along = tree.vdot(rhs[0], unit)
     warm = (length > 0) & jnp.isfinite(length) & (jnp.abs(along) > _USEFUL)
     dtype = difference.dtype

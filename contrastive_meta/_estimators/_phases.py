@@ -142,8 +142,8 @@ class Judged(NamedTuple):
     left: LeftToLearn
 
 
-# Spent by `judge`: the inner gradient at three points, the outer one at two.
-NUM_JUDGING = 5
+# Spent by `judge`: the inner gradient at four points, the outer one at two.
+NUM_JUDGING = 6
 
 
 def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
@@ -167,14 +167,17 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     center, refined = _mean(phases.params), scheme.at_zero(phases.params)
     expected, common = _mean(jax.vmap(inner_grad)(phases.residual, nudges)), scheme.at_zero(phases.residual)
     distance, least = difference_step(setting, point)
-    nudge, usual = or_one(point.nudge_norm), point.usual_grad
+    nudge, usual = tree.or_one(point.nudge_norm), point.usual_grad
     sizes = tree.norm_in(nudge, remainder), tree.norm_in(usual, common)
     ends = (
         center,
-        *(tree.add_scaled(refined, distance / or_one(k), x) for k, x in zip(sizes, (remainder, common), strict=True)),
+        *(
+            tree.add_scaled(refined, distance / tree.or_one(k), x)
+            for k, x in zip(sizes, (remainder, common), strict=True)
+        ),
     )
     points = jax.tree.map(lambda *xs: jnp.stack(xs), *ends, refined)
-    found, *grads, base_grad = _unstack(jax.lax.map(tree.grad(setting.inner), points), 4)
+    found, *grads, base_grad = tree.unstack(jax.lax.map(tree.grad(setting.inner), points), 4)
     products = [tree.scale(k / distance, tree.subtract(grad, base_grad)) for k, grad in zip(sizes, grads, strict=True)]
     missing = newton_length(remainder, products[0], least, sizes[0])
     length = newton_length(common, products[1], least, sizes[1])
@@ -183,20 +186,20 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     residual = jnp.where(residual < before, residual, before).astype(setting.dtype)
 
     # The step that is left goes down `base_grad`, by the curvature along what the phases have in common.
-    length = length * residual / or_one(sizes[1])
-    ahead = tree.add_scaled(base, -length / or_one(residual), base_grad)
+    length = length * residual / tree.or_one(sizes[1])
+    ahead = tree.add_scaled(base, -length / tree.or_one(residual), base_grad)
     (values, auxes), outer_grads = jax.lax.map(
         setting.outer_value_and_grad, jax.tree.map(lambda a, b: jnp.stack([a, b]), base, ahead)
     )
-    here, there = _unstack(outer_grads, 2)
+    here, there = tree.unstack(outer_grads, 2)
     left = LeftToLearn(
         residual, length, tree.norm_in(nudge, tree.subtract(there, here)), tree.norm_in(nudge, here)
     )  # fmt: skip
     strength = scheme.strength(setting.dtype)
-    moved = tree.norm_in(point.scale / or_one(strength), response)
+    moved = tree.norm_in(point.scale / tree.or_one(strength), response)
     of_gradient = tree.norm_in(usual, tree.subtract(found, expected)) / (strength * nudge)
     straight = jax.vmap(lambda at, beta: tree.subtract(at, tree.scale(beta, response)))(phases.params, nudges)
-    of_path = tree.norm_in(point.scale, tree.subtract(_mean(straight), point.params)) / or_one(strength * moved)
+    of_path = tree.norm_in(point.scale, tree.subtract(_mean(straight), point.params)) / tree.or_one(strength * moved)
     # Before learning ends the phases drift on together, which bends nothing.
     ended = before < 1e-3 * strength * nudge
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
@@ -207,14 +210,14 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
 def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams, judged: Judged) -> jax.Array:
     """What went wrong in the nudged phases, judged from the same contrast as the meta-gradient."""
     dtype, scheme = nudging.setting.dtype, phases.scheme
-    nudge = or_one(point.nudge_norm)
+    nudge = tree.or_one(point.nudge_norm)
     unanswered = (judged.unanswered > UNANSWERED * nudge) | (judged.missing > UNANSWERED * judged.moved)
     # A pure imaginary nudge is read off without subtraction: rounding is not divided by it.
     subtracts = len(scheme.nudges) > 1
     _, weights = scheme.arrays(dtype)
     gain = tree.norm(weights) * subtracts
     # The statistic is taken to be as noisy, relative to itself, as the inner gradient is to what it is made of.
-    coarser = jnp.maximum(point.noise / or_one(point.eps * point.curvature * point.scale), 1.0)
+    coarser = jnp.maximum(point.noise / tree.or_one(point.eps * point.curvature * point.scale), 1.0)
     statistic_noise = point.eps * coarser * tree.norm(_mean(phases.statistic)) / 4
     # A response that never came leaves a zero that any noise exceeds: that is not the noise's doing.
     drowned = (point.noise * gain * NOISE_FLOOR > nudge) | (
@@ -223,7 +226,7 @@ def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: Meta
     anything = point.nudge_norm > 0
     # H response = remainder - v: its product with the response is the curvature that the nudge met.
     met = tree.scale(1 / nudge, tree.subtract(judged.remainder, judged.outer_grad))
-    indefinite = tree.vdot(tree.scale(1 / or_one(judged.moved), judged.response), met) < -1e-3
+    indefinite = tree.vdot(tree.scale(1 / tree.or_one(judged.moved), judged.response), met) < -1e-3
     learned, finite = tree.all_finite((point.params, point.outer_grad)), tree.all_finite((grad, phases.params))
     coarse = judged.bend**scheme.order > UNTRUNCATED
     ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, phases) | (judged.bend > 0.5)
@@ -243,7 +246,7 @@ def _curves_downwards(point: FreePoint, phases: Phases) -> jax.Array:
     scheme = phases.scheme
     if scheme.is_complex:
         return jnp.asarray(False)
-    unit = scheme.strength(point.scale.dtype) * or_one(point.nudge_norm)
+    unit = scheme.strength(point.scale.dtype) * tree.or_one(point.nudge_norm)
 
     def curves(params: Params, residual: Params, beta: jax.Array) -> jax.Array:
         moved = tree.subtract(params, point.params)
@@ -256,15 +259,6 @@ def _curves_downwards(point: FreePoint, phases: Phases) -> jax.Array:
     return jnp.any(jax.vmap(curves)(phases.params, phases.residual, nudges) & (nudges != 0))
 
 
-def or_one(x: jax.Array) -> jax.Array:
-    """`x` where it is positive, else 1: a divisor."""
-    return jnp.where(x > 0, x, jnp.ones_like(x))
-
-
 def _mean(stacked: Any) -> Any:
     """The real part of the mean over phases."""
     return jax.tree.map(lambda xs: jnp.mean(jnp.real(xs), axis=0), stacked)
-
-
-def _unstack(stacked: Any, number: int) -> list[Any]:
-    return [jax.tree.map(lambda xs, k=k: xs[k], stacked) for k in range(number)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
-from contrastive_meta._estimators._phases import NUM_JUDGING, Nudging, Phases, judge, nudged_status, or_one
+from contrastive_meta._estimators._phases import NUM_JUDGING, Nudging, Phases, judge, nudged_status
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
@@ -106,7 +106,7 @@ class Contrastive(MetaGradientEstimator):
                 setting.dtype,
                 beta=beta,
                 free_residual=judged.residual,
-                nudged_residual=judged.unanswered / or_one(point.nudge_norm),
+                nudged_residual=judged.unanswered / tree.or_one(point.nudge_norm),
                 displacement=beta * judged.moved / point.scale,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + phases.num_gradients + NUM_JUDGING,
                 status=worst(
@@ -124,7 +124,7 @@ class Contrastive(MetaGradientEstimator):
         }  # fmt: skip
 
     def _nudged_phases(self, nudging: Nudging, point: FreePoint) -> tuple[Phases, jax.Array]:
-        """The phases, by the learner asked for, and `FELL_BACK` if that was the fast one and it failed."""
+        """The phases by the learner asked for, and what became of it if that was the fast one and it failed."""
         setting = nudging.setting
         template = self.scheme.template()
         if template.is_complex:
@@ -134,9 +134,8 @@ class Contrastive(MetaGradientEstimator):
         fast = own.descends_loss and setting.problem.sample is None
         learner = self.nudged_solver or (NewtonKrylov() if fast else self.solver)
         if isinstance(learner, InnerSolver):
-            return run_again(nudging, point, learner.bind(setting.meta_params), self.nudged_tol), flag(
-                False, Status.FELL_BACK
-            )
+            phases = run_again(nudging, point, learner.bind(setting.meta_params), self.nudged_tol)
+            return phases, jnp.int32(Status.CONVERGED)
         phases, failed = learner.run(nudging, point)
         # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
         unflatten = nudging.flattening.unflatten

@@ -77,13 +77,13 @@ class ImplicitDifferentiation(MetaGradientEstimator):
         # A solver's own tolerance may lie below what the dtype can reach; what matters is what is left, of the nudge
         # and of the response; and what was left to learn.
         pair = jax.tree.map(lambda u, g: jnp.stack([u, g]), adjoint.solution, point.inner_grad)
-        of_solution, of_residual = (jax.tree.map(lambda xs, k=k: xs[k], jax.vmap(hvp)(pair)) for k in (0, 1))
+        of_solution, of_residual = tree.unstack(jax.vmap(hvp)(pair), 2)
         least = jnp.asarray(jnp.finfo(setting.dtype).tiny, setting.dtype)
         left = tree.subtract(point.outer_grad, of_solution)
         missing = newton_length(left, hvp(left), least, tree.norm(left))
         residual = tree.norm(point.inner_grad)
         distance = newton_length(point.inner_grad, of_residual, least, residual)
-        step = tree.scale(distance / jnp.where(residual > 0, residual, 1), point.inner_grad)
+        step = tree.scale(distance / tree.or_one(residual), point.inner_grad)
         _, ahead = setting.outer_value_and_grad(tree.subtract(point.params, step))
         shift = tree.norm(tree.subtract(ahead, point.outer_grad))
         solved = (adjoint.residual <= UNANSWERED) & (missing <= UNANSWERED * tree.norm(adjoint.solution))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, UNANSWERED, FreePoint, difference_step
 from contrastive_meta._estimators._krylov import Difference, Limits, System, cast_like, solve_both
-from contrastive_meta._estimators._phases import Nudging, Phases, or_one
+from contrastive_meta._estimators._phases import Nudging, Phases
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import NudgeScheme
 from contrastive_meta._problem import Params
@@ -122,9 +122,9 @@ class _Search:
         self.distance, _ = difference_step(setting, point)
         # What nudges may be more than the outer loss.
         self.first_nudge = tree.grad(self._nudged(point.params).flattened(nudging.flattening).outer)(point.params)
-        self.nudge = or_one(self._norm(self.first_nudge))
+        self.nudge = tree.or_one(self._norm(self.first_nudge))
         # The norm over which the mean inverse curvature is taken before a response is known.
-        self.usual = self.nudge / or_one(point.curvature)
+        self.usual = self.nudge / tree.or_one(point.curvature)
 
     def start(self) -> _Line:
         """The free solution, with no response yet and all of the nudge left."""
@@ -159,18 +159,19 @@ class _Search:
         point, learner = self.point, self.learner
         left, base_left = self._norm(line.remainder), self._norm(line.base_grad)
         systems = self._solve(line, left, base_left)
-        more = tree.scale(left, jax.tree.map(lambda xs: xs[0], systems.x))
-        step = tree.scale(base_left, jax.tree.map(lambda xs: xs[1], systems.x))
+        more, step = (
+            tree.scale(unit, x) for unit, x in zip((left, base_left), tree.unstack(systems.x, 2), strict=True)
+        )
         base, response = tree.add(line.base, step), tree.add(line.response, more)
         length, moved = self._norm(response), self._norm(step)
-        found = self._measure_line(base, response, length, left, line.shrink)
+        found = self._measure_line(line, base, response, length, left)
 
         now, base_now, noise = found.left, self._norm(found.base_grad), point.noise
         target = self._target(found.scheme)
         # What is left to learn, as a length: by the mean inverse curvature that the nudge and that learning met.
-        inverse = jnp.maximum(length / self.nudge, moved / or_one(base_left))
+        inverse = jnp.maximum(length / self.nudge, moved / tree.or_one(base_left))
         learned = (base_now <= 2 * noise) | (base_now * inverse <= target * point.scale)
-        change = self._norm(more) / or_one(length) * jnp.minimum(now / or_one(left), 1.0)
+        change = self._norm(more) / tree.or_one(length) * jnp.minimum(now / tree.or_one(left), 1.0)
         # Along low curvature a small remainder is much of the response: what the pass changed tells.
         answered = (now <= target * self.nudge) & (change <= 10 * target)
         sound = jnp.isfinite(base_now) & (base_now <= jnp.maximum(base_left, NOISE_FLOOR * noise))
@@ -200,7 +201,7 @@ class _Search:
             num_passes=num_passes,
             num_gradients=line.num_gradients
             + jnp.sum(systems.num_steps)
-            + found.num_tries * (len(found.scheme.nudges) + 1),
+            + found.num_tries * (len(found.scheme.nudges) + (found.scheme.free_phase is None)),
             indefinite=systems.indefinite[0],
             running=~done & progress & (num_passes < learner.max_passes) & (num_steps < learner.max_steps),
         )  # fmt: skip
@@ -219,7 +220,7 @@ class _Search:
         return Phases(line.scheme, ends, statistic, line.residuals, status, line.num_gradients + nudges.size), failed
 
     def _measure_line(
-        self, base: Params, response: Params, length: jax.Array, left: jax.Array, shrink: jax.Array
+        self, line: _Line, base: Params, response: Params, length: jax.Array, left: jax.Array
     ) -> _Measured:
         """The phases' gradients, at a smaller strength where this one goes beyond what is nearly quadratic."""
         length = jnp.where(length > 0, length, self.usual)
@@ -254,10 +255,9 @@ class _Search:
             chosen: _Measured = tree.where(better, cast_like(new, before), old)
             return chosen
 
-        nothing = self.start()
         begin = _Measured(
-            nothing.scheme, nothing.residuals, nothing.remainder, nothing.base_grad, jnp.full_like(left, jnp.inf),
-            shrink, shrink, jnp.int32(0), jnp.asarray(True),
+            line.scheme, line.residuals, line.remainder, line.base_grad, jnp.full_like(left, jnp.inf),
+            line.shrink, line.shrink, jnp.int32(0), jnp.asarray(True),
         )  # fmt: skip
         found: _Measured = jax.lax.while_loop(lambda m: m.running, measure, begin)
         return found
@@ -265,7 +265,7 @@ class _Search:
     def _solve(self, line: _Line, left: jax.Array, base_left: jax.Array) -> System:
         """Both systems: for the response, and for what the free phase left over."""
         point, target = self.point, self._target(line.scheme)
-        units = or_one(left), or_one(base_left)
+        units = tree.or_one(left), tree.or_one(base_left)
         difference = Difference(
             self.inner_grad, line.base, line.base_grad, self.distance / line.shrink, point.noise, self.dtype
         )
