@@ -1,12 +1,13 @@
 """What the phases of a scheme left behind, and what went wrong in them if anything did."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import only_if
 from contrastive_meta._estimators._free_point import (
     NOISE_FLOOR,
     UNANSWERED,
@@ -99,6 +100,8 @@ class Phases(NamedTuple):
       statistic: what the plasticity rule measured there.
       residual: gradient of the phase's own loss there.
       status: of each phase's solver.
+      base: where the phases would have ended without a nudge (no leading axis).
+      base_grad: gradient of the inner loss there (no leading axis).
       num_gradients: of all phases together (no leading axis).
     """
 
@@ -107,6 +110,8 @@ class Phases(NamedTuple):
     statistic: MetaParams
     residual: Params
     status: jax.Array
+    base: Params
+    base_grad: Params
     num_gradients: jax.Array
 
 
@@ -126,6 +131,7 @@ class Judged(NamedTuple):
       missing: length of what is at least missing of the response, see `newton_length`.
       bend: how far learning is from linear over the span of the phases, see `judge`.
       left: what was left to learn.
+      num_gradients: spent on finding out.
     """
 
     response: Params
@@ -140,10 +146,7 @@ class Judged(NamedTuple):
     missing: jax.Array
     bend: jax.Array
     left: LeftToLearn
-
-
-# Spent by `judge`: the inner gradient at four points, the outer one at two.
-NUM_JUDGING = 6
+    num_gradients: jax.Array
 
 
 def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
@@ -158,53 +161,63 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     line through the phases' ends misses the free solution, relative to their displacement.
     """
     setting, scheme = nudging.setting, phases.scheme
-    response, remainder = scheme.contrast(phases.params), scheme.contrast(phases.residual)
+    response, remainder, base = scheme.contrast(phases.params), scheme.contrast(phases.residual), phases.base
     nudges, _ = scheme.arrays(setting.dtype)
-
-    def inner_grad(residual: Params, beta: jax.Array) -> Params:
-        return tree.subtract(residual, tree.scale(beta, point.outer_grad))
-
-    center, refined = _mean(phases.params), scheme.at_zero(phases.params)
-    expected, common = _mean(jax.vmap(inner_grad)(phases.residual, nudges)), scheme.at_zero(phases.residual)
+    mean_nudge = jnp.mean(jnp.real(nudges))
+    center, expected = _mean(phases.params), tree.add_scaled(_mean(phases.residual), -mean_nudge, point.outer_grad)
+    common = scheme.at_zero(phases.residual)
     distance, least = difference_step(setting, point)
     nudge, usual = tree.or_one(point.nudge_norm), point.usual_grad
     sizes = tree.norm_in(nudge, remainder), tree.norm_in(usual, common)
+    before, residual = tree.norm_in(usual, point.inner_grad), tree.norm_in(usual, phases.base_grad)
+    better = residual < before
+    residual = jnp.where(better, residual, before).astype(setting.dtype)
+    # At the dtype's floor what is left to learn is noise, and excused.
+    unlearned = residual > NOISE_FLOOR * point.noise
+    # The phases of a symmetric scheme center on the base point, but for rounding.
+    off_center = tree.norm_in(point.scale, tree.subtract(center, base)) > 4 * point.eps * point.scale
+
+    needed = jnp.stack([off_center, sizes[0] > 0, unlearned])
     ends = (
         center,
-        *(
-            tree.add_scaled(refined, distance / tree.or_one(k), x)
-            for k, x in zip(sizes, (remainder, common), strict=True)
-        ),
+        *(tree.add_scaled(base, distance / tree.or_one(k), x) for k, x in zip(sizes, (remainder, common), strict=True)),
     )
-    points = jax.tree.map(lambda *xs: jnp.stack(xs), *ends, refined)
-    found, *grads, base_grad = tree.unstack(jax.lax.map(tree.grad(setting.inner), points), 4)
-    products = [tree.scale(k / distance, tree.subtract(grad, base_grad)) for k, grad in zip(sizes, grads, strict=True)]
+    found, *grads = _where_needed(tree.grad(setting.inner), needed, ends, phases.base_grad)
+    products = [
+        tree.scale(k / distance, tree.subtract(grad, phases.base_grad)) for k, grad in zip(sizes, grads, strict=True)
+    ]
     missing = newton_length(remainder, products[0], least, sizes[0])
     length = newton_length(common, products[1], least, sizes[1])
-    before, residual = tree.norm_in(usual, point.inner_grad), tree.norm_in(usual, base_grad)
-    base, base_grad = tree.where(residual < before, (refined, base_grad), (point.params, point.inner_grad))
-    residual = jnp.where(residual < before, residual, before).astype(setting.dtype)
+    base, base_grad = tree.where(better, (base, phases.base_grad), (point.params, point.inner_grad))
 
     # The step that is left goes down `base_grad`, by the curvature along what the phases have in common.
-    length = length * residual / tree.or_one(sizes[1])
+    length = jnp.where(unlearned, length * residual / tree.or_one(sizes[1]), 0.0)
     ahead = tree.add_scaled(base, -length / tree.or_one(residual), base_grad)
-    (values, auxes), outer_grads = jax.lax.map(
-        setting.outer_value_and_grad, jax.tree.map(lambda a, b: jnp.stack([a, b]), base, ahead)
-    )
-    here, there = tree.unstack(outer_grads, 2)
-    left = LeftToLearn(
-        residual, length, tree.norm_in(nudge, tree.subtract(there, here)), tree.norm_in(nudge, here)
-    )  # fmt: skip
+    moved_on = better & (tree.max_abs(tree.subtract(base, point.params)) > 0)
+    known = (point.outer_loss, point.aux), point.outer_grad
+    here, there = _where_needed(setting.outer_value_and_grad, jnp.stack([moved_on, unlearned]), (base, ahead), known)
+    shift = jnp.where(unlearned, tree.norm_in(nudge, tree.subtract(there[1], here[1])), 0.0)
+    left = LeftToLearn(residual, length, shift, tree.norm_in(nudge, here[1]))
     strength = scheme.strength(setting.dtype)
     moved = tree.norm_in(point.scale / tree.or_one(strength), response)
     of_gradient = tree.norm_in(usual, tree.subtract(found, expected)) / (strength * nudge)
-    straight = jax.vmap(lambda at, beta: tree.subtract(at, tree.scale(beta, response)))(phases.params, nudges)
-    of_path = tree.norm_in(point.scale, tree.subtract(_mean(straight), point.params)) / tree.or_one(strength * moved)
+    off_line = tree.subtract(tree.add_scaled(center, -mean_nudge, response), point.params)
+    of_path = tree.norm_in(point.scale, off_line) / tree.or_one(strength * moved)
     # Before learning ends the phases drift on together, which bends nothing.
     ended = before < 1e-3 * strength * nudge
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
-    outer_loss, aux = jax.tree.map(lambda xs: xs[0], (values, auxes))
-    return Judged(response, moved, remainder, sizes[0], base, residual, here, outer_loss, aux, missing, bend, left)
+    (outer_loss, aux), outer_grad = here
+    spent = jnp.sum(needed) + moved_on + unlearned
+    return Judged(
+        response, moved, remainder, sizes[0], base, residual, outer_grad, outer_loss, aux, missing, bend, left, spent
+    )
+
+
+def _where_needed(function: Callable[[Any], Any], needed: jax.Array, points: Sequence[Any], otherwise: Any) -> Any:
+    """`function` at those of the points that need it, one after another, `otherwise` at the others."""
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *points)
+    values = jax.lax.map(lambda x: only_if(x[0], lambda _: function(x[1]), otherwise), (needed, stacked))
+    return tree.unstack(values, len(points))
 
 
 def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams, judged: Judged) -> jax.Array:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import only_if
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
-from contrastive_meta._estimators._phases import NUM_JUDGING, Nudging, Phases, judge, nudged_status
+from contrastive_meta._estimators._phases import Nudging, Phases, judge, nudged_status
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
@@ -108,7 +109,7 @@ class Contrastive(MetaGradientEstimator):
                 free_residual=judged.residual,
                 nudged_residual=judged.unanswered / tree.or_one(point.nudge_norm),
                 displacement=beta * judged.moved / point.scale,
-                num_gradients=free.num_gradients + NUM_GRADIENTS + phases.num_gradients + NUM_JUDGING,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + phases.num_gradients + judged.num_gradients,
                 status=worst(
                     fell_back,
                     free_status(setting, point, judged.left),
@@ -143,11 +144,9 @@ class Contrastive(MetaGradientEstimator):
         if not learner.fall_back or template.is_complex:
             return phases, flag(failed, Status.NUDGED_NOT_CONVERGED)
 
-        # At most one turn. Not a `cond`: under vmap that would run the slow phases for every task. One phase after
-        # another, lest what hardly ever runs decides how much memory is set aside.
-        def once(carry: tuple[Phases, jax.Array]) -> tuple[Phases, jax.Array]:
+        # One phase after another, lest what hardly ever runs decides how much memory is set aside.
+        def again(fast: Phases) -> Phases:
             slow = run_again(nudging._replace(sequential=True), point, own, self.nudged_tol)
-            return slow._replace(num_gradients=slow.num_gradients + carry[0].num_gradients), jnp.asarray(False)
+            return slow._replace(num_gradients=slow.num_gradients + fast.num_gradients)
 
-        phases, _ = jax.lax.while_loop(lambda carry: carry[1], once, (phases, failed))
-        return phases, flag(failed, Status.FELL_BACK)
+        return only_if(failed, again, phases), flag(failed, Status.FELL_BACK)

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import only_if
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, UNANSWERED, FreePoint, difference_step
 from contrastive_meta._estimators._krylov import Difference, Limits, System, cast_like, solve_both
 from contrastive_meta._estimators._phases import Nudging, Phases
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import NudgeScheme
-from contrastive_meta._problem import Params
+from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
 
 # Of a remainder, one pass is asked to leave this power of the dtype's eps: what products that are one-sided gradient
@@ -81,6 +82,7 @@ class _Line(NamedTuple):
     response: Params  # u
     scheme: NudgeScheme
     residuals: Params  # gradients of the phases' own losses, a leading axis of phases
+    statistic: MetaParams  # what the rule measures of the phases; zeros until a pass has measured it
     remainder: Params  # v - H u, the contrast of the residuals
     base_grad: Params  # gradient of the inner loss at the base point: what is left of learning
     learned: jax.Array  # whether what is left of learning is too little to matter
@@ -91,6 +93,7 @@ class _Line(NamedTuple):
     num_passes: jax.Array
     num_gradients: jax.Array
     indefinite: jax.Array
+    measured: jax.Array  # whether a pass has measured this line
     running: jax.Array
 
 
@@ -99,8 +102,8 @@ class _Measured(NamedTuple):
 
     scheme: NudgeScheme
     residuals: Params
+    statistic: MetaParams
     remainder: Params
-    base_grad: Params
     left: jax.Array  # norm of the remainder
     shrink: jax.Array
     trying: jax.Array  # what to shrink by in the next try
@@ -135,11 +138,14 @@ class _Search:
         nudges, _ = scheme.arrays(self.dtype)
         # At the free solution itself the nudged losses' gradients are known.
         residuals = self._ends(point.inner_grad, tree.scale(-1.0, self.first_nudge), nudges)
+        nudged, ends = self._nudged(point.params), self._ends(point.params, tree.zeros_like(point.params), nudges)
+        shapes = jax.eval_shape(lambda: self.nudging.measure(nudged, ends, nudges))
         return _Line(
             base=point.params,
             response=tree.zeros_like(point.params),
             scheme=scheme,
             residuals=residuals,
+            statistic=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
             remainder=self.first_nudge,
             base_grad=point.inner_grad,
             learned=learned,
@@ -150,6 +156,7 @@ class _Search:
             num_passes=none,
             num_gradients=none,
             indefinite=false,
+            measured=false,
             # Without a nudge here there may be one where learning ends.
             running=tree.all_finite((self.first_nudge, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned),
         )
@@ -164,9 +171,11 @@ class _Search:
         )
         base, response = tree.add(line.base, step), tree.add(line.response, more)
         length, moved = self._norm(response), self._norm(step)
+        # Differences are taken from the gradient at the base point, so that has to be exact, not interpolated.
+        base_grad = only_if(moved > 0, lambda _: self.inner_grad(base), line.base_grad)
         found = self._measure_line(line, base, response, length, left)
 
-        now, base_now, noise = found.left, self._norm(found.base_grad), point.noise
+        now, base_now, noise = found.left, self._norm(base_grad), point.noise
         target = self._target(found.scheme)
         # What is left to learn, as a length: by the mean inverse curvature that the nudge and that learning met.
         inverse = jnp.maximum(length / self.nudge, moved / tree.or_one(base_left))
@@ -183,41 +192,48 @@ class _Search:
         done = better & answered & learned
 
         num_steps, num_passes = line.num_steps + jnp.max(systems.num_steps), line.num_passes + 1
-        old = (line.base, line.response, line.scheme, line.residuals, line.remainder, line.base_grad)
-        new = (base, response, found.scheme, found.residuals, found.remainder, found.base_grad)
-        base, response, scheme, residuals, remainder, base_grad = tree.where(better, cast_like(new, old), old)
-        after = _Line(
+        taken = line._replace(
             base=base,
             response=response,
-            scheme=scheme,
-            residuals=residuals,
-            remainder=remainder,
+            scheme=found.scheme,
+            residuals=found.residuals,
+            statistic=found.statistic,
+            remainder=found.remainder,
             base_grad=base_grad,
-            learned=jnp.where(better, learned, line.learned),
-            shrink=jnp.where(better, found.shrink, line.shrink),
+            learned=learned,
+            shrink=found.shrink,
+            change=change,
+            measured=jnp.asarray(True),
+        )
+        kept: _Line = tree.where(better, cast_like(taken, line), line)
+        after = kept._replace(
             radius=jnp.where(retry, 0.25 * moved, line.radius),
-            change=jnp.where(better, change, line.change),
             num_steps=num_steps,
             num_passes=num_passes,
             num_gradients=line.num_gradients
             + jnp.sum(systems.num_steps)
-            + found.num_tries * (len(found.scheme.nudges) + (found.scheme.free_phase is None)),
+            + (moved > 0)
+            + found.num_tries * 2 * len(found.scheme.nudges),
             indefinite=systems.indefinite[0],
             running=~done & progress & (num_passes < learner.max_passes) & (num_steps < learner.max_steps),
-        )  # fmt: skip
+        )
         return cast_like(after, line)
 
     def measure(self, line: _Line) -> tuple[Phases, jax.Array]:
         """The phases at the end of the search, and whether the search failed."""
         nudges, _ = line.scheme.arrays(self.dtype)
         ends = self._ends(line.base, line.response, nudges)
-        statistic = self.nudging.measure(self._nudged(line.base), ends, nudges)
+        unmeasured = ~line.measured
+        statistic = only_if(
+            unmeasured, lambda _: self.nudging.measure(self._nudged(line.base), ends, nudges), line.statistic
+        )
         enough = jnp.maximum(UNANSWERED, self.tol)
         unanswered = (self._norm(line.remainder) > enough * self.nudge) | (line.change > enough)
         anything = (self.point.nudge_norm > 0) | (self._norm(line.remainder) > 0)
         failed = anything & (line.indefinite | unanswered)
         status = jnp.zeros(nudges.shape, jnp.int32)
-        return Phases(line.scheme, ends, statistic, line.residuals, status, line.num_gradients + nudges.size), failed
+        spent = line.num_gradients + unmeasured * nudges.size
+        return Phases(line.scheme, ends, statistic, line.residuals, status, line.base, line.base_grad, spent), failed
 
     def _measure_line(
         self, line: _Line, base: Params, response: Params, length: jax.Array, left: jax.Array
@@ -228,24 +244,19 @@ class _Search:
         def measure(before: _Measured) -> _Measured:
             scheme = self._scheme(length, before.trying)
             nudges, _ = scheme.arrays(self.dtype)
-            # Differences are taken from the gradient at the base point, so that has to be exact: a free phase gives it;
-            # a real scheme without one gets one more phase; complex phases would make it three times as dear.
-            extra = scheme.free_phase is None and not scheme.is_complex
-            points = jnp.append(nudges, 0) if extra else nudges
-            residuals = self.nudging.residuals(self._nudged(base), self._ends(base, response, points), points)
-            if scheme.is_complex:
-                base_grad = self.inner_grad(base)
-            else:
-                at = -1 if extra else scheme.free_phase
-                base_grad = jax.tree.map(lambda xs: xs[at], residuals)
-            residuals = jax.tree.map(lambda xs: xs[: nudges.size], residuals)
+            nudged, ends = self._nudged(base), self._ends(base, response, nudges)
+            # Residual and statistic are two derivatives of one evaluation.
+            residuals, statistic = (
+                self.nudging.residuals(nudged, ends, nudges),
+                self.nudging.measure(nudged, ends, nudges),
+            )
             remainder = scheme.contrast(residuals)
             now, num_tries = self._norm(remainder), before.num_tries + 1
             better = (now < 0.5 * before.left) | (before.num_tries == 0)
             suspicious = ~(now <= jnp.maximum(_SUSPICIOUS * left, self._target(scheme) * self.nudge))
             most_tries = _MOST_TRIES if self.nudging.scheme.adapts else 1
             new = _Measured(
-                scheme, residuals, remainder, base_grad, now,
+                scheme, residuals, statistic, remainder, now,
                 shrink=before.trying,
                 trying=_SHRINK * before.trying,
                 num_tries=num_tries,
@@ -256,7 +267,7 @@ class _Search:
             return chosen
 
         begin = _Measured(
-            line.scheme, line.residuals, line.remainder, line.base_grad, jnp.full_like(left, jnp.inf),
+            line.scheme, line.residuals, line.statistic, line.remainder, jnp.full_like(left, jnp.inf),
             line.shrink, line.shrink, jnp.int32(0), jnp.asarray(True),
         )  # fmt: skip
         found: _Measured = jax.lax.while_loop(lambda m: m.running, measure, begin)

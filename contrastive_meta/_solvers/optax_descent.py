@@ -94,11 +94,13 @@ class OptaxDescent(InnerSolver):
         def update(grads: Params) -> Params:
             state = optimizer.init(params)
             extra = {"value": zero, "grad": grads, "value_fn": lambda at: zero}
-            return tree.subtract(
-                optax.apply_updates(params, optimizer.update(grads, state, params, **extra)[0]), params
-            )
+            updates: Params = optimizer.update(grads, state, params, **extra)[0]
+            return updates
 
-        stays = tree.max_abs(update(tree.zeros_like(params))) == 0
+        # A projection's update is a rounding error where there is nothing to project; a small step may be lost in
+        # rounding, but is one.
+        stayed = optax.apply_updates(params, update(tree.zeros_like(params)))
+        stays = tree.max_abs(tree.subtract(stayed, params)) == 0
         moves = [jnp.any(x != 0) for x in jax.tree.leaves(update(gradient))]
         wanted = [jnp.any(x != 0) for x in jax.tree.leaves(gradient)]
         follows = jnp.stack([moved | ~due for moved, due in zip(moves, wanted, strict=True)])
