@@ -9,6 +9,17 @@ import jax.numpy as jnp
 T = TypeVar("T")
 
 
+def cast_like(new: T, old: T) -> T:
+    """`new` in the dtypes of `old`: where leaves differ in precision, scalars must not widen them."""
+
+    def cast(x: Any, like: Any) -> Any:
+        # Keys and the like stay what they are.
+        return jnp.asarray(x, like.dtype) if jnp.issubdtype(like.dtype, jnp.number) else x
+
+    same: T = jax.tree.map(cast, new, old)
+    return same
+
+
 def only_if(needed: jax.Array, compute: Callable[[T], T], otherwise: T) -> T:
     """`compute(otherwise)` where the scalar `needed` holds, else `otherwise` itself, at no cost.
 
@@ -17,9 +28,7 @@ def only_if(needed: jax.Array, compute: Callable[[T], T], otherwise: T) -> T:
     """
 
     def once(carry: Any) -> Any:
-        like = carry[1]
-        new = jax.tree.map(lambda x, old: jnp.asarray(x, jnp.result_type(old)), compute(like), like)
-        return jnp.zeros_like(carry[0]), new
+        return jnp.zeros_like(carry[0]), cast_like(compute(carry[1]), carry[1])
 
     _, value = jax.lax.while_loop(lambda carry: carry[0], once, (jnp.asarray(needed), otherwise))
     result: T = value

@@ -20,6 +20,10 @@ UNANSWERED = 1e-2
 NOISE_FLOOR = 10.0
 
 
+# The outer loss with its aux, and its gradient.
+OuterEvaluated = tuple[tuple[jax.Array, Any], Params]
+
+
 class FreePoint(NamedTuple):
     """Where the free phase ended, and what the losses say there.
 
@@ -50,6 +54,11 @@ class FreePoint(NamedTuple):
     curvature: jax.Array
     eps: float
     usual_grad: jax.Array
+
+    @property
+    def outer(self) -> OuterEvaluated:
+        """What `Setting.outer_value_and_grad` gave here."""
+        return (self.outer_loss, self.aux), self.outer_grad
 
 
 # Spent by `survey`: the inner gradient three times, the outer one once.

@@ -1,24 +1,17 @@
 """Conjugate gradients whose products are differences of two gradients: the linear algebra of the fast learner."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import cast_like
 from contrastive_meta._problem import Params
-
-T = TypeVar("T")
 
 # A first direction is worth trying if its cosine with the right-hand side is above this.
 _USEFUL = 1e-2
-
-
-def cast_like(new: T, old: T) -> T:
-    """`new` in the dtypes of `old`: where leaves differ in precision, scalars must not widen them."""
-    cast: T = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), new, old)
-    return cast
 
 
 class Difference(NamedTuple):
@@ -84,11 +77,11 @@ def solve_both(
     active: jax.Array,
     limits: Limits,
     budget: jax.Array,
+    sequential: bool,
 ) -> System:
     """Solve H x = b for two right-hand sides of length 1 (or 0).
 
-    One after the other: side by side they would share passes over the data, but take a loop more to compile, and the
-    one that ends first would run on with the other.
+    Side by side while both need it, the rest one after the other.
 
     Args:
       difference: H.
@@ -97,6 +90,7 @@ def solve_both(
       active: which of the two to solve, shape (2,).
       limits: when to end, a leading axis of 2.
       budget: most steps of each.
+      sequential: one after the other from the beginning, for the memory of one.
 
     Returns:
       Both systems at their end, a leading axis of 2.

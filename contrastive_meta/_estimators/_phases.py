@@ -1,6 +1,6 @@
 """What the phases of a scheme left behind, and what went wrong in them if anything did."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from contrastive_meta._estimators._free_point import (
     UNANSWERED,
     FreePoint,
     LeftToLearn,
+    OuterEvaluated,
     difference_step,
     newton_length,
 )
@@ -102,6 +103,7 @@ class Phases(NamedTuple):
       status: of each phase's solver.
       base: where the phases would have ended without a nudge (no leading axis).
       base_grad: gradient of the inner loss there (no leading axis).
+      base_outer: outer loss, its aux and its gradient there (no leading axis).
       num_gradients: of all phases together (no leading axis).
     """
 
@@ -112,6 +114,7 @@ class Phases(NamedTuple):
     status: jax.Array
     base: Params
     base_grad: Params
+    base_outer: OuterEvaluated
     num_gradients: jax.Array
 
 
@@ -182,7 +185,11 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
         center,
         *(tree.add_scaled(base, distance / tree.or_one(k), x) for k, x in zip(sizes, (remainder, common), strict=True)),
     )
-    found, *grads = _where_needed(tree.grad(setting.inner), needed, ends, phases.base_grad)
+    points = jax.tree.map(lambda *xs: jnp.stack(xs), *ends)
+    evaluated = jax.lax.map(
+        lambda x: only_if(x[0], lambda _: tree.grad(setting.inner)(x[1]), phases.base_grad), (needed, points)
+    )
+    found, *grads = tree.unstack(evaluated, 3)
     products = [
         tree.scale(k / distance, tree.subtract(grad, phases.base_grad)) for k, grad in zip(sizes, grads, strict=True)
     ]
@@ -193,11 +200,10 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     # The step that is left goes down `base_grad`, by the curvature along what the phases have in common.
     length = jnp.where(unlearned, length * residual / tree.or_one(sizes[1]), 0.0)
     ahead = tree.add_scaled(base, -length / tree.or_one(residual), base_grad)
-    moved_on = better & (tree.max_abs(tree.subtract(base, point.params)) > 0)
-    known = (point.outer_loss, point.aux), point.outer_grad
-    here, there = _where_needed(setting.outer_value_and_grad, jnp.stack([moved_on, unlearned]), (base, ahead), known)
-    shift = jnp.where(unlearned, tree.norm_in(nudge, tree.subtract(there[1], here[1])), 0.0)
-    left = LeftToLearn(residual, length, shift, tree.norm_in(nudge, here[1]))
+    (outer_loss, aux), outer_grad = tree.where(better, phases.base_outer, point.outer)
+    there = only_if(unlearned, lambda _: tree.grad(setting.outer)(ahead), outer_grad)
+    shift = tree.norm_in(nudge, tree.subtract(there, outer_grad))
+    left = LeftToLearn(residual, length, shift, tree.norm_in(nudge, outer_grad))
     strength = scheme.strength(setting.dtype)
     moved = tree.norm_in(point.scale / tree.or_one(strength), response)
     of_gradient = tree.norm_in(usual, tree.subtract(found, expected)) / (strength * nudge)
@@ -206,18 +212,10 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     # Before learning ends the phases drift on together, which bends nothing.
     ended = before < 1e-3 * strength * nudge
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
-    (outer_loss, aux), outer_grad = here
-    spent = jnp.sum(needed) + moved_on + unlearned
+    spent = jnp.sum(needed) + unlearned
     return Judged(
         response, moved, remainder, sizes[0], base, residual, outer_grad, outer_loss, aux, missing, bend, left, spent
     )
-
-
-def _where_needed(function: Callable[[Any], Any], needed: jax.Array, points: Sequence[Any], otherwise: Any) -> Any:
-    """`function` at those of the points that need it, one after another, `otherwise` at the others."""
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *points)
-    values = jax.lax.map(lambda x: only_if(x[0], lambda _: function(x[1]), otherwise), (needed, stacked))
-    return tree.unstack(values, len(points))
 
 
 def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams, judged: Judged) -> jax.Array:

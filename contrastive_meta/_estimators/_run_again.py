@@ -66,8 +66,9 @@ def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_to
     ended = jax.vmap(flattening.flatten)(ended)
     residual, statistic = nudging.residuals(nudged, ended, nudges), nudging.measure(nudged, ended, nudges)
     base = scheme.at_zero(ended)
-    spent = (pilot_gradients + num_gradients + len(scheme.nudges) + 1).astype(jnp.int32)
-    return Phases(scheme, ended, statistic, residual, status, base, tree.grad(nudging.setting.inner)(base), spent)
+    at_base = tree.grad(nudging.setting.inner)(base), nudging.setting.outer_value_and_grad(base)
+    spent = (pilot_gradients + num_gradients + len(scheme.nudges) + 2).astype(jnp.int32)
+    return Phases(scheme, ended, statistic, residual, status, base, *at_base, spent)
 
 
 def require_complex_capable(setting: Setting, scheme: NudgeScheme, start: Params) -> None:

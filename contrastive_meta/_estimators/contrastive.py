@@ -12,7 +12,7 @@ from contrastive_meta._estimators._phases import Nudging, Phases, judge, nudged_
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
-from contrastive_meta._nudging import LossNudge, Nudge, NudgeStrength, central_difference, relative
+from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStrength, central_difference, relative
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
 from contrastive_meta._problem import (
     EstimatorState,
@@ -41,7 +41,9 @@ class Contrastive(MetaGradientEstimator):
         number of steps; host solvers and other black boxes decide for themselves.
       scheme: phases, weights and strength. `relative(central_difference)` by default; a scheme with a typed beta
         uses it raw.
-      nudge: `LossNudge()` or `LinearNudge()`.
+      nudge: `LossNudge()` or `LinearNudge()`; by default the former where learning is run again, and the latter for
+        `NewtonKrylov`, which linearises at the base point that it refines, so that phases need not evaluate the outer
+        loss.
       rule: what a phase measures; `Autodiff()` is right for any problem.
       nudged_tol: residual, relative to |beta| ||v||, at which the nudged phases of a solver that runs to a tolerance
         may stop; by default about eps^(2/3), and never below the measured rounding noise.
@@ -71,7 +73,7 @@ class Contrastive(MetaGradientEstimator):
     solver: InnerSolver
     nudged_solver: InnerSolver | NewtonKrylov | None = None
     scheme: NudgeStrength = relative(central_difference)
-    nudge: Nudge = LossNudge()
+    nudge: Nudge | None = None
     rule: PlasticityRule = Autodiff()
     nudged_tol: float | jax.Array | None = None
     sequential: bool = static(default=False)
@@ -87,7 +89,8 @@ class Contrastive(MetaGradientEstimator):
 
         # Nudged phases: learn a little towards the outer loss.
         response = tree.scale(-1.0, flattening.flatten(state.displacement))
-        nudging = Nudging(flat, flattening, setting, self.scheme, self.nudge, self.rule, self.sequential, response)
+        nudge = self.nudge or LossNudge()
+        nudging = Nudging(flat, flattening, setting, self.scheme, nudge, self.rule, self.sequential, response)
         phases, fell_back = self._nudged_phases(nudging, point)
 
         # Contrast: what the phases measured, weighted and summed, algorithm (8).
@@ -121,7 +124,7 @@ class Contrastive(MetaGradientEstimator):
     def _parts(self) -> dict[str, Any]:
         nudged = (InnerSolver, NewtonKrylov, type(None))
         return super()._parts() | {
-            "nudged_solver": nudged, "scheme": NudgeStrength, "nudge": Nudge, "rule": PlasticityRule
+            "nudged_solver": nudged, "scheme": NudgeStrength, "nudge": (Nudge, type(None)), "rule": PlasticityRule
         }  # fmt: skip
 
     def _nudged_phases(self, nudging: Nudging, point: FreePoint) -> tuple[Phases, jax.Array]:
@@ -137,7 +140,7 @@ class Contrastive(MetaGradientEstimator):
         if isinstance(learner, InnerSolver):
             phases = run_again(nudging, point, learner.bind(setting.meta_params), self.nudged_tol)
             return phases, jnp.int32(Status.CONVERGED)
-        phases, failed = learner.run(nudging, point)
+        phases, failed = learner.run(nudging._replace(nudge=self.nudge or LinearNudge()), point)
         # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
         unflatten = nudging.flattening.unflatten
         failed |= ~own.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))

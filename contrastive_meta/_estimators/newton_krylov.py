@@ -6,9 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import only_if
-from contrastive_meta._estimators._free_point import NOISE_FLOOR, UNANSWERED, FreePoint, difference_step
-from contrastive_meta._estimators._krylov import Difference, Limits, System, cast_like, solve_both
+from contrastive_meta._control import cast_like, only_if
+from contrastive_meta._estimators._free_point import (
+    NOISE_FLOOR,
+    UNANSWERED,
+    FreePoint,
+    OuterEvaluated,
+    difference_step,
+)
+from contrastive_meta._estimators._krylov import Difference, Limits, System, solve_both
 from contrastive_meta._estimators._phases import Nudging, Phases
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import NudgeScheme
@@ -16,8 +22,8 @@ from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
 
 # Of a remainder, one pass is asked to leave this power of the dtype's eps: what products that are one-sided gradient
-# differences are accurate to, 1e-6 in float64 and 3e-3 in float32.
-_FORCING = 3 / 8
+# differences are accurate to, 1e-7 in float64 and 1e-3 in float32.
+_FORCING = 0.45
 # Newton's step may move the base point by this fraction of the length of `params`.
 _RADIUS = 0.3
 # A pass that leaves more of the remainder than this is suspected of too large a nudge.
@@ -85,6 +91,7 @@ class _Line(NamedTuple):
     statistic: MetaParams  # what the rule measures of the phases; zeros until a pass has measured it
     remainder: Params  # v - H u, the contrast of the residuals
     base_grad: Params  # gradient of the inner loss at the base point: what is left of learning
+    base_outer: OuterEvaluated  # the outer loss there
     learned: jax.Array  # whether what is left of learning is too little to matter
     shrink: jax.Array  # what strengths and difference steps are divided by
     radius: jax.Array  # the longest step of the base point
@@ -124,7 +131,9 @@ class _Search:
         self.forcing = eps**_FORCING
         self.distance, _ = difference_step(setting, point)
         # What nudges may be more than the outer loss.
-        self.first_nudge = tree.grad(self._nudged(point.params).flattened(nudging.flattening).outer)(point.params)
+        self.first_nudge = tree.grad(
+            self.nudging.nudged(point.params, point.outer_grad).flattened(nudging.flattening).outer
+        )(point.params)
         self.nudge = tree.or_one(self._norm(self.first_nudge))
         # The norm over which the mean inverse curvature is taken before a response is known.
         self.usual = self.nudge / tree.or_one(point.curvature)
@@ -138,7 +147,10 @@ class _Search:
         nudges, _ = scheme.arrays(self.dtype)
         # At the free solution itself the nudged losses' gradients are known.
         residuals = self._ends(point.inner_grad, tree.scale(-1.0, self.first_nudge), nudges)
-        nudged, ends = self._nudged(point.params), self._ends(point.params, tree.zeros_like(point.params), nudges)
+        nudged, ends = (
+            self.nudging.nudged(point.params, point.outer_grad),
+            self._ends(point.params, tree.zeros_like(point.params), nudges),
+        )
         shapes = jax.eval_shape(lambda: self.nudging.measure(nudged, ends, nudges))
         return _Line(
             base=point.params,
@@ -148,6 +160,7 @@ class _Search:
             statistic=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
             remainder=self.first_nudge,
             base_grad=point.inner_grad,
+            base_outer=point.outer,
             learned=learned,
             shrink=one,
             radius=_RADIUS * point.scale,
@@ -172,8 +185,13 @@ class _Search:
         base, response = tree.add(line.base, step), tree.add(line.response, more)
         length, moved = self._norm(response), self._norm(step)
         # Differences are taken from the gradient at the base point, so that has to be exact, not interpolated.
-        base_grad = only_if(moved > 0, lambda _: self.inner_grad(base), line.base_grad)
-        found = self._measure_line(line, base, response, length, left)
+        base_grad, base_outer = only_if(
+            moved > 0,
+            lambda _: (self.inner_grad(base), self.setting.outer_value_and_grad(base)),
+            (line.base_grad, line.base_outer),
+        )
+        nudged = self.nudging.nudged(base, base_outer[1])
+        found = self._measure_line(line, base, nudged, response, length, left)
 
         now, base_now, noise = found.left, self._norm(base_grad), point.noise
         target = self._target(found.scheme)
@@ -200,6 +218,7 @@ class _Search:
             statistic=found.statistic,
             remainder=found.remainder,
             base_grad=base_grad,
+            base_outer=base_outer,
             learned=learned,
             shrink=found.shrink,
             change=change,
@@ -212,7 +231,7 @@ class _Search:
             num_passes=num_passes,
             num_gradients=line.num_gradients
             + jnp.sum(systems.num_steps)
-            + (moved > 0)
+            + 2 * (moved > 0)
             + found.num_tries * 2 * len(found.scheme.nudges),
             indefinite=systems.indefinite[0],
             running=~done & progress & (num_passes < learner.max_passes) & (num_steps < learner.max_steps),
@@ -224,19 +243,19 @@ class _Search:
         nudges, _ = line.scheme.arrays(self.dtype)
         ends = self._ends(line.base, line.response, nudges)
         unmeasured = ~line.measured
-        statistic = only_if(
-            unmeasured, lambda _: self.nudging.measure(self._nudged(line.base), ends, nudges), line.statistic
-        )
+        nudged = self.nudging.nudged(line.base, line.base_outer[1])
+        statistic = only_if(unmeasured, lambda _: self.nudging.measure(nudged, ends, nudges), line.statistic)
         enough = jnp.maximum(UNANSWERED, self.tol)
         unanswered = (self._norm(line.remainder) > enough * self.nudge) | (line.change > enough)
         anything = (self.point.nudge_norm > 0) | (self._norm(line.remainder) > 0)
         failed = anything & (line.indefinite | unanswered)
         status = jnp.zeros(nudges.shape, jnp.int32)
         spent = line.num_gradients + unmeasured * nudges.size
-        return Phases(line.scheme, ends, statistic, line.residuals, status, line.base, line.base_grad, spent), failed
+        at_base = line.base, line.base_grad, line.base_outer
+        return Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, spent), failed
 
     def _measure_line(
-        self, line: _Line, base: Params, response: Params, length: jax.Array, left: jax.Array
+        self, line: _Line, base: Params, nudged: Setting, response: Params, length: jax.Array, left: jax.Array
     ) -> _Measured:
         """The phases' gradients, at a smaller strength where this one goes beyond what is nearly quadratic."""
         length = jnp.where(length > 0, length, self.usual)
@@ -244,7 +263,7 @@ class _Search:
         def measure(before: _Measured) -> _Measured:
             scheme = self._scheme(length, before.trying)
             nudges, _ = scheme.arrays(self.dtype)
-            nudged, ends = self._nudged(base), self._ends(base, response, nudges)
+            ends = self._ends(base, response, nudges)
             # Residual and statistic are two derivatives of one evaluation.
             residuals, statistic = (
                 self.nudging.residuals(nudged, ends, nudges),
@@ -291,15 +310,13 @@ class _Search:
         rhs = tree.scale(1 / units[0], line.remainder), tree.scale(-1 / units[1], line.base_grad)
         guess = tree.scale(jnp.where(line.num_passes == 0, 1.0, 0.0), self.nudging.response)
         active = jnp.stack([left > 0, ~line.learned])
-        return solve_both(difference, rhs, guess, active, limits, self.learner.max_steps - line.num_steps)
+        budget = self.learner.max_steps - line.num_steps
+        return solve_both(difference, rhs, guess, active, limits, budget, self.nudging.sequential)
 
     def _scheme(self, length: jax.Array, shrink: jax.Array) -> NudgeScheme:
         scheme = self.nudging.scheme.for_response(self.nudging.probe(self.point), length * shrink)
         strong: NudgeScheme = jax.tree.map(jnp.asarray, scheme)
         return strong
-
-    def _nudged(self, base: Params) -> Setting:
-        return self.nudging.nudged(base, tree.grad(self.setting.outer)(base))
 
     def _ends(self, base: Params, response: Params, nudges: jax.Array) -> Params:
         """Where the phases end, in the precision of each leaf."""
