@@ -14,6 +14,10 @@ from contrastive_meta._problem import Params
 _USEFUL = 1e-2
 
 
+# Curvature below this fraction of what differences resolve counts as none.
+FLAT = 0.1
+
+
 class Difference(NamedTuple):
     """A Hessian known by differences of the gradient.
 
@@ -59,6 +63,7 @@ class System(NamedTuple):
     fresh: jax.Array  # whether p is not the remainder's own, so that the next direction starts anew
     num_steps: jax.Array
     indefinite: jax.Array
+    flat: jax.Array  # whether it ended on a direction whose curvature is not told from rounding
     active: jax.Array
 
 
@@ -114,6 +119,7 @@ def solve_both(
         fresh=false.at[0].set(warm),
         num_steps=jnp.zeros(2, jnp.int32),
         indefinite=false,
+        flat=false,
         active=active,
     )
 
@@ -131,7 +137,7 @@ def _iterate(difference: Difference, budget: jax.Array, limits: Limits, s: Syste
     """One step of conjugate gradients."""
     product = difference.product(s.direction, s.pp)
     along, resolved = tree.vdot(s.direction, product).astype(difference.dtype), difference.resolution * s.pp
-    upward = along > 0.1 * resolved
+    upward = along > FLAT * resolved
     alpha = jnp.where(upward, s.slope / jnp.where(upward, along, 1), 0)
     # Not beyond the radius.
     longest = (jnp.sqrt(s.xp**2 + s.pp * jnp.maximum(limits.radius**2 - s.xx, 0)) - s.xp) / s.pp
@@ -156,6 +162,7 @@ def _iterate(difference: Difference, budget: jax.Array, limits: Limits, s: Syste
         fresh=jnp.asarray(False),
         num_steps=num_steps,
         indefinite=(along < -resolved) & ~s.fresh,
+        flat=~upward & ~s.fresh,
         # A first direction that leads nowhere is replaced by the remainder itself.
         active=(upward | s.fresh) & inside & ~enough & (squared > 0) & (num_steps < budget),
     )

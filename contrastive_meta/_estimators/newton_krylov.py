@@ -14,7 +14,7 @@ from contrastive_meta._estimators._free_point import (
     OuterEvaluated,
     difference_step,
 )
-from contrastive_meta._estimators._krylov import Difference, Limits, System, solve_both
+from contrastive_meta._estimators._krylov import FLAT, Difference, Limits, System, solve_both
 from contrastive_meta._estimators._phases import Nudging, Phases
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import NudgeScheme
@@ -100,6 +100,7 @@ class _Line(NamedTuple):
     num_passes: jax.Array
     num_gradients: jax.Array
     indefinite: jax.Array
+    hidden: jax.Array  # least length of the response along directions too flat for differences, by the last pass
     measured: jax.Array  # whether a pass has measured this line
     running: jax.Array
 
@@ -169,6 +170,7 @@ class _Search:
             num_passes=none,
             num_gradients=none,
             indefinite=false,
+            hidden=jnp.zeros((), self.dtype),
             measured=false,
             # Without a nudge here there may be one where learning ends.
             running=tree.all_finite((self.first_nudge, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned),
@@ -178,7 +180,10 @@ class _Search:
         """Solve for what is left of the nudge and of learning, move there, and measure what is left now."""
         point, learner = self.point, self.learner
         left, base_left = self._norm(line.remainder), self._norm(line.base_grad)
-        systems = self._solve(line, left, base_left)
+        difference = Difference(
+            self.inner_grad, line.base, line.base_grad, self.distance / line.shrink, point.noise, self.dtype
+        )
+        systems = self._solve(difference, line, left, base_left)
         more, step = (
             tree.scale(unit, x) for unit, x in zip((left, base_left), tree.unstack(systems.x, 2), strict=True)
         )
@@ -209,6 +214,9 @@ class _Search:
         progress = (better & ((now <= 0.5 * left) | learning)) | retry
         done = better & answered & learned
 
+        # A remainder e along curvature h hides a response of length ||e|| / h.
+        least = tree.or_one(FLAT * difference.resolution)
+        hidden = left * jnp.sqrt(systems.squared[0]) / least
         num_steps, num_passes = line.num_steps + jnp.max(systems.num_steps), line.num_passes + 1
         taken = line._replace(
             base=base,
@@ -234,6 +242,7 @@ class _Search:
             + 2 * (moved > 0)
             + found.num_tries * 2 * len(found.scheme.nudges),
             indefinite=systems.indefinite[0],
+            hidden=jnp.where(systems.flat[0], hidden, 0.0),
             running=~done & progress & (num_passes < learner.max_passes) & (num_steps < learner.max_steps),
         )
         return cast_like(after, line)
@@ -247,6 +256,7 @@ class _Search:
         statistic = only_if(unmeasured, lambda _: self.nudging.measure(nudged, ends, nudges), line.statistic)
         enough = jnp.maximum(UNANSWERED, self.tol)
         unanswered = (self._norm(line.remainder) > enough * self.nudge) | (line.change > enough)
+        unanswered |= line.hidden > enough * self._norm(line.response)
         anything = (self.point.nudge_norm > 0) | (self._norm(line.remainder) > 0)
         failed = anything & (line.indefinite | unanswered)
         status = jnp.zeros(nudges.shape, jnp.int32)
@@ -292,13 +302,10 @@ class _Search:
         found: _Measured = jax.lax.while_loop(lambda m: m.running, measure, begin)
         return found
 
-    def _solve(self, line: _Line, left: jax.Array, base_left: jax.Array) -> System:
+    def _solve(self, difference: Difference, line: _Line, left: jax.Array, base_left: jax.Array) -> System:
         """Both systems: for the response, and for what the free phase left over."""
         point, target = self.point, self._target(line.scheme)
         units = tree.or_one(left), tree.or_one(base_left)
-        difference = Difference(
-            self.inner_grad, line.base, line.base_grad, self.distance / line.shrink, point.noise, self.dtype
-        )
         limits = Limits(
             remainder=jnp.stack([
                 jnp.maximum(0.3 * target * self.nudge / units[0], self.forcing),
