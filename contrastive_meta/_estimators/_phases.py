@@ -39,6 +39,7 @@ class Nudging(NamedTuple):
       rule: what is measured.
       sequential: one phase after another, instead of all at once.
       response: u of an earlier estimate, to start from; zeros where there is none.
+      estimate_error: whether to estimate how wrong the contrast is, where the learner can.
     """
 
     setting: Setting
@@ -49,6 +50,7 @@ class Nudging(NamedTuple):
     rule: PlasticityRule
     sequential: bool
     response: Params
+    estimate_error: bool
 
     def nudged(self, base: Params, outer_grad: Params) -> Setting:
         """The setting, for trees, whose outer loss is what nudges, from flattened `params` and outer gradient."""
@@ -104,6 +106,7 @@ class Phases(NamedTuple):
       base: where the phases would have ended without a nudge (no leading axis).
       base_grad: gradient of the inner loss there (no leading axis).
       base_outer: outer loss, its aux and its gradient there (no leading axis).
+      error: estimated norm of the error of the contrast, NaN where there is no estimate (no leading axis).
       num_gradients: of all phases together (no leading axis).
     """
 
@@ -115,6 +118,7 @@ class Phases(NamedTuple):
     base: Params
     base_grad: Params
     base_outer: OuterEvaluated
+    error: jax.Array
     num_gradients: jax.Array
 
 

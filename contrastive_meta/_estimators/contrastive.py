@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if
+from contrastive_meta._estimators._doubt import relative_to
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
 from contrastive_meta._estimators._phases import Nudging, Phases, judge, nudged_status
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
@@ -48,6 +49,10 @@ class Contrastive(MetaGradientEstimator):
       nudged_tol: residual, relative to |beta| ||v||, at which the nudged phases of a solver that runs to a tolerance
         may stop; by default about eps^(2/3), and never below the measured rounding noise.
       sequential: run phases one after another instead of in one vmapped solve: about half the memory, and slower.
+      estimate_error: whether `NewtonKrylov` estimates how wrong the result is, `diagnostics.error_estimate`: from what
+        its last pass changed and by how much that pass reduced what is left, and from the contrasts at twice and at
+        half the strength. It costs the statistic of two more contrasts, and of one more for each pass that moved the
+        base point; no phase. Learning that is run again makes no estimate: NaN.
 
     Raises:
       TypeError: a complex scheme meets an operation or a learner that is not holomorphic.
@@ -77,6 +82,7 @@ class Contrastive(MetaGradientEstimator):
     rule: PlasticityRule = Autodiff()
     nudged_tol: float | jax.Array | None = None
     sequential: bool = static(default=False)
+    estimate_error: bool = static(default=True)
 
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
         # Free phase: learn.
@@ -90,7 +96,9 @@ class Contrastive(MetaGradientEstimator):
         # Nudged phases: learn a little towards the outer loss.
         response = tree.scale(-1.0, flattening.flatten(state.displacement))
         nudge = self.nudge or LossNudge()
-        nudging = Nudging(flat, flattening, setting, self.scheme, nudge, self.rule, self.sequential, response)
+        nudging = Nudging(
+            flat, flattening, setting, self.scheme, nudge, self.rule, self.sequential, response, self.estimate_error
+        )
         phases, fell_back = self._nudged_phases(nudging, point)
 
         # Contrast: what the phases measured, weighted and summed, algorithm (8).
@@ -112,6 +120,7 @@ class Contrastive(MetaGradientEstimator):
                 free_residual=judged.residual,
                 nudged_residual=judged.unanswered / tree.or_one(point.nudge_norm),
                 displacement=beta * judged.moved / point.scale,
+                error_estimate=relative_to(grad, phases.error),
                 num_gradients=free.num_gradients + NUM_GRADIENTS + phases.num_gradients + judged.num_gradients,
                 status=worst(
                     fell_back,
