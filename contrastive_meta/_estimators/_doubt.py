@@ -1,79 +1,80 @@
-"""How wrong a contrast is: what its passes still changed, and what another strength would."""
+"""How wrong a contrast is: what twice the strength, and one more step down what is left, would make of it."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._nudging import NudgeScheme
-from contrastive_meta._problem import MetaParams
+from contrastive_meta._estimators._phases import Judged, Nudging, Phases
+from contrastive_meta._problem import MetaParams, Params
 
-# A pass is not believed to contract by less than this.
-_WORST_CONTRACTION = 0.9
+# One step of steepest descent makes about this part of what is missing, more or less whatever the problem; chosen on
+# ridge and softmax regression.
+_SHARE_OF_A_STEP = 0.5
 
 
-class Doubt(NamedTuple):
-    """Norms of the errors that passes leave in a contrast.
-
-    A pass that multiplies a remainder by c and changes the contrast by d would, repeated, change it by d c / (1 - c)
-    more. The response and the base point converge each at their own rate, so each is told apart from the other.
+class Untruncated(NamedTuple):
+    """What is known of the truncation of a contrast.
 
     Attributes:
-      response: by the response to the nudge.
-      base: by the point at which it is taken.
+      remainder: v - H u, free of the leading truncation.
+      lacking: what truncation takes from the meta-gradient.
     """
 
-    response: jax.Array
-    base: jax.Array
-
-    def after_pass(
-        self,
-        before: MetaParams,
-        between: MetaParams,
-        after: MetaParams,
-        contraction: tuple[jax.Array, jax.Array],
-        moved: jax.Array,
-        unmoved: jax.Array,
-    ) -> "Doubt":
-        """What is in doubt after a pass.
-
-        Args:
-          before: the contrast before the pass.
-          between: with the new response at the old base point.
-          after: with both.
-          contraction: by which the remainder of the nudge, and of learning, were multiplied.
-          moved: whether the pass moved the base point.
-          unmoved: error by a base point that no pass has moved, relative to the contrast.
-        """
-        of_response, of_base = (jnp.clip(c, 0.0, _WORST_CONTRACTION) for c in contraction)
-        response = tree.norm(tree.subtract(between, before)) * of_response / (1 - of_response)
-        base = tree.norm(tree.subtract(after, between)) * of_base / (1 - of_base)
-        kept = jnp.where(jnp.isnan(self.base), unmoved * tree.norm(after), self.base)
-        dtype = self.response.dtype
-        return Doubt(response.astype(dtype), jnp.where(moved, base, kept).astype(dtype))
+    remainder: Params
+    lacking: MetaParams
 
 
-def doubt_of_strength(
-    contrast_at: Callable[[jax.Array], MetaParams], scheme: NudgeScheme, contrast: MetaParams
-) -> jax.Array:
-    """Norm of the error by truncation and rounding, from the contrasts at twice and at half the strength.
+def without_truncation(nudging: Nudging, phases: Phases, grad: MetaParams) -> Untruncated:
+    """Extrapolate both contrasts from the strength of the phases and twice that.
 
-    Truncation grows with the strength to the power of the scheme's order p, so twice the strength changes the contrast
-    by 2^p - 1 times its error. Half the strength doubles what rounding makes of it.
+    Were learning linear, phases nudged twice as much would end twice as far from the base point. Truncation grows with
+    the strength to the power of the scheme's order p: twice the strength changes a contrast by 2^p - 1 times its
+    truncation. Costs a residual and a statistic for each phase.
 
     Args:
-      contrast_at: the contrast at a multiple of the strength.
-      scheme: with its strength.
-      contrast: at that strength.
+      nudging: what the phases were to be.
+      phases: what they left behind.
+      grad: the contrast of their statistic.
     """
-    twice, half = tree.unstack(jax.lax.map(contrast_at, jnp.array([2.0, 0.5])), 2)
-    truncation = tree.norm(tree.subtract(twice, contrast)) / (2**scheme.order - 1)
-    return jnp.maximum(truncation, tree.norm(tree.subtract(half, contrast)))
+    scheme, dtype = phases.scheme.scaled(jnp.asarray(2.0, nudging.setting.dtype)), nudging.setting.dtype
+    nudges, _ = scheme.arrays(dtype)
+    ends = jax.tree.map(lambda xs, x: xs + (xs - x), phases.params, phases.base)
+    nudged = nudging.nudged(phases.base, phases.base_outer[1])
+    residuals, statistic = nudging.residuals(nudged, ends, nudges), nudging.measure(nudged, ends, nudges)
+    share = 1 / (2**scheme.order - 1)
+    remainder = phases.scheme.contrast(phases.residual)
+    truncation = tree.scale(share, tree.subtract(remainder, scheme.contrast(residuals)))
+    change = tree.subtract(scheme.contrast(statistic), grad)
+    return Untruncated(tree.add(remainder, truncation), tree.scale(-share, change))
 
 
-def relative_to(grad: MetaParams, error: jax.Array) -> jax.Array:
-    """The error relative to a gradient; 0 where both vanish, infinite where only the gradient does."""
-    size = tree.norm(grad)
-    return jnp.where(error > 0, error / jnp.where(size > 0, size, 0.0), jnp.where(jnp.isnan(error), jnp.nan, 0.0))
+def relative_error(
+    nudging: Nudging, phases: Phases, judged: Judged, grad: MetaParams, lacking: MetaParams
+) -> jax.Array:
+    """Estimated error of a contrast, relative to it: what it lacks by truncation, and by unfinished phases.
+
+    The latter is what one more step of steepest descent of base point and response would change, and the part of the
+    way that such a step does not go. Costs a statistic for each phase.
+
+    Args:
+      nudging: what the phases were to be.
+      phases: what they left behind.
+      judged: the steps.
+      grad: the contrast of their statistic.
+      lacking: by truncation.
+
+    Returns:
+      The error; 0 where it vanishes with the gradient, infinite where the gradient alone vanishes.
+    """
+    nudges, _ = phases.scheme.arrays(nudging.setting.dtype)
+
+    def step(ends: jax.Array, base: jax.Array, ahead: jax.Array, more: jax.Array) -> jax.Array:
+        return ends + (ahead - base) - nudges.astype(ends.dtype).reshape(-1, *[1] * base.ndim) * more
+
+    ends = jax.tree.map(step, phases.params, judged.params, judged.ahead, judged.more)
+    nudged = nudging.nudged(judged.ahead, judged.outer_grad_ahead)
+    changed = phases.scheme.contrast(nudging.measure(nudged, ends, nudges))
+    error = tree.norm(tree.add_scaled(lacking, 1 / _SHARE_OF_A_STEP, tree.subtract(changed, grad)))
+    return jnp.where(error == 0, 0.0, error / tree.norm(grad))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if
-from contrastive_meta._estimators._doubt import Doubt, doubt_of_strength
 from contrastive_meta._estimators._free_point import (
     NOISE_FLOOR,
     UNANSWERED,
@@ -41,8 +40,6 @@ class Line(NamedTuple):
     scheme: NudgeScheme
     residuals: Params  # gradients of the phases' own losses, a leading axis of phases
     statistic: MetaParams  # what the rule measures of the phases; zeros until a pass has measured it
-    grad: MetaParams  # the contrast of the statistic; before any pass what it is without a response
-    doubt: Doubt  # how wrong the passes leave it
     remainder: Params  # v - H u, the contrast of the residuals
     base_grad: Params  # gradient of the inner loss at the base point: what is left of learning
     base_outer: OuterEvaluated  # the outer loss there
@@ -114,8 +111,6 @@ class Search:
             scheme=scheme,
             residuals=residuals,
             statistic=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-            grad=self._direct(),
-            doubt=Doubt(jnp.full((), jnp.nan, self.dtype), jnp.full((), jnp.nan, self.dtype)),
             remainder=self.first_nudge,
             base_grad=point.inner_grad,
             base_outer=point.outer,
@@ -171,14 +166,6 @@ class Search:
         progress = (better & ((now <= 0.5 * left) | learning)) | retry
         done = better & answered & learned
 
-        grad = found.scheme.contrast(found.statistic)
-        doubt = line.doubt
-        if self.nudging.estimate_error:
-            # The new response at the old base point.
-            between = only_if(moved > 0, lambda _: self._contrast(line, found.scheme, response), grad)
-            contraction = now / tree.or_one(left), base_now / tree.or_one(base_left)
-            unmoved = base_left * inverse / point.scale
-            doubt = line.doubt.after_pass(line.grad, between, grad, contraction, moved > 0, unmoved)
         # A remainder e along curvature h hides a response of length ||e|| / h.
         least = tree.or_one(FLAT * difference.resolution)
         hidden = left * jnp.sqrt(systems.squared[0]) / least
@@ -189,8 +176,6 @@ class Search:
             scheme=found.scheme,
             residuals=found.residuals,
             statistic=found.statistic,
-            grad=grad,
-            doubt=doubt,
             remainder=found.remainder,
             base_grad=base_grad,
             base_outer=base_outer,
@@ -207,8 +192,7 @@ class Search:
             num_gradients=line.num_gradients
             + jnp.sum(systems.num_steps)
             + 2 * (moved > 0)
-            + found.num_tries * 2 * len(found.scheme.nudges)
-            + (moved > 0) * (len(found.scheme.nudges) if self.nudging.estimate_error else 0),
+            + found.num_tries * 2 * len(found.scheme.nudges),
             indefinite=systems.indefinite[0],
             hidden=jnp.where(systems.flat[0], hidden, 0.0),
             running=~done & progress & (num_passes < self.max_passes) & (num_steps < self.max_steps),
@@ -229,28 +213,8 @@ class Search:
         failed = anything & (line.indefinite | unanswered)
         status = jnp.zeros(nudges.shape, jnp.int32)
         spent = line.num_gradients + unmeasured * nudges.size
-        error = jnp.full((), jnp.nan, self.dtype)
-        if self.nudging.estimate_error:
-            of_strength = doubt_of_strength(
-                lambda factor: self._contrast(line, line.scheme.scaled(factor.astype(self.dtype)), line.response),
-                line.scheme,
-                line.scheme.contrast(statistic),
-            )
-            error = line.doubt.response + line.doubt.base + of_strength.astype(self.dtype)
-            spent += 2 * nudges.size
         at_base = line.base, line.base_grad, line.base_outer
-        return Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, error, spent), failed
-
-    def _contrast(self, line: Line, scheme: NudgeScheme, response: Params) -> MetaParams:
-        """The contrast at the line's base point, whatever the scheme's strength and the response."""
-        nudges, _ = scheme.arrays(self.dtype)
-        nudged = self.nudging.nudged(line.base, line.base_outer[1])
-        return scheme.contrast(self.nudging.measure(nudged, self._ends(line.base, response, nudges), nudges))
-
-    def _direct(self) -> MetaParams:
-        """The contrast of phases that do not respond: the outer loss's own gradient in the meta-parameters."""
-        setting = self.setting
-        return tree.grad(lambda meta: setting.problem.outer(self.point.params, meta, setting.task))(setting.meta_params)
+        return Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, spent), failed
 
     def _measure_line(
         self, line: Line, base: Params, nudged: Setting, response: Params, length: jax.Array, left: jax.Array

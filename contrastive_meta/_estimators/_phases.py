@@ -39,7 +39,6 @@ class Nudging(NamedTuple):
       rule: what is measured.
       sequential: one phase after another, instead of all at once.
       response: u of an earlier estimate, to start from; zeros where there is none.
-      estimate_error: whether to estimate how wrong the contrast is, where the learner can.
     """
 
     setting: Setting
@@ -50,7 +49,6 @@ class Nudging(NamedTuple):
     rule: PlasticityRule
     sequential: bool
     response: Params
-    estimate_error: bool
 
     def nudged(self, base: Params, outer_grad: Params) -> Setting:
         """The setting, for trees, whose outer loss is what nudges, from flattened `params` and outer gradient."""
@@ -106,7 +104,6 @@ class Phases(NamedTuple):
       base: where the phases would have ended without a nudge (no leading axis).
       base_grad: gradient of the inner loss there (no leading axis).
       base_outer: outer loss, its aux and its gradient there (no leading axis).
-      error: estimated norm of the error of the contrast, NaN where there is no estimate (no leading axis).
       num_gradients: of all phases together (no leading axis).
     """
 
@@ -118,7 +115,6 @@ class Phases(NamedTuple):
     base: Params
     base_grad: Params
     base_outer: OuterEvaluated
-    error: jax.Array
     num_gradients: jax.Array
 
 
@@ -136,6 +132,9 @@ class Judged(NamedTuple):
       outer_loss: there.
       aux: of the outer loss, there.
       missing: length of what is at least missing of the response, see `newton_length`.
+      more: that part of the response, a step down the remainder.
+      ahead: the base point after the step that is at least left to learn.
+      outer_grad_ahead: there.
       bend: how far learning is from linear over the span of the phases, see `judge`.
       left: what was left to learn.
       num_gradients: spent on finding out.
@@ -151,12 +150,15 @@ class Judged(NamedTuple):
     outer_loss: jax.Array
     aux: Any
     missing: jax.Array
+    more: Params
+    ahead: Params
+    outer_grad_ahead: Params
     bend: jax.Array
     left: LeftToLearn
     num_gradients: jax.Array
 
 
-def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
+def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params) -> Judged:
     """Evaluate the losses between the phases, and along what their contrasts say is left.
 
     The phases go on learning: where they would have ended without a nudge is the free solution some steps later. The
@@ -166,16 +168,22 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     or the rim of the basin lies between the phases. Two signs, the worse counts. The inner gradient at the mean of the
     phases' ends against the mean of their gradients, relative to the nudge. And, where learning had ended, how far the
     line through the phases' ends misses the free solution, relative to their displacement.
+
+    Args:
+      nudging: what the phases were to be.
+      point: where the free phase ended.
+      phases: what they left behind.
+      remainder: the contrast of their residuals, or a better estimate of v - H u.
     """
     setting, scheme = nudging.setting, phases.scheme
-    response, remainder, base = scheme.contrast(phases.params), scheme.contrast(phases.residual), phases.base
+    response, base = scheme.contrast(phases.params), phases.base
     nudges, _ = scheme.arrays(setting.dtype)
     mean_nudge = jnp.mean(jnp.real(nudges))
     center, expected = _mean(phases.params), tree.add_scaled(_mean(phases.residual), -mean_nudge, point.outer_grad)
     common = scheme.at_zero(phases.residual)
     distance, least = difference_step(setting, point)
     nudge, usual = tree.or_one(point.nudge_norm), point.usual_grad
-    sizes = tree.norm_in(nudge, remainder), tree.norm_in(usual, common)
+    of_common = tree.norm_in(usual, common)
     before, residual = tree.norm_in(usual, point.inner_grad), tree.norm_in(usual, phases.base_grad)
     better = residual < before
     residual = jnp.where(better, residual, before).astype(setting.dtype)
@@ -184,30 +192,37 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     # The phases of a symmetric scheme center on the base point, but for rounding.
     off_center = tree.norm_in(point.scale, tree.subtract(center, base)) > 4 * point.eps * point.scale
 
-    needed = jnp.stack([off_center, sizes[0] > 0, unlearned])
-    ends = (
-        center,
-        *(tree.add_scaled(base, distance / tree.or_one(k), x) for k, x in zip(sizes, (remainder, common), strict=True)),
-    )
-    points = jax.tree.map(lambda *xs: jnp.stack(xs), *ends)
-    evaluated = jax.lax.map(
-        lambda x: only_if(x[0], lambda _: tree.grad(setting.inner)(x[1]), phases.base_grad), (needed, points)
-    )
-    found, *grads = tree.unstack(evaluated, 3)
-    products = [
-        tree.scale(k / distance, tree.subtract(grad, phases.base_grad)) for k, grad in zip(sizes, grads, strict=True)
-    ]
-    missing = newton_length(remainder, products[0], least, sizes[0])
-    length = newton_length(common, products[1], least, sizes[1])
-    base, base_grad = tree.where(better, (base, phases.base_grad), (point.params, point.inner_grad))
+    def evaluate(needed: jax.Array, at: Params) -> Params:
+        return only_if(needed, lambda _: tree.grad(setting.inner)(at), phases.base_grad)
 
-    # The step that is left goes down `base_grad`, by the curvature along what the phases have in common.
-    length = jnp.where(unlearned, length * residual / tree.or_one(sizes[1]), 0.0)
-    ahead = tree.add_scaled(base, -length / tree.or_one(residual), base_grad)
+    def along(direction: Params, length: jax.Array) -> Params:
+        return tree.add_scaled(base, distance / tree.or_one(length), direction)
+
+    def product(grad: Params, length: jax.Array) -> Params:
+        return tree.scale(length / distance, tree.subtract(grad, phases.base_grad))
+
+    points = jax.tree.map(lambda *xs: jnp.stack(xs), center, along(common, of_common))
+    needed = jnp.stack([off_center, unlearned])
+    found, grad = tree.unstack(jax.lax.map(lambda x: evaluate(*x), (needed, points)), 2)
+    # The step that is left goes down the gradient, by the curvature along what the phases have in common.
+    length = newton_length(common, product(grad, of_common), least, of_common)
+    length = jnp.where(unlearned, length * residual / tree.or_one(of_common), 0.0)
+    learned, base_grad = tree.where(better, (base, phases.base_grad), (point.params, point.inner_grad))
+    ahead = tree.add_scaled(learned, -length / tree.or_one(residual), base_grad)
     (outer_loss, aux), outer_grad = tree.where(better, phases.base_outer, point.outer)
     there = only_if(unlearned, lambda _: tree.grad(setting.outer)(ahead), outer_grad)
-    shift = tree.norm_in(nudge, tree.subtract(there, outer_grad))
-    left = LeftToLearn(residual, length, shift, tree.norm_in(nudge, outer_grad))
+    change = tree.subtract(there, outer_grad)
+    left = LeftToLearn(residual, length, tree.norm_in(nudge, change), tree.norm_in(nudge, outer_grad))
+
+    # What is missing of the response answers what is left of the nudge, there.
+    unanswered = tree.norm_in(nudge, scheme.contrast(phases.residual))
+    remainder = tree.add(remainder, change)
+    of_remainder = tree.norm_in(nudge, remainder)
+    grad = evaluate(of_remainder > 0, along(remainder, of_remainder))
+    missing = newton_length(remainder, product(grad, of_remainder), least, of_remainder)
+    more = tree.scale(missing / tree.or_one(of_remainder), remainder)
+    # Truncation and the step ahead are no failures of the learner.
+    missing = missing * jnp.minimum(unanswered / tree.or_one(of_remainder), 1.0)
     strength = scheme.strength(setting.dtype)
     moved = tree.norm_in(point.scale / tree.or_one(strength), response)
     of_gradient = tree.norm_in(usual, tree.subtract(found, expected)) / (strength * nudge)
@@ -216,10 +231,11 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases) -> Judged:
     # Before learning ends the phases drift on together, which bends nothing.
     ended = before < 1e-3 * strength * nudge
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
-    spent = jnp.sum(needed) + unlearned
+    spent = off_center + 2 * unlearned + (of_remainder > 0)
     return Judged(
-        response, moved, remainder, sizes[0], base, residual, outer_grad, outer_loss, aux, missing, bend, left, spent
-    )
+        response, moved, remainder, unanswered, learned, residual, outer_grad, outer_loss, aux,
+        missing, more, ahead, there, bend, left, spent,
+    )  # fmt: skip
 
 
 def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams, judged: Judged) -> jax.Array:

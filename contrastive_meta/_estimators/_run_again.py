@@ -68,8 +68,7 @@ def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_to
     base = scheme.at_zero(ended)
     at_base = tree.grad(nudging.setting.inner)(base), nudging.setting.outer_value_and_grad(base)
     spent = (pilot_gradients + num_gradients + len(scheme.nudges) + 2).astype(jnp.int32)
-    unknown = jnp.full((), jnp.nan, setting.dtype)
-    return Phases(scheme, ended, statistic, residual, status, base, *at_base, unknown, spent)
+    return Phases(scheme, ended, statistic, residual, status, base, *at_base, spent)
 
 
 def require_complex_capable(setting: Setting, scheme: NudgeScheme, start: Params) -> None:
