@@ -1,5 +1,6 @@
 """Remakes tables, pictures and the numbers in README and docs from records alone."""
 
+import gzip
 import json
 import sys
 from collections.abc import Sequence
@@ -42,22 +43,32 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
 
 
 def load(folder: Path) -> list[Record]:
-    """All records of a folder, smoke runs left out."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
-    records = [json.loads(line) for line in lines if line.strip()]
+    """All records of a folder, smoke runs left out; long ones may lie there compressed."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jsonl"))]
+    texts += [gzip.decompress(path.read_bytes()).decode() for path in sorted(folder.glob("*.jsonl.gz"))]
+    records = [json.loads(line) for text in texts for line in text.splitlines() if line.strip()]
     return [record for record in records if not record["smoke"]]
 
 
 def newest_runs(records: Sequence[Record], benchmark: str) -> list[list[Record]]:
-    """Of each precision the newest run of a benchmark, float32 first; a run with several precisions stays whole."""
+    """Of each precision the newest run of each case of a benchmark, float32 first.
+
+    A run of a few cases leaves those that an earlier run measured standing; a run with several precisions stays whole.
+    """
     here = [record for record in records if record["benchmark"] == benchmark]
-    newest: dict[str, str] = {}
+    newest: dict[tuple[str, str], str] = {}
     for record in sorted(here, key=lambda record: str(record["date"])):
-        newest[record["precision"]] = record["run"]
-    return [
-        [record for record in here if record["run"] == run]
-        for run in dict.fromkeys(newest[name] for name in sorted(newest))
-    ]
+        newest[_precision_and_case(record)] = record["run"]
+    current = [record for record in here if newest[_precision_and_case(record)] == record["run"]]
+    runs = {
+        name: tuple(dict.fromkeys(record["run"] for record in current if record["precision"] == name))
+        for name in sorted({record["precision"] for record in current})
+    }
+    return [[record for record in current if record["run"] in group] for group in dict.fromkeys(runs.values())]
+
+
+def _precision_and_case(record: Record) -> tuple[str, str]:
+    return record["precision"], str(record.get("case"))
 
 
 def draw(benchmark: Benchmark, records: Sequence[Record], folder: Path) -> list[Path]:

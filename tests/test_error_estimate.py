@@ -1,0 +1,125 @@
+"""What a contrast says of its own error, against the true error."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import contrastive_meta as cm
+from tests.oracles import relative_error, small_problem, started_at
+from tests.test_newton_krylov import STILL, away
+
+# Below it an error is rounding of the problem itself.
+FLOOR = {jnp.float32: 3e-6, jnp.float64: 1e-11}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def estimate(losses, tree_of_estimator, numbers, params, meta_params, task):
+    estimator = jax.tree.unflatten(tree_of_estimator, numbers)
+    return estimator.estimate(started_at(losses, params), meta_params, task)
+
+
+def told_and_true(case, estimator, params):
+    """Estimated and true relative error."""
+    numbers, structure = jax.tree.flatten(estimator)
+    result = estimate(case.problem, structure, [jnp.asarray(x) for x in numbers], params, *case[2:4])
+    return float(result.diagnostics.error_estimate), relative_error(result.grad, case.exact.grad), result
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("scheme", [cm.central_difference, cm.four_point])
+@pytest.mark.parametrize("name", ["ridge", "logistic", "softmax", "data_cleaning", "mlp", "sinusoids"])
+def test_the_estimate_follows_the_true_error(name, scheme, dtype):
+    """From 1e-1 down to the floor of the dtype, from finished and from unfinished learning."""
+    case = small_problem(name, dtype)
+    ratios, flagged = [], 0
+    for tol in (1e-1, 1e-2, 1e-3, 1e-5):
+        for distance in (0.0, 1e-2, 1e-1):
+            learner = cm.NewtonKrylov(tol=tol, fall_back=False)
+            estimator = cm.Contrastive(STILL, learner, cm.relative(scheme))
+            told, true, result = told_and_true(case, estimator, away(case.params, distance))
+            if result.diagnostics.status > cm.Status.NUDGED_NOT_CONVERGED or told == np.inf:
+                # No response was found: against the zero that is left any error is infinite.
+                assert result.diagnostics.status >= cm.Status.NUDGED_NOT_CONVERGED
+                flagged += 1
+            else:
+                ratios.append(max(told, FLOOR[dtype]) / max(true, FLOOR[dtype]))
+    assert flagged <= 4
+    assert all(1 / 6 < ratio < 6 for ratio in ratios), np.round(ratios, 2)
+    # The step of steepest descent that the estimate rests on goes further on some problems than on others.
+    assert np.mean([1 / 3 < ratio < 3 for ratio in ratios]) >= 0.6, np.round(ratios, 2)
+
+
+@pytest.mark.parametrize("name", ["logistic", "softmax", "data_cleaning"])
+@pytest.mark.parametrize("displacement", [0.03, 0.1])
+def test_a_strength_that_is_too_large_is_seen(name, displacement):
+    case = small_problem(name)
+    scheme = cm.relative(cm.central_difference, displacement=displacement)
+    told, true, _ = told_and_true(case, cm.Contrastive(STILL, scheme=scheme), case.params)
+    assert true > 1e-6
+    assert 1 / 3 < told / true < 5
+
+
+@pytest.mark.parametrize("num_steps", [10, 30, 100])
+@pytest.mark.parametrize("name", ["ridge", "softmax"])
+def test_learning_that_is_run_again_says_what_it_left(name, num_steps):
+    case = small_problem(name)
+    nudged = cm.OptaxDescent(optax.sgd(0.1, momentum=0.5, nesterov=True), num_steps=num_steps)
+    told, true, _ = told_and_true(case, cm.Contrastive(STILL, nudged), case.params)
+    assert 1 / 5 < told / true < 5
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_units_of_the_outer_loss_change_nothing(factor):
+    case = small_problem("softmax")
+    scaled = cm.BilevelProblem(
+        case.problem.inner_loss, lambda *args: factor * case.problem.outer_loss(*args), lambda meta, task: case.params
+    )
+    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(tol=1e-3))
+    here = estimator.estimate(started_at(case.problem, case.params), *case[2:4])
+    there = estimator.estimate(scaled, *case[2:4])
+    assert relative_error(there.grad, jax.tree.map(lambda g: factor * g, here.grad)) < 1e-6
+    assert float(there.diagnostics.error_estimate) == pytest.approx(float(here.diagnostics.error_estimate), rel=1e-2)
+
+
+def test_switched_off_it_changes_no_number_and_costs_nothing():
+    case = small_problem("data_cleaning")
+    problem = started_at(case.problem, case.params)
+    on, off = (cm.Contrastive(STILL, estimate_error=flag).estimate(problem, *case[2:4]) for flag in (True, False))
+    assert jnp.isnan(off.diagnostics.error_estimate)
+    assert off.diagnostics.num_gradients == on.diagnostics.num_gradients - 6
+    # Another program, so other rounding.
+    assert relative_error(on.grad, off.grad) < 1e-8
+    assert on.diagnostics.status == off.diagnostics.status == cm.Status.CONVERGED
+
+
+def test_nothing_to_estimate_is_no_error():
+    """A gradient that is zero, and exactly so: the outer loss does not ask for anything."""
+    problem = cm.BilevelProblem(
+        lambda w, theta, task: jnp.sum((w - theta) ** 2),
+        lambda w, theta, task: 0.0 * jnp.sum(w),
+        lambda theta, task: jnp.zeros(2),
+    )
+    result = cm.Contrastive(cm.LBFGS()).estimate(problem, jnp.ones(2), None)
+    np.testing.assert_array_equal(result.grad, 0.0)
+    assert result.diagnostics.error_estimate == 0.0
+
+
+def test_each_task_of_a_batch_has_an_estimate_of_its_own():
+    case = small_problem("softmax")
+    far = away(case.params, 0.05)
+
+    def told(start, tol):
+        estimator = cm.Contrastive(STILL, cm.NewtonKrylov(tol=tol, fall_back=False))
+        problem = cm.BilevelProblem(case.problem.inner_loss, case.problem.outer_loss, lambda meta, task: start)
+        return estimator.estimate(problem, *case[2:4]).diagnostics.error_estimate
+
+    starts = jax.tree.map(lambda *xs: jnp.stack(xs), case.params, far)
+    tols = jnp.array([1e-1, 1e-6])
+    together = jax.jit(jax.vmap(told))(starts, tols)
+    alone = jnp.stack([told(case.params, tols[0]), told(far, tols[1])])
+    assert together[0] > 100 * together[1]
+    np.testing.assert_allclose(together, alone, rtol=0.05)
