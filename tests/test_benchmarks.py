@@ -1,5 +1,6 @@
 """The benchmarks' machinery: records, tables, the README's block, the command line, and one benchmark in small."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,16 @@ def test_readme_block_is_of_the_newest_records_and_is_checked(tmp_path: Path, mo
     capsys.readouterr()
     assert report.report(folder, tmp_path, check=False) == 0
     assert block in capsys.readouterr().out
+
+
+def test_the_newest_run_of_each_case_counts_and_records_may_be_compressed(tmp_path: Path) -> None:
+    old = [_record(case=case, relative_error=9e-1) for case in ("one", "two")]
+    new = _record(case="two", run="b", date="2030-02-01", relative_error=2e-4)
+    text = "".join(json.dumps(row) + "\n" for row in (*old, new))
+    (tmp_path / "estimators.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (rows,) = report.newest_runs(report.load(tmp_path), "estimators")
+    assert {row["case"]: row["relative_error"] for row in rows} == {"one": 9e-1, "two": 2e-4}
+    assert len(rows) == 2
 
 
 def test_pictures_are_drawn_from_records(tmp_path: Path) -> None:

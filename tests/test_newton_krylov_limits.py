@@ -153,6 +153,33 @@ def test_a_learner_that_rests_elsewhere_runs_its_own_phases(optimizer):
     assert relative_error(default.params, published.params) < 1e-9
 
 
+def test_a_step_that_rounding_swallows_still_moves_its_leaf():
+    """Of two leaves the large one does not change in float32: the learner follows the gradient all the same."""
+    problem = cm.BilevelProblem(
+        inner_loss=lambda w, theta, task: 0.5 * (w["a"] - 1e2) ** 2 + 0.5 * jnp.sum((w["b"] - theta) ** 2),
+        outer_loss=lambda w, theta, task: 1e-3 * w["a"] + jnp.sum(w["b"] ** 2),
+        init_params=lambda theta, task: {"a": jnp.float32(1e2), "b": theta * jnp.ones(2, jnp.float32)},
+    )
+    slow = cm.OptaxDescent(optax.sgd(1e-6), num_steps=1)
+    result = cm.Contrastive(slow).estimate(problem, jnp.float32(1.0), None)
+    assert result.diagnostics.status == cm.Status.CONVERGED
+    assert float(result.grad) == pytest.approx(4.0, rel=1e-3)  # 2 b of each of two
+
+
+def test_what_nudges_by_default_is_the_linearised_outer_loss():
+    case = small_problem("softmax")
+    problem = started_at(case.problem, case.params)
+    by_nudge = {
+        nudge: cm.Contrastive(STILL, cm.NewtonKrylov(), scheme=cm.relative(cm.central_difference, 0.1), nudge=nudge)
+        .estimate(problem, *case[2:4])
+        .grad
+        for nudge in (None, cm.LinearNudge(), cm.LossNudge())
+    }
+    # At a large strength the two nudges differ in their truncation, far above rounding.
+    assert relative_error(by_nudge[None], by_nudge[cm.LinearNudge()]) == 0
+    assert 1e-5 < relative_error(by_nudge[None], by_nudge[cm.LossNudge()]) < 1e-1
+
+
 def test_a_nudge_that_is_zero_where_learning_stopped_is_looked_for_where_it_ends():
     problem = cm.BilevelProblem(
         inner_loss=lambda w, theta, task: 0.5 * (w - theta) ** 2,
