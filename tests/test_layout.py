@@ -21,6 +21,7 @@ PACKAGE = "contrastive_meta"
 # Each unit (a module or a folder of modules) may import itself and the units before it.
 ORDER = (
     "_pytree",
+    "_control",
     "_holomorphic",
     "_problem",
     "_dependence",

@@ -124,8 +124,8 @@ class Judged(NamedTuple):
     Attributes:
       response: contrast of where the phases ended: dphi/dbeta = -u.
       moved: norm of the response.
-      remainder: contrast of their residuals: v - H u, what is left of the nudge.
-      unanswered: norm of the remainder.
+      remainder: v - H u, what is left of the nudge, as it was given.
+      unanswered: norm of the contrast of their residuals, the same but for truncation.
       params: the base point: the free solution, or what the phases made of it where that is better learned.
       residual: norm of the inner gradient there.
       outer_grad: there.
@@ -216,13 +216,13 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
 
     # What is missing of the response answers what is left of the nudge, there.
     unanswered = tree.norm_in(nudge, scheme.contrast(phases.residual))
-    remainder = tree.add(remainder, change)
-    of_remainder = tree.norm_in(nudge, remainder)
-    grad = evaluate(of_remainder > 0, along(remainder, of_remainder))
-    missing = newton_length(remainder, product(grad, of_remainder), least, of_remainder)
-    more = tree.scale(missing / tree.or_one(of_remainder), remainder)
+    sought = tree.add(remainder, change)
+    of_sought = tree.norm_in(nudge, sought)
+    grad = evaluate(of_sought > 0, along(sought, of_sought))
+    missing = newton_length(sought, product(grad, of_sought), least, of_sought)
+    more = tree.scale(missing / tree.or_one(of_sought), sought)
     # Truncation and the step ahead are no failures of the learner.
-    missing = missing * jnp.minimum(unanswered / tree.or_one(of_remainder), 1.0)
+    missing = missing * jnp.minimum(unanswered / tree.or_one(of_sought), 1.0)
     strength = scheme.strength(setting.dtype)
     moved = tree.norm_in(point.scale / tree.or_one(strength), response)
     of_gradient = tree.norm_in(usual, tree.subtract(found, expected)) / (strength * nudge)
@@ -231,7 +231,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     # Before learning ends the phases drift on together, which bends nothing.
     ended = before < 1e-3 * strength * nudge
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
-    spent = off_center + 2 * unlearned + (of_remainder > 0)
+    spent = off_center + 2 * unlearned + (of_sought > 0)
     return Judged(
         response, moved, remainder, unanswered, learned, residual, outer_grad, outer_loss, aux,
         missing, more, ahead, there, bend, left, spent,
