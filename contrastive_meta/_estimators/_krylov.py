@@ -12,8 +12,6 @@ from contrastive_meta._problem import Params
 
 # A first direction is worth trying if its cosine with the right-hand side is above this.
 _USEFUL = 1e-2
-
-
 # Curvature below this fraction of what differences resolve counts as none.
 FLAT = 0.1
 
@@ -82,11 +80,11 @@ def solve_both(
     active: jax.Array,
     limits: Limits,
     budget: jax.Array,
-    sequential: bool,
 ) -> System:
     """Solve H x = b for two right-hand sides of length 1 (or 0).
 
-    Side by side while both need it, the rest one after the other.
+    One after the other: side by side they would share passes over the data, but take a loop more to compile, and the
+    one that ends first would run on with the other.
 
     Args:
       difference: H.
@@ -95,7 +93,6 @@ def solve_both(
       active: which of the two to solve, shape (2,).
       limits: when to end, a leading axis of 2.
       budget: most steps of each.
-      sequential: one after the other from the beginning, for the memory of one.
 
     Returns:
       Both systems at their end, a leading axis of 2.

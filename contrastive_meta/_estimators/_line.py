@@ -270,7 +270,7 @@ class Search:
         guess = tree.scale(jnp.where(line.num_passes == 0, 1.0, 0.0), self.nudging.response)
         active = jnp.stack([left > 0, ~line.learned])
         budget = self.max_steps - line.num_steps
-        return solve_both(difference, rhs, guess, active, limits, budget, self.nudging.sequential)
+        return solve_both(difference, rhs, guess, active, limits, budget)
 
     def _scheme(self, length: jax.Array, shrink: jax.Array) -> NudgeScheme:
         scheme = self.nudging.scheme.for_response(self.nudging.probe(self.point), length * shrink)
