@@ -32,6 +32,7 @@ from contrastive_meta._nudging import LossNudge as LossNudge
 from contrastive_meta._nudging import Nudge as Nudge
 from contrastive_meta._nudging import NudgeScheme as NudgeScheme
 from contrastive_meta._nudging import NudgeStrength as NudgeStrength
+from contrastive_meta._nudging import automatic as automatic
 from contrastive_meta._nudging import central_difference as central_difference
 from contrastive_meta._nudging import circle as circle
 from contrastive_meta._nudging import complex_step as complex_step

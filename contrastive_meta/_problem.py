@@ -148,6 +148,9 @@ class EstimatorState(NamedTuple):
       memory: the inner solver's own memory (curvature pairs, optimiser state), or ().
       displacement: response dphi/dbeta of `params` to a unit nudge; zeros before the first call.
       beta: the last nudging strength; 0 before the first call.
+      strength: the displacement, relative to the length of `params`, that `automatic` found to be best; 0 where none
+        has been sought.
+      doubling: how much twice that strength changed the contrast then, relative to it: the truncation that is allowed.
 
     Example:
       >>> import jax
@@ -169,6 +172,14 @@ class EstimatorState(NamedTuple):
     memory: PyTree
     displacement: Params
     beta: jax.Array
+    strength: jax.Array
+    doubling: jax.Array
+
+    @classmethod
+    def fresh(cls, params: Params, memory: PyTree, dtype: Any) -> "EstimatorState":
+        """The state of a problem that has not been estimated yet."""
+        zero = jnp.zeros((), dtype)
+        return cls(params, memory, tree.zeros_like(params), zero, zero, zero)
 
 
 @strategy

@@ -24,6 +24,7 @@ class Probe(NamedTuple):
       noise: norm of the rounding noise of `inner_grad`.
       dtype: real floating dtype of the losses.
       eps: relative rounding of the coarsest of losses and `params`.
+      chosen: the displacement, relative to `scale`, that was found to be best; 0 where none has been looked for.
     """
 
     inner_grad: Callable[[Params], Params]
@@ -35,6 +36,7 @@ class Probe(NamedTuple):
     noise: jax.Array
     dtype: Any
     eps: float
+    chosen: jax.Array
 
 
 def length_scale(params: Params, init: Params, dtype: Any) -> jax.Array:
@@ -79,11 +81,11 @@ def measure_noise(
     return here, noise.astype(scale.dtype), slope.astype(scale.dtype)
 
 
-def measure_response(probe: Probe, num_steps: int) -> tuple[jax.Array, jax.Array]:
-    """The length ||u|| of the response H u = v to a unit nudge, and the gradients spent.
+def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:
+    """The response u to a unit nudge, H u = v, roughly, and the gradients spent.
 
-    Conjugate gradients in which a Hessian-vector product is a one-sided gradient difference. Stopped early the
-    length is an underestimate, and so the nudge somewhat larger than asked; along downward curvature the iterate
+    Conjugate gradients in which a Hessian-vector product is a one-sided gradient difference. Stopped early its length
+    is an underestimate, and so the nudge somewhat larger than asked; along downward curvature the iterate
     reached so far is used.
     """
 
@@ -120,4 +122,4 @@ def measure_response(probe: Probe, num_steps: int) -> tuple[jax.Array, jax.Array
 
     begin = (tree.zeros_like(unit), unit, unit, tree.vdot(unit, unit), jnp.int32(0), jnp.asarray(True))
     x, _, _, _, count, _ = jax.lax.while_loop(go_on, body, begin)
-    return (tree.norm(x) * probe.nudge_norm).astype(probe.dtype), count + 1
+    return tree.scale(probe.nudge_norm, x), count + 1

@@ -143,9 +143,7 @@ def _learn_along(
         meta = unravel(flat + offset.astype(flat.dtype) * direction)
         init = problem.init(meta, task)
         setting = Setting(problem, meta, task, key, float_dtype_of(problem, init, meta, task))
-        fresh = EstimatorState(
-            init, solver.bind(meta).init_memory(init), tree.zeros_like(init), jnp.zeros((), setting.dtype)
-        )
+        fresh = EstimatorState.fresh(init, solver.bind(meta).init_memory(init), setting.dtype)
         solution = setting.free_phase(solver, fresh)
         moved = jnp.vdot(ravel_pytree(meta)[0] - flat, direction)
         return setting.outer(solution.params), moved, solution.status

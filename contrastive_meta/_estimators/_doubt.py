@@ -20,10 +20,12 @@ class Untruncated(NamedTuple):
     Attributes:
       remainder: v - H u, free of the leading truncation.
       lacking: what truncation takes from the meta-gradient.
+      doubling: what twice the strength changes in the meta-gradient, relative to it.
     """
 
     remainder: Params
     lacking: MetaParams
+    doubling: jax.Array
 
 
 def without_truncation(nudging: Nudging, phases: Phases, grad: MetaParams) -> Untruncated:
@@ -47,7 +49,8 @@ def without_truncation(nudging: Nudging, phases: Phases, grad: MetaParams) -> Un
     remainder = phases.scheme.contrast(phases.residual)
     truncation = tree.scale(share, tree.subtract(remainder, scheme.contrast(residuals)))
     change = tree.subtract(scheme.contrast(statistic), grad)
-    return Untruncated(tree.add(remainder, truncation), tree.scale(-share, change))
+    doubling = (tree.norm(change) / tree.or_one(tree.norm(grad))).astype(dtype)
+    return Untruncated(tree.add(remainder, truncation), tree.scale(-share, change), doubling)
 
 
 def relative_error(

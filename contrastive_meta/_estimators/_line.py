@@ -15,9 +15,10 @@ from contrastive_meta._estimators._free_point import (
     difference_step,
 )
 from contrastive_meta._estimators._krylov import FLAT, Difference, Limits, System, solve_both
-from contrastive_meta._estimators._phases import Nudging, Phases
+from contrastive_meta._estimators._phases import Nudging, Phases, on_line
+from contrastive_meta._estimators._seek import Found, seek
 from contrastive_meta._estimators.base import Setting
-from contrastive_meta._nudging import NudgeScheme
+from contrastive_meta._nudging import AutomaticStrength, NudgeScheme
 from contrastive_meta._problem import MetaParams, Params
 
 # Of a remainder, one pass is asked to leave this power of the dtype's eps: what products that are one-sided gradient
@@ -45,6 +46,7 @@ class Line(NamedTuple):
     base_outer: OuterEvaluated  # the outer loss there
     learned: jax.Array  # whether what is left of learning is too little to matter
     shrink: jax.Array  # what strengths and difference steps are divided by
+    chosen: jax.Array  # the displacement found best, relative to the length of `params`; 0 for none
     radius: jax.Array  # the longest step of the base point
     change: jax.Array  # of the response by the last pass, relative, times what the pass left of the remainder
     num_steps: jax.Array
@@ -96,13 +98,13 @@ class Search:
         point, none, false = self.point, jnp.int32(0), jnp.asarray(False)
         one = jnp.ones((), self.dtype)
         learned = tree.norm(point.inner_grad) <= 2 * point.noise
-        scheme = self._scheme(self.usual, one)
+        scheme = self._scheme(self.usual, one, self.nudging.chosen)
         nudges, _ = scheme.arrays(self.dtype)
         # At the free solution itself the nudged losses' gradients are known.
-        residuals = self._ends(point.inner_grad, tree.scale(-1.0, self.first_nudge), nudges)
+        residuals = on_line(point.inner_grad, tree.scale(-1.0, self.first_nudge), nudges)
         nudged, ends = (
             self.nudging.nudged(point.params, point.outer_grad),
-            self._ends(point.params, tree.zeros_like(point.params), nudges),
+            on_line(point.params, tree.zeros_like(point.params), nudges),
         )
         shapes = jax.eval_shape(lambda: self.nudging.measure(nudged, ends, nudges))
         return Line(
@@ -116,6 +118,7 @@ class Search:
             base_outer=point.outer,
             learned=learned,
             shrink=one,
+            chosen=self.nudging.chosen,
             radius=_RADIUS * point.scale,
             change=one,
             num_steps=none,
@@ -148,7 +151,8 @@ class Search:
             (line.base_grad, line.base_outer),
         )
         nudged = self.nudging.nudged(base, base_outer[1])
-        found = self._measure_line(line, base, nudged, response, length, left)
+        chosen, sought = self._seek(line, nudged, base, response)
+        found = self._measure_line(line, base, nudged, response, length, left, chosen)
 
         now, base_now, noise = found.left, self._norm(base_grad), point.noise
         target = self._target(found.scheme)
@@ -181,6 +185,7 @@ class Search:
             base_outer=base_outer,
             learned=learned,
             shrink=found.shrink,
+            chosen=chosen,
             change=change,
             measured=jnp.asarray(True),
         )
@@ -192,6 +197,7 @@ class Search:
             num_gradients=line.num_gradients
             + jnp.sum(systems.num_steps)
             + 2 * (moved > 0)
+            + sought
             + found.num_tries * 2 * len(found.scheme.nudges),
             indefinite=systems.indefinite[0],
             hidden=jnp.where(systems.flat[0], hidden, 0.0),
@@ -202,7 +208,7 @@ class Search:
     def measure(self, line: Line) -> tuple[Phases, jax.Array]:
         """The phases at the end of the search, and whether the search failed."""
         nudges, _ = line.scheme.arrays(self.dtype)
-        ends = self._ends(line.base, line.response, nudges)
+        ends = on_line(line.base, line.response, nudges)
         unmeasured = ~line.measured
         nudged = self.nudging.nudged(line.base, line.base_outer[1])
         statistic = only_if(unmeasured, lambda _: self.nudging.measure(nudged, ends, nudges), line.statistic)
@@ -214,18 +220,19 @@ class Search:
         status = jnp.zeros(nudges.shape, jnp.int32)
         spent = line.num_gradients + unmeasured * nudges.size
         at_base = line.base, line.base_grad, line.base_outer
-        return Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, spent), failed
+        return Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, spent, line.chosen), failed
 
     def _measure_line(
-        self, line: Line, base: Params, nudged: Setting, response: Params, length: jax.Array, left: jax.Array
+        self, line: Line, base: Params, nudged: Setting, response: Params, length: jax.Array, left: jax.Array,
+        chosen: jax.Array,
     ) -> Measured:
         """The phases' gradients, at a smaller strength where this one goes beyond what is nearly quadratic."""
         length = jnp.where(length > 0, length, self.usual)
 
         def measure(before: Measured) -> Measured:
-            scheme = self._scheme(length, before.trying)
+            scheme = self._scheme(length, before.trying, chosen)
             nudges, _ = scheme.arrays(self.dtype)
-            ends = self._ends(base, response, nudges)
+            ends = on_line(base, response, nudges)
             # Residual and statistic are two derivatives of one evaluation.
             residuals, statistic = (
                 self.nudging.residuals(nudged, ends, nudges),
@@ -244,8 +251,8 @@ class Search:
                 running=suspicious & (num_tries < most_tries),
             )  # fmt: skip
             old = before._replace(num_tries=num_tries, running=jnp.asarray(False))
-            chosen: Measured = tree.where(better, cast_like(new, before), old)
-            return chosen
+            picked: Measured = tree.where(better, cast_like(new, before), old)
+            return picked
 
         begin = Measured(
             line.scheme, line.residuals, line.statistic, line.remainder, jnp.full_like(left, jnp.inf),
@@ -272,19 +279,24 @@ class Search:
         budget = self.max_steps - line.num_steps
         return solve_both(difference, rhs, guess, active, limits, budget)
 
-    def _scheme(self, length: jax.Array, shrink: jax.Array) -> NudgeScheme:
-        scheme = self.nudging.scheme.for_response(self.nudging.probe(self.point), length * shrink)
+    def _seek(
+        self, line: Line, nudged: Setting, base: Params, response: Params
+    ) -> tuple[jax.Array, jax.Array]:
+        """The strength to measure the line at, as a displacement, where it is to be sought; and the gradients spent."""
+        if not isinstance(self.nudging.scheme, AutomaticStrength):
+            return jnp.zeros_like(line.chosen), jnp.int32(0)
+        found: Found = only_if(
+            line.chosen == 0,
+            lambda _: seek(self.nudging, self.point, nudged, base, response),
+            Found(line.chosen, jnp.int32(0)),
+        )
+        return found
+
+    def _scheme(self, length: jax.Array, shrink: jax.Array, chosen: jax.Array) -> NudgeScheme:
+        probe = self.nudging.probe(self.point)._replace(chosen=chosen)
+        scheme = self.nudging.scheme.for_response(probe, length * shrink)
         strong: NudgeScheme = jax.tree.map(jnp.asarray, scheme)
         return strong
-
-    def _ends(self, base: Params, response: Params, nudges: jax.Array) -> Params:
-        """Where the phases end, in the precision of each leaf."""
-
-        def end(at: jax.Array, u: jax.Array) -> jax.Array:
-            dtype = jnp.result_type(at, jnp.complex64) if jnp.iscomplexobj(nudges) else at.dtype
-            return at - nudges.astype(dtype).reshape(-1, *[1] * at.ndim) * u
-
-        return jax.tree.map(end, base, response)
 
     def _target(self, scheme: NudgeScheme) -> jax.Array:
         """The remainder to reach, relative to the nudge: not below what rounding alone leaves of the contrast."""

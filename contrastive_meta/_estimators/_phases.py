@@ -39,6 +39,7 @@ class Nudging(NamedTuple):
       rule: what is measured.
       sequential: one phase after another, instead of all at once.
       response: u of an earlier estimate, to start from; zeros where there is none.
+      chosen: the displacement found best by an earlier estimate, relative to the length of `params`; 0 for none.
     """
 
     setting: Setting
@@ -49,6 +50,7 @@ class Nudging(NamedTuple):
     rule: PlasticityRule
     sequential: bool
     response: Params
+    chosen: jax.Array
 
     def nudged(self, base: Params, outer_grad: Params) -> Setting:
         """The setting, for trees, whose outer loss is what nudges, from flattened `params` and outer gradient."""
@@ -89,6 +91,7 @@ class Nudging(NamedTuple):
             noise=point.noise,
             dtype=self.setting.dtype,
             eps=point.eps,
+            chosen=self.chosen,
         )
 
 
@@ -105,6 +108,8 @@ class Phases(NamedTuple):
       base_grad: gradient of the inner loss there (no leading axis).
       base_outer: outer loss, its aux and its gradient there (no leading axis).
       num_gradients: of all phases together (no leading axis).
+      chosen: the displacement that was looked for and found best, relative to the length of `params`; else 0 (no
+        leading axis).
     """
 
     scheme: NudgeScheme
@@ -116,6 +121,7 @@ class Phases(NamedTuple):
     base_grad: Params
     base_outer: OuterEvaluated
     num_gradients: jax.Array
+    chosen: jax.Array
 
 
 class Judged(NamedTuple):
@@ -247,12 +253,9 @@ def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: Meta
     subtracts = len(scheme.nudges) > 1
     _, weights = scheme.arrays(dtype)
     gain = tree.norm(weights) * subtracts
-    # The statistic is taken to be as noisy, relative to itself, as the inner gradient is to what it is made of.
-    coarser = jnp.maximum(point.noise / tree.or_one(point.eps * point.curvature * point.scale), 1.0)
-    statistic_noise = point.eps * coarser * tree.norm(_mean(phases.statistic)) / 4
     # A response that never came leaves a zero that any noise exceeds: that is not the noise's doing.
     drowned = (point.noise * gain * NOISE_FLOOR > nudge) | (
-        (statistic_noise * gain * NOISE_FLOOR > tree.norm(grad)) & ~unanswered
+        (statistic_noise(point, phases.statistic) * gain * NOISE_FLOOR > tree.norm(grad)) & ~unanswered
     )
     anything = point.nudge_norm > 0
     # H response = remainder - v: its product with the response is the curvature that the nudge met.
@@ -270,6 +273,22 @@ def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: Meta
         scheme.validity(dtype),
         flag(~learned, Status.NOT_FINITE),
     )
+
+
+def statistic_noise(point: FreePoint, statistic: MetaParams) -> jax.Array:
+    """Rounding of a phase's statistic: as large, relative to itself, as the inner gradient's to what it is made of."""
+    coarser = jnp.maximum(point.noise / tree.or_one(point.eps * point.curvature * point.scale), 1.0)
+    return point.eps * coarser * tree.norm(_mean(statistic)) / 4
+
+
+def on_line(base: Params, response: Params, nudges: jax.Array) -> Params:
+    """base - beta_k u, where phases end if learning is linear; in the precision of each leaf."""
+
+    def end(at: jax.Array, u: jax.Array) -> jax.Array:
+        dtype = jnp.result_type(at, jnp.complex64) if jnp.iscomplexobj(nudges) else at.dtype
+        return at - nudges.astype(dtype).reshape(-1, *[1] * at.ndim) * u
+
+    return jax.tree.map(end, base, response)
 
 
 def _curves_downwards(point: FreePoint, phases: Phases) -> jax.Array:

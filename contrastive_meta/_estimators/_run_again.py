@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import only_if
 from contrastive_meta._estimators._free_point import FreePoint
 from contrastive_meta._estimators._phases import Nudging, Phases
+from contrastive_meta._estimators._seek import Found, seek
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._holomorphic import require_holomorphic
-from contrastive_meta._nudging import NudgeScheme
+from contrastive_meta._nudging import AutomaticStrength, NudgeScheme
 from contrastive_meta._problem import MetaParams, Params, same_arrays
+from contrastive_meta._response import measure_response
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
 _PHASES = "phases"
@@ -27,8 +30,7 @@ def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_to
       solver: the learner, bound to the meta-parameters.
       nudged_tol: gradient norm at which phases may stop, relative to |beta| ||v||; None for about eps^(2/3).
     """
-    scheme, pilot_gradients = nudging.scheme.resolve(nudging.probe(point))
-    scheme = jax.tree.map(jnp.asarray, scheme)
+    scheme, chosen, pilot_gradients = _strength(nudging, point)
     # A learner may treat leaves differently: it gets the tree.
     setting, flattening = nudging.tree_setting, nudging.flattening
     start, nudged = flattening.unflatten(point.params), nudging.nudged(point.params, point.outer_grad)
@@ -68,7 +70,27 @@ def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_to
     base = scheme.at_zero(ended)
     at_base = tree.grad(nudging.setting.inner)(base), nudging.setting.outer_value_and_grad(base)
     spent = (pilot_gradients + num_gradients + len(scheme.nudges) + 2).astype(jnp.int32)
-    return Phases(scheme, ended, statistic, residual, status, base, *at_base, spent)
+    return Phases(scheme, ended, statistic, residual, status, base, *at_base, spent, chosen)
+
+
+def _strength(nudging: Nudging, point: FreePoint) -> tuple[NudgeScheme, jax.Array, jax.Array]:
+    """The scheme, the displacement that was sought for it (else 0), and the gradients spent."""
+    probe, none = nudging.probe(point), jnp.int32(0)
+    if not isinstance(nudging.scheme, AutomaticStrength):
+        scheme, spent = nudging.scheme.resolve(probe)
+        return jax.tree.map(jnp.asarray, scheme), jnp.zeros_like(nudging.chosen), spent
+    num_steps = nudging.scheme.default.num_pilot_steps
+
+    # A pilot's response gives the line along which strengths are compared.
+    def look(_: Any) -> tuple[Found, jax.Array]:
+        response, spent = measure_response(probe, num_steps)
+        found = seek(nudging, point, nudging.nudged(point.params, point.outer_grad), point.params, response)
+        return found._replace(num_gradients=found.num_gradients + spent), tree.norm(response)
+
+    before = Found(nudging.chosen, none), tree.norm(nudging.response).astype(nudging.chosen.dtype)
+    (chosen, spent), length = only_if(nudging.chosen == 0, look, before)
+    scheme = nudging.scheme.for_response(probe._replace(chosen=chosen), length)
+    return jax.tree.map(jnp.asarray, scheme), chosen, spent
 
 
 def require_complex_capable(setting: Setting, scheme: NudgeScheme, start: Params) -> None:

@@ -175,7 +175,7 @@ class MetaGradientEstimator(abc.ABC):
         params = problem.init(meta_params, task)
         memory = self.solver.bind(meta_params).init_memory(params)
         dtype = float_dtype_of(problem, params, meta_params, task)
-        fresh: EstimatorState = _strong(EstimatorState(params, memory, tree.zeros_like(params), jnp.zeros((), dtype)))
+        fresh: EstimatorState = _strong(EstimatorState.fresh(params, memory, dtype))
         return fresh
 
     def _check_parts(self, problem: Any) -> None:

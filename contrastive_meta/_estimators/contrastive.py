@@ -26,6 +26,9 @@ from contrastive_meta._problem import (
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._solvers.base import InnerSolver
 
+# A strength is sought again where doubling it changes the contrast this many times more than when it was chosen.
+_WORN = 8.0
+
 
 @strategy
 class Contrastive(MetaGradientEstimator):
@@ -96,7 +99,9 @@ class Contrastive(MetaGradientEstimator):
         response = tree.scale(-1.0, flattening.flatten(state.displacement))
         learner = self._learner(setting)
         nudge = self.nudge or (LossNudge() if isinstance(learner, InnerSolver) else LinearNudge())
-        nudging = Nudging(flat, flattening, setting, self.scheme, nudge, self.rule, self.sequential, response)
+        nudging = Nudging(
+            flat, flattening, setting, self.scheme, nudge, self.rule, self.sequential, response, state.strength
+        )
         phases, fell_back = self._nudged_phases(nudging, point, learner)
 
         # Contrast: what the phases measured, weighted and summed, algorithm (8).
@@ -104,9 +109,10 @@ class Contrastive(MetaGradientEstimator):
 
         # The same contrast of where they ended, and of their residuals, says how far it can be trusted.
         remainder, error = phases.scheme.contrast(phases.residual), jnp.asarray(jnp.nan)
+        doubling = state.doubling
         num_estimating = 3 * len(phases.scheme.nudges) if self.estimate_error else 0
         if self.estimate_error:
-            remainder, lacking = without_truncation(nudging, phases, grad)
+            remainder, lacking, doubling = without_truncation(nudging, phases, grad)
         judged = judge(nudging, point, phases, remainder)
         if self.estimate_error:
             error = relative_error(nudging, phases, judged, grad, lacking)
@@ -116,7 +122,7 @@ class Contrastive(MetaGradientEstimator):
             grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), grad, meta_params),
             outer_loss=judged.outer_loss,
             params=params,
-            state=EstimatorState(params, free.memory, response, beta),
+            state=EstimatorState(params, free.memory, response, beta, *_settled(state, phases.chosen, doubling)),
             aux=judged.aux,
             diagnostics=make_diagnostics(
                 setting.dtype,
@@ -175,3 +181,11 @@ class Contrastive(MetaGradientEstimator):
             return slow._replace(num_gradients=slow.num_gradients + fast.num_gradients)
 
         return only_if(failed, again, phases), flag(failed, Status.FELL_BACK)
+
+
+def _settled(state: EstimatorState, chosen: jax.Array, doubling: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The strength to carry on, and what doubling it changed when it was chosen; 0 where it has worn out."""
+    new = state.strength != chosen
+    # What is exact to rounding has a truncation that comes and goes.
+    allowed = jnp.maximum(jnp.where(new, doubling, state.doubling), 1e3 * jnp.finfo(doubling.dtype).eps)
+    return jnp.where(doubling > _WORN * allowed, 0.0, chosen), allowed

@@ -96,7 +96,9 @@ class ImplicitDifferentiation(MetaGradientEstimator):
             grad=grad,
             outer_loss=point.outer_loss,
             params=point.params,
-            state=EstimatorState(point.params, free.memory, tree.scale(-1.0, adjoint.solution), state.beta),
+            state=state._replace(
+                params=point.params, memory=free.memory, displacement=tree.scale(-1.0, adjoint.solution)
+            ),
             aux=point.aux,
             diagnostics=make_diagnostics(
                 setting.dtype,

@@ -1,5 +1,7 @@
 """How learning is nudged: schemes, their strength, and what nudges."""
 
+from contrastive_meta._nudging.automatic import AutomaticStrength as AutomaticStrength
+from contrastive_meta._nudging.automatic import automatic as automatic
 from contrastive_meta._nudging.nudge import LinearNudge as LinearNudge
 from contrastive_meta._nudging.nudge import LossNudge as LossNudge
 from contrastive_meta._nudging.nudge import Nudge as Nudge

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from contrastive_meta import _pytree as tree
 from contrastive_meta._nudging.scheme import NudgeScheme, NudgeStrength, is_concrete
 from contrastive_meta._problem import Number
 from contrastive_meta._pytree import static, strategy
@@ -33,19 +34,25 @@ class RelativeStrength(NudgeStrength):
 
     def resolve(self, probe: Probe) -> tuple[NudgeScheme, jax.Array]:
         """Measure the response to a unit nudge, then scale the scheme to the wanted displacement."""
-        response, num_gradients = measure_response(probe, self.num_pilot_steps)
+        response, num_gradients = self.pilot(probe)
         return self.for_response(probe, response), num_gradients
+
+    def pilot(self, probe: Probe) -> tuple[jax.Array, jax.Array]:
+        """The length of the response to a unit nudge, and the gradients spent."""
+        response, num_gradients = measure_response(probe, self.num_pilot_steps)
+        return tree.norm(response).astype(probe.dtype), num_gradients
 
     def for_response(self, probe: Probe, response: jax.Array) -> NudgeScheme:
         """The scheme, scaled to the wanted displacement."""
-        wanted = self._displacement(probe, response)
+        wanted = self.wanted(probe, response)
         # With nothing to respond to (a zero outer gradient) any strength does.
         beta = jnp.where(response > 0, wanted * probe.scale / jnp.where(response > 0, response, 1), 1.0)
         # What is not finite is reported as such, and not as a scheme that is none.
         beta = jnp.where(jnp.isfinite(beta) & (beta > 0), beta, 1.0)
         return self.unit.scaled(beta.astype(probe.dtype))
 
-    def _displacement(self, probe: Probe, response: jax.Array) -> jax.Array:
+    def wanted(self, probe: Probe, response: jax.Array) -> jax.Array:
+        """The displacement to bring about, relative to the length of `params`."""
         if self.displacement is not None:
             return jnp.asarray(self.displacement, probe.dtype)
         eps = probe.eps
