@@ -31,14 +31,15 @@ class Status(enum.IntEnum):
     CONVERGED = 0
     FELL_BACK = 1
     APPROXIMATE = 2
-    FREE_NOT_CONVERGED = 3
-    NUDGED_NOT_CONVERGED = 4
-    LOST_IN_NOISE = 5
-    INDEFINITE_CURVATURE = 6
-    UNBOUNDED_NUDGE = 7
-    DIVERGED = 8
-    NOT_FINITE = 9
-    INVALID_SCHEME = 10
+    TARGET_NOT_REACHED = 3
+    FREE_NOT_CONVERGED = 4
+    NUDGED_NOT_CONVERGED = 5
+    LOST_IN_NOISE = 6
+    INDEFINITE_CURVATURE = 7
+    UNBOUNDED_NUDGE = 8
+    DIVERGED = 9
+    NOT_FINITE = 10
+    INVALID_SCHEME = 11
 
     def describe(self) -> str:
         """What the status means and what to do about it, in one sentence each."""
@@ -54,6 +55,10 @@ _DESCRIPTIONS = {
     Status.APPROXIMATE: (
         "The estimator is biased or noisy by construction, or its nudge is large enough to be, so convergence cannot "
         "vouch for it. Lower beta, or compare it with an exact estimator: `contrastive_meta.compare`."
+    ),
+    Status.TARGET_NOT_REACHED: (
+        "The estimated error is above `target_error`; `diagnostics.error_estimate` says how close it came. "
+        "Raise `max_steps`, learn for longer, or use float64 or `automatic(order=4)`, whose floors are lower."
     ),
     Status.FREE_NOT_CONVERGED: (
         "Learning stopped before a stationary point, where the meta-gradient is defined. "

@@ -14,6 +14,20 @@ from contrastive_meta._problem import MetaParams, Params
 _SHARE_OF_A_STEP = 0.5
 
 
+class Doubt(NamedTuple):
+    """How wrong a contrast is held to be.
+
+    Attributes:
+      error: estimated relative error; NaN where none was made.
+      doubling: what twice the strength changes in the meta-gradient, relative to it.
+      num_gradients: spent on finding out.
+    """
+
+    error: jax.Array
+    doubling: jax.Array
+    num_gradients: jax.Array
+
+
 class Untruncated(NamedTuple):
     """What is known of the truncation of a contrast.
 

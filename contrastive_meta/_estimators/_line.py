@@ -15,7 +15,7 @@ from contrastive_meta._estimators._free_point import (
     difference_step,
 )
 from contrastive_meta._estimators._krylov import FLAT, Difference, Limits, System, solve_both
-from contrastive_meta._estimators._phases import Nudging, Phases, on_line
+from contrastive_meta._estimators._phases import Goal, Nudging, Phases, on_line
 from contrastive_meta._estimators._seek import Found, seek
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import AutomaticStrength, NudgeScheme
@@ -47,6 +47,7 @@ class Line(NamedTuple):
     learned: jax.Array  # whether what is left of learning is too little to matter
     shrink: jax.Array  # what strengths and difference steps are divided by
     chosen: jax.Array  # the displacement found best, relative to the length of `params`; 0 for none
+    tol: jax.Array  # of the remainder, relative to the nudge
     radius: jax.Array  # the longest step of the base point
     change: jax.Array  # of the response by the last pass, relative, times what the pass left of the remainder
     num_steps: jax.Array
@@ -119,6 +120,7 @@ class Search:
             learned=learned,
             shrink=one,
             chosen=self.nudging.chosen,
+            tol=self.tol,
             radius=_RADIUS * point.scale,
             change=one,
             num_steps=none,
@@ -127,9 +129,32 @@ class Search:
             indefinite=false,
             hidden=jnp.zeros((), self.dtype),
             measured=false,
-            # Without a nudge here there may be one where learning ends.
-            running=tree.all_finite((self.first_nudge, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned),
+            running=self._may_start(learned),
         )
+
+    def run(self, line: Line) -> Line:
+        """Passes until the line is found, or one no longer helps, or the budget is spent."""
+        found: Line = jax.lax.while_loop(lambda line: line.running, self.one_pass, line)
+        return found
+
+    def run_until(self, goal: Goal, line: Line) -> Line:
+        """Passes until the meta-gradient is estimated to be right to what was asked for."""
+        # A remainder of the nudge is not much less of the meta-gradient, and may be more.
+        loose = jnp.maximum(line.tol, 0.1 * goal.target_error).astype(self.dtype)
+
+        def tighten(carry: tuple[Line, jax.Array]) -> tuple[Line, jax.Array]:
+            before, _ = carry
+            # What one tolerance was enough for, the next is not.
+            within = (before.num_passes < self.max_passes) & (before.num_steps < self.max_steps)
+            found = self.run(before._replace(running=within & self._may_start(before.learned)))
+            phases, failed = self.measure(found)
+            error, spent = goal.error(phases)
+            more = ~(error <= goal.target_error) & ~failed & (before.tol > self.tol)
+            tol = jnp.maximum(0.1 * before.tol, self.tol)
+            return cast_like(found._replace(tol=tol, num_gradients=found.num_gradients + spent), before), more
+
+        found, _ = jax.lax.while_loop(lambda carry: carry[1], tighten, (line._replace(tol=loose), jnp.asarray(True)))
+        return found
 
     def one_pass(self, line: Line) -> Line:
         """Solve for what is left of the nudge and of learning, move there, and measure what is left now."""
@@ -155,7 +180,7 @@ class Search:
         found = self._measure_line(line, base, nudged, response, length, left, chosen)
 
         now, base_now, noise = found.left, self._norm(base_grad), point.noise
-        target = self._target(found.scheme)
+        target = self._target(found.scheme, line.tol)
         # What is left to learn, as a length: by the mean inverse curvature that the nudge and that learning met.
         inverse = jnp.maximum(length / self.nudge, moved / tree.or_one(base_left))
         learned = (base_now <= 2 * noise) | (base_now * inverse <= target * point.scale)
@@ -212,7 +237,7 @@ class Search:
         unmeasured = ~line.measured
         nudged = self.nudging.nudged(line.base, line.base_outer[1])
         statistic = only_if(unmeasured, lambda _: self.nudging.measure(nudged, ends, nudges), line.statistic)
-        enough = jnp.maximum(UNANSWERED, self.tol)
+        enough = jnp.maximum(UNANSWERED, line.tol)
         unanswered = (self._norm(line.remainder) > enough * self.nudge) | (line.change > enough)
         unanswered |= line.hidden > enough * self._norm(line.response)
         anything = (self.point.nudge_norm > 0) | (self._norm(line.remainder) > 0)
@@ -222,8 +247,20 @@ class Search:
         at_base = line.base, line.base_grad, line.base_outer
         return Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, spent, line.chosen), failed
 
+    def _may_start(self, learned: jax.Array) -> jax.Array:
+        """Whether there is anything to search for."""
+        point = self.point
+        # Without a nudge here there may be one where learning ends.
+        return tree.all_finite((self.first_nudge, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned)
+
     def _measure_line(
-        self, line: Line, base: Params, nudged: Setting, response: Params, length: jax.Array, left: jax.Array,
+        self,
+        line: Line,
+        base: Params,
+        nudged: Setting,
+        response: Params,
+        length: jax.Array,
+        left: jax.Array,
         chosen: jax.Array,
     ) -> Measured:
         """The phases' gradients, at a smaller strength where this one goes beyond what is nearly quadratic."""
@@ -241,7 +278,7 @@ class Search:
             remainder = scheme.contrast(residuals)
             now, num_tries = self._norm(remainder), before.num_tries + 1
             better = (now < 0.5 * before.left) | (before.num_tries == 0)
-            suspicious = ~(now <= jnp.maximum(_SUSPICIOUS * left, self._target(scheme) * self.nudge))
+            suspicious = ~(now <= jnp.maximum(_SUSPICIOUS * left, self._target(scheme, line.tol) * self.nudge))
             most_tries = _MOST_TRIES if self.nudging.scheme.adapts else 1
             new = Measured(
                 scheme, residuals, statistic, remainder, now,
@@ -263,7 +300,7 @@ class Search:
 
     def _solve(self, difference: Difference, line: Line, left: jax.Array, base_left: jax.Array) -> System:
         """Both systems: for the response, and for what the free phase left over."""
-        point, target = self.point, self._target(line.scheme)
+        point, target = self.point, self._target(line.scheme, line.tol)
         units = tree.or_one(left), tree.or_one(base_left)
         limits = Limits(
             remainder=jnp.stack([
@@ -279,9 +316,7 @@ class Search:
         budget = self.max_steps - line.num_steps
         return solve_both(difference, rhs, guess, active, limits, budget)
 
-    def _seek(
-        self, line: Line, nudged: Setting, base: Params, response: Params
-    ) -> tuple[jax.Array, jax.Array]:
+    def _seek(self, line: Line, nudged: Setting, base: Params, response: Params) -> tuple[jax.Array, jax.Array]:
         """The strength to measure the line at, as a displacement, where it is to be sought; and the gradients spent."""
         if not isinstance(self.nudging.scheme, AutomaticStrength):
             return jnp.zeros_like(line.chosen), jnp.int32(0)
@@ -298,12 +333,12 @@ class Search:
         strong: NudgeScheme = jax.tree.map(jnp.asarray, scheme)
         return strong
 
-    def _target(self, scheme: NudgeScheme) -> jax.Array:
+    def _target(self, scheme: NudgeScheme, tol: jax.Array) -> jax.Array:
         """The remainder to reach, relative to the nudge: not below what rounding alone leaves of the contrast."""
         _, weights = scheme.arrays(self.dtype)
         # A pure imaginary nudge subtracts nothing.
         gain = tree.norm(weights) if len(scheme.nudges) > 1 else 0.0
-        return jnp.maximum(self.tol, 3 * gain * self.point.noise / self.nudge).astype(self.dtype)
+        return jnp.maximum(tol, 3 * gain * self.point.noise / self.nudge).astype(self.dtype)
 
     def _norm(self, values: Params) -> jax.Array:
         return tree.norm(values).astype(self.dtype)

@@ -124,6 +124,20 @@ class Phases(NamedTuple):
     chosen: jax.Array
 
 
+class Goal(NamedTuple):
+    """The accuracy asked for.
+
+    Attributes:
+      target_error: estimated relative error of the meta-gradient at which to stop.
+      error: estimates it from phases, and says how many gradients that took.
+      max_steps: most steps of each phase that are taken for it.
+    """
+
+    target_error: jax.Array
+    error: Callable[[Phases], tuple[jax.Array, jax.Array]]
+    max_steps: Any
+
+
 class Judged(NamedTuple):
     """The contrasts of the phases, where the meta-gradient was taken, and what was left there.
 

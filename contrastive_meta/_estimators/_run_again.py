@@ -1,15 +1,15 @@
 """Nudged phases as published: learning itself is run again, on the nudged loss, from the free solution."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import only_if
+from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import FreePoint
-from contrastive_meta._estimators._phases import Nudging, Phases
+from contrastive_meta._estimators._phases import Goal, Nudging, Phases
 from contrastive_meta._estimators._seek import Found, seek
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._holomorphic import require_holomorphic
@@ -19,9 +19,27 @@ from contrastive_meta._response import measure_response
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
 _PHASES = "phases"
+# Where an accuracy is asked for, phases take by default this many times the steps that one takes without.
+_MOST_ROUNDS = 8
+# A round that leaves more of the error than this is the last one.
+_STALLED = 0.9
 
 
-def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_tol: Any) -> Phases:
+class Rounds(NamedTuple):
+    """Phases that go on learning; leaves of `params` and `status` have a leading axis of phases."""
+
+    params: Params
+    status: jax.Array
+    num_gradients: jax.Array
+    num_steps: jax.Array
+    share: jax.Array  # of the tolerance of the first round
+    error: jax.Array  # as estimated
+    running: jax.Array
+
+
+def run_again(
+    nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_tol: Any, goal: Goal | None = None
+) -> Phases:
     """Run the scheme's phases from the free solution and measure each where it ends.
 
     Args:
@@ -29,6 +47,7 @@ def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_to
       point: where the free phase ended.
       solver: the learner, bound to the meta-parameters.
       nudged_tol: gradient norm at which phases may stop, relative to |beta| ||v||; None for about eps^(2/3).
+      goal: the accuracy for which all phases go on, in rounds of what the learner does for one.
     """
     scheme, chosen, pilot_gradients = _strength(nudging, point)
     # A learner may treat leaves differently: it gets the tree.
@@ -43,13 +62,13 @@ def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_to
     nudges, _ = scheme.arrays(setting.dtype)
     tolerances = _tolerances(setting, point, nudges, nudged_tol)
 
-    def run(beta: jax.Array, stop: Stop) -> Solution:
+    def run(begin: Params, beta: jax.Array, stop: Stop) -> Solution:
         def on_minibatch(at: Params, step: jax.Array) -> jax.Array:
             return nudged.nudged_minibatch(at, beta, step)
 
         return solver.solve(
             lambda at: nudged.nudged(at, beta),
-            start,
+            begin,
             minibatch_loss=on_minibatch if nudged.problem.sample is not None else None,
             memory=memory,
             stop=stop,
@@ -57,20 +76,47 @@ def run_again(nudging: Nudging, point: FreePoint, solver: InnerSolver, nudged_to
 
     # An unmatched free phase is the free solution itself; everything else runs, the matched control included.
     skipped = None if scheme.matched else scheme.free_phase
-    running = [k for k in range(len(scheme.nudges)) if k != skipped]
-    phases = nudges[jnp.array(running)], tolerances[jnp.array(running)]
-    solutions = _one_by_one(run, *phases, solver.step_budget) if nudging.sequential else _together(run, *phases)
-    ended, status, num_gradients = solutions.params, solutions.status, jnp.sum(solutions.num_gradients)
-    if skipped is not None:
-        ended = jax.tree.map(lambda xs, x: jnp.insert(xs, skipped, x, axis=0), ended, start)
-        status = jnp.insert(status, skipped, 0)
+    running = jnp.array([k for k in range(len(scheme.nudges)) if k != skipped])
+    begin = jax.tree.map(lambda x: jnp.broadcast_to(x, (running.size, *x.shape)), start)
 
-    ended = jax.vmap(flattening.flatten)(ended)
-    residual, statistic = nudging.residuals(nudged, ended, nudges), nudging.measure(nudged, ended, nudges)
-    base = scheme.at_zero(ended)
-    at_base = tree.grad(nudging.setting.inner)(base), nudging.setting.outer_value_and_grad(base)
-    spent = (pilot_gradients + num_gradients + len(scheme.nudges) + 2).astype(jnp.int32)
-    return Phases(scheme, ended, statistic, residual, status, base, *at_base, spent, chosen)
+    def learn(begin: Params, share: jax.Array) -> Solution:
+        phases = begin, nudges[running], share * tolerances[running]
+        if nudging.sequential:
+            return _one_by_one(run, *phases, solver.step_budget)
+        return _together(run, *phases)
+
+    def measure(ended: Params, status: jax.Array, num_gradients: jax.Array) -> Phases:
+        if skipped is not None:
+            ended = jax.tree.map(lambda xs, x: jnp.insert(xs, skipped, x, axis=0), ended, start)
+            status = jnp.insert(status, skipped, 0)
+        ended = jax.vmap(flattening.flatten)(ended)
+        residual, statistic = nudging.residuals(nudged, ended, nudges), nudging.measure(nudged, ended, nudges)
+        base = scheme.at_zero(ended)
+        at_base = tree.grad(nudging.setting.inner)(base), nudging.setting.outer_value_and_grad(base)
+        spent = (pilot_gradients + num_gradients + len(scheme.nudges) + 2).astype(jnp.int32)
+        return Phases(scheme, ended, statistic, residual, status, base, *at_base, spent, chosen)
+
+    one = jnp.ones((), tolerances.dtype)
+    if goal is None:
+        solutions = learn(begin, one)
+        return measure(solutions.params, solutions.status, jnp.sum(solutions.num_gradients))
+    most = _MOST_ROUNDS * solver.step_budget if goal.max_steps is None else goal.max_steps
+
+    def go_on(rounds: Rounds) -> Rounds:
+        solutions = learn(rounds.params, rounds.share)
+        spent = rounds.num_gradients + jnp.sum(solutions.num_gradients)
+        error, estimating = goal.error(measure(solutions.params, solutions.status, spent))
+        num_steps, last = rounds.num_steps + jnp.max(solutions.num_steps), jnp.max(solutions.num_steps)
+        more = ~(error <= goal.target_error) & (error < _STALLED * rounds.error) & (num_steps + last <= most)
+        after = Rounds(
+            solutions.params, solutions.status, spent + estimating, num_steps, 0.1 * rounds.share, error, more
+        )
+        return cast_like(after, rounds)
+
+    zero = jnp.int32(0)
+    first = Rounds(begin, jnp.zeros(running.shape, jnp.int32), zero, zero, one, jnp.inf * one, jnp.asarray(True))
+    last: Rounds = jax.lax.while_loop(lambda rounds: rounds.running, go_on, first)
+    return measure(last.params, last.status, last.num_gradients)
 
 
 def _strength(nudging: Nudging, point: FreePoint) -> tuple[NudgeScheme, jax.Array, jax.Array]:
@@ -118,25 +164,25 @@ def _tolerances(setting: Setting, point: FreePoint, nudges: jax.Array, nudged_to
     return jnp.maximum(wanted, 2 * point.noise).astype(setting.dtype)
 
 
-def _together(run: Any, nudges: jax.Array, tolerances: jax.Array) -> Solution:
+def _together(run: Any, begin: Params, nudges: jax.Array, tolerances: jax.Array) -> Solution:
     """All phases in one vmapped solve; solvers that run to a tolerance go on until every phase is done."""
-    solutions: Solution = jax.vmap(lambda beta, tol: run(beta, Stop(tol=tol, group=_PHASES)), axis_name=_PHASES)(
-        nudges, tolerances
-    )
+    solutions: Solution = jax.vmap(
+        lambda at, beta, tol: run(at, beta, Stop(tol=tol, group=_PHASES)), axis_name=_PHASES
+    )(begin, nudges, tolerances)
     return solutions
 
 
-def _one_by_one(run: Any, nudges: jax.Array, tolerances: jax.Array, budget: Any) -> Solution:
+def _one_by_one(run: Any, begin: Params, nudges: jax.Array, tolerances: jax.Array, budget: Any) -> Solution:
     """One phase after another: the first to run decides how many steps the others take."""
 
     def next_phase(num_steps: jax.Array, phase: Any) -> tuple[jax.Array, Solution]:
-        beta, tol, first = phase
-        solution = run(beta, Stop(tol=jnp.where(first, tol, 0), max_steps=num_steps))
+        at, beta, tol, first = phase
+        solution = run(at, beta, Stop(tol=jnp.where(first, tol, 0), max_steps=num_steps))
         return jnp.where(first, solution.num_steps, num_steps), solution
 
     first = jnp.arange(nudges.size) == nudges.size - 1
     _, solutions = jax.lax.scan(
-        next_phase, jnp.asarray(budget, jnp.int32), (nudges, tolerances, first), reverse=True
+        next_phase, jnp.asarray(budget, jnp.int32), (begin, nudges, tolerances, first), reverse=True
     )  # fmt: skip
     stacked: Solution = solutions
     return stacked

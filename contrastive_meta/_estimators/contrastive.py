@@ -7,17 +7,18 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if
-from contrastive_meta._estimators._doubt import relative_error, without_truncation
+from contrastive_meta._estimators._doubt import Doubt, relative_error, without_truncation
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
-from contrastive_meta._estimators._phases import Nudging, Phases, judge, nudged_status
+from contrastive_meta._estimators._phases import Goal, Judged, Nudging, Phases, judge, nudged_status
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
-from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStrength, central_difference, relative
+from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStrength, automatic, is_concrete
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
 from contrastive_meta._problem import (
     EstimatorState,
     MetaGradient,
+    MetaParams,
     Status,
     flag,
     make_diagnostics,
@@ -43,20 +44,26 @@ class Contrastive(MetaGradientEstimator):
       solver: the learner of the free phase.
       nudged_solver: the learner of the nudged phases; the same by default. Phases of one contrast take the same
         number of steps; host solvers and other black boxes decide for themselves.
-      scheme: phases, weights and strength. `relative(central_difference)` by default; a scheme with a typed beta
-        uses it raw.
+      scheme: phases, weights and strength. `automatic()` by default: a central difference whose strength is sought; a
+        scheme with a typed beta uses it raw.
       nudge: `LossNudge()` or `LinearNudge()`; by default the former where learning is run again, and the latter for
         `NewtonKrylov`, which linearises at the base point that it refines, so that phases need not evaluate the outer
         loss.
       rule: what a phase measures; `Autodiff()` is right for any problem.
       nudged_tol: residual, relative to |beta| ||v||, at which the nudged phases of a solver that runs to a tolerance
         may stop; by default about eps^(2/3), and never below the measured rounding noise.
+      target_error: estimated relative error to reach. Nudged learning goes on, the base point with it, until
+        `diagnostics.error_estimate` is below, in as many rounds as that takes; it stops earlier than without where that
+        is enough. Where it cannot be reached the status is `TARGET_NOT_REACHED`. None takes what one run gives.
+      max_steps: budget of steps of each nudged phase for `target_error`; by default that of `NewtonKrylov`, or 8 times
+        the steps of a learner that is run again.
       sequential: run phases one after another instead of in one vmapped solve: about half the memory, and slower.
       estimate_error: whether to estimate how wrong the result is, `diagnostics.error_estimate`: from the contrasts of
         phases at twice the distance from their base point, and from what one more step of base point and response
         would change. Costs a residual and two statistics for each phase, about a tenth of the time; no phase.
 
     Raises:
+      ValueError: a target that is not positive, or without `estimate_error`.
       TypeError: a complex scheme meets an operation or a learner that is not holomorphic.
 
     Reference:
@@ -79,12 +86,23 @@ class Contrastive(MetaGradientEstimator):
 
     solver: InnerSolver
     nudged_solver: InnerSolver | NewtonKrylov | None = None
-    scheme: NudgeStrength = relative(central_difference)
+    scheme: NudgeStrength = automatic()
     nudge: Nudge | None = None
     rule: PlasticityRule = Autodiff()
     nudged_tol: float | jax.Array | None = None
+    target_error: float | jax.Array | None = None
+    max_steps: int | jax.Array | None = None
     sequential: bool = static(default=False)
     estimate_error: bool = static(default=True)
+
+    def __post_init__(self) -> None:
+        """Check what is asked for."""
+        if self.target_error is not None and not self.estimate_error:
+            raise ValueError("`target_error` needs the error estimate: leave out `estimate_error=False`.")
+        if self.target_error is not None and is_concrete(self.target_error) and not self.target_error > 0:
+            raise ValueError(
+                f"`target_error` must be positive, a relative error such as 1e-3; got {self.target_error}."
+            )
 
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
         # Free phase: learn.
@@ -102,27 +120,22 @@ class Contrastive(MetaGradientEstimator):
         nudging = Nudging(
             flat, flattening, setting, self.scheme, nudge, self.rule, self.sequential, response, state.strength
         )
-        phases, fell_back = self._nudged_phases(nudging, point, learner)
+        goal = None if self.target_error is None else self._goal(nudging, point)
+        phases, fell_back = self._nudged_phases(nudging, point, learner, goal)
 
         # Contrast: what the phases measured, weighted and summed, algorithm (8).
         grad = phases.scheme.contrast(phases.statistic)
 
         # The same contrast of where they ended, and of their residuals, says how far it can be trusted.
-        remainder, error = phases.scheme.contrast(phases.residual), jnp.asarray(jnp.nan)
-        doubling = state.doubling
-        num_estimating = 3 * len(phases.scheme.nudges) if self.estimate_error else 0
-        if self.estimate_error:
-            remainder, lacking, doubling = without_truncation(nudging, phases, grad)
-        judged = judge(nudging, point, phases, remainder)
-        if self.estimate_error:
-            error = relative_error(nudging, phases, judged, grad, lacking)
+        judged, doubt = self._assess(nudging, point, phases, grad)
         params, response = flattening.unflatten(judged.params), flattening.unflatten(judged.response)
         beta = phases.scheme.strength(setting.dtype)
+        missed = jnp.asarray(False) if self.target_error is None else ~(doubt.error <= self.target_error)
         return MetaGradient(
             grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), grad, meta_params),
             outer_loss=judged.outer_loss,
             params=params,
-            state=EstimatorState(params, free.memory, response, beta, *_settled(state, phases.chosen, doubling)),
+            state=EstimatorState(params, free.memory, response, beta, *_settled(state, phases.chosen, doubt.doubling)),
             aux=judged.aux,
             diagnostics=make_diagnostics(
                 setting.dtype,
@@ -130,19 +143,36 @@ class Contrastive(MetaGradientEstimator):
                 free_residual=judged.residual,
                 nudged_residual=judged.unanswered / tree.or_one(point.nudge_norm),
                 displacement=beta * judged.moved / point.scale,
-                error_estimate=error,
-                num_gradients=free.num_gradients
-                + NUM_GRADIENTS
-                + phases.num_gradients
-                + judged.num_gradients
-                + num_estimating,
+                error_estimate=doubt.error,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + phases.num_gradients + doubt.num_gradients,
                 status=worst(
                     fell_back,
+                    flag(missed, Status.TARGET_NOT_REACHED),
                     free_status(setting, point, judged.left),
                     nudged_status(nudging, point, phases, grad, judged),
                 ),
             ),
         )
+
+    def _assess(self, nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams) -> tuple[Judged, Doubt]:
+        """What the phases left behind, and how wrong their contrast is estimated to be."""
+        remainder, error = phases.scheme.contrast(phases.residual), jnp.asarray(jnp.nan, nudging.setting.dtype)
+        if not self.estimate_error:
+            judged = judge(nudging, point, phases, remainder)
+            return judged, Doubt(error, jnp.zeros_like(error), judged.num_gradients)
+        remainder, lacking, doubling = without_truncation(nudging, phases, grad)
+        judged = judge(nudging, point, phases, remainder)
+        error = relative_error(nudging, phases, judged, grad, lacking)
+        return judged, Doubt(error, doubling, judged.num_gradients + 3 * len(phases.scheme.nudges))
+
+    def _goal(self, nudging: Nudging, point: FreePoint) -> Goal:
+        """The accuracy asked for, as learners take it."""
+
+        def error(phases: Phases) -> tuple[jax.Array, jax.Array]:
+            _, doubt = self._assess(nudging, point, phases, phases.scheme.contrast(phases.statistic))
+            return doubt.error, doubt.num_gradients
+
+        return Goal(jnp.asarray(self.target_error, nudging.setting.dtype), error, self.max_steps)
 
     def _parts(self) -> dict[str, Any]:
         nudged = (InnerSolver, NewtonKrylov, type(None))
@@ -157,7 +187,7 @@ class Contrastive(MetaGradientEstimator):
         return self.nudged_solver or (NewtonKrylov() if fast else self.solver)
 
     def _nudged_phases(
-        self, nudging: Nudging, point: FreePoint, learner: InnerSolver | NewtonKrylov
+        self, nudging: Nudging, point: FreePoint, learner: InnerSolver | NewtonKrylov, goal: Goal | None
     ) -> tuple[Phases, jax.Array]:
         """The phases by the learner asked for, and what became of it if that was the fast one and it failed."""
         setting = nudging.setting
@@ -165,9 +195,9 @@ class Contrastive(MetaGradientEstimator):
         if template.is_complex:
             require_complex_capable(setting, template, point.params)
         if isinstance(learner, InnerSolver):
-            phases = run_again(nudging, point, learner.bind(setting.meta_params), self.nudged_tol)
+            phases = run_again(nudging, point, learner.bind(setting.meta_params), self.nudged_tol, goal)
             return phases, jnp.int32(Status.CONVERGED)
-        phases, failed = learner.run(nudging, point)
+        phases, failed = learner.run(nudging, point, goal)
         # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
         own, unflatten = self.solver.bind(setting.meta_params), nudging.flattening.unflatten
         failed |= ~own.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
@@ -177,7 +207,7 @@ class Contrastive(MetaGradientEstimator):
         # One phase after another, lest what hardly ever runs decides how much memory is set aside.
         def again(fast: Phases) -> Phases:
             as_published = nudging._replace(sequential=True, nudge=self.nudge or LossNudge())
-            slow = run_again(as_published, point, own, self.nudged_tol)
+            slow = run_again(as_published, point, own, self.nudged_tol, goal)
             return slow._replace(num_gradients=slow.num_gradients + fast.num_gradients)
 
         return only_if(failed, again, phases), flag(failed, Status.FELL_BACK)

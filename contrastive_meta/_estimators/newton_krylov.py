@@ -4,7 +4,7 @@ import jax
 
 from contrastive_meta._estimators._free_point import FreePoint
 from contrastive_meta._estimators._line import Search
-from contrastive_meta._estimators._phases import Nudging, Phases
+from contrastive_meta._estimators._phases import Goal, Nudging, Phases
 from contrastive_meta._pytree import static, strategy
 
 
@@ -46,11 +46,13 @@ class NewtonKrylov:
     max_passes: int | jax.Array = 8
     fall_back: bool = static(default=True)
 
-    def run(self, nudging: Nudging, point: FreePoint) -> tuple[Phases, jax.Array]:
+    def run(self, nudging: Nudging, point: FreePoint, goal: Goal | None = None) -> tuple[Phases, jax.Array]:
         """Find the response to the nudge and the base point, and measure the phases on the line through them.
 
         Returns:
           The phases, and whether they failed: whether another learner should run them instead.
         """
-        search = Search(nudging, point, self.tol, self.max_steps, self.max_passes)
-        return search.measure(jax.lax.while_loop(lambda line: line.running, search.one_pass, search.start()))
+        max_steps = self.max_steps if goal is None or goal.max_steps is None else goal.max_steps
+        search = Search(nudging, point, self.tol, max_steps, self.max_passes)
+        start = search.start()
+        return search.measure(search.run(start) if goal is None else search.run_until(goal, start))

@@ -7,6 +7,7 @@ from contrastive_meta._nudging.nudge import LossNudge as LossNudge
 from contrastive_meta._nudging.nudge import Nudge as Nudge
 from contrastive_meta._nudging.scheme import NudgeScheme as NudgeScheme
 from contrastive_meta._nudging.scheme import NudgeStrength as NudgeStrength
+from contrastive_meta._nudging.scheme import is_concrete as is_concrete
 from contrastive_meta._nudging.schemes import central_difference as central_difference
 from contrastive_meta._nudging.schemes import circle as circle
 from contrastive_meta._nudging.schemes import complex_step as complex_step
