@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators._phases import Judged, Nudging, Phases
+from contrastive_meta._estimators._free_point import FreePoint
+from contrastive_meta._estimators._phases import Judged, Nudging, Phases, stiffening
 from contrastive_meta._problem import MetaParams, Params
 
 # One step of steepest descent makes about this part of what is missing, more or less whatever the problem; chosen on
@@ -35,14 +36,16 @@ class Untruncated(NamedTuple):
       remainder: v - H u, free of the leading truncation.
       lacking: what truncation takes from the meta-gradient.
       doubling: what twice the strength changes in the meta-gradient, relative to it.
+      unseen: truncation, relative to the meta-gradient, that shows in neither contrast; see `stiffening`.
     """
 
     remainder: Params
     lacking: MetaParams
     doubling: jax.Array
+    unseen: jax.Array
 
 
-def without_truncation(nudging: Nudging, phases: Phases, grad: MetaParams) -> Untruncated:
+def without_truncation(nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams) -> Untruncated:
     """Extrapolate both contrasts from the strength of the phases and twice that.
 
     Were learning linear, phases nudged twice as much would end twice as far from the base point. Truncation grows with
@@ -51,6 +54,7 @@ def without_truncation(nudging: Nudging, phases: Phases, grad: MetaParams) -> Un
 
     Args:
       nudging: what the phases were to be.
+      point: where the free phase ended.
       phases: what they left behind.
       grad: the contrast of their statistic.
     """
@@ -64,7 +68,11 @@ def without_truncation(nudging: Nudging, phases: Phases, grad: MetaParams) -> Un
     truncation = tree.scale(share, tree.subtract(remainder, scheme.contrast(residuals)))
     change = tree.subtract(scheme.contrast(statistic), grad)
     doubling = (tree.norm(change) / tree.or_one(tree.norm(grad))).astype(dtype)
-    return Untruncated(tree.add(remainder, truncation), tree.scale(-share, change), doubling)
+    # Of the phases' gradients, what is not linear in the distance: r(2b) - 2 r(b) + r(0), twice what r(b) has of it.
+    bent = jax.tree.map(lambda far, near, x: far / 2 - near + x / 2, residuals, phases.residual, phases.base_grad)
+    stiffer = stiffening(nudging, point, phases.scheme, bent, phases.scheme.contrast(phases.params))
+    unseen = jnp.where(phases.at_minima, stiffer**phases.scheme.order, 0.0).astype(dtype)
+    return Untruncated(tree.add(remainder, truncation), tree.scale(-share, change), doubling, unseen)
 
 
 def relative_error(

@@ -245,7 +245,9 @@ class Search:
         status = jnp.zeros(nudges.shape, jnp.int32)
         spent = line.num_gradients + unmeasured * nudges.size
         at_base = line.base, line.base_grad, line.base_outer
-        return Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, spent, line.chosen), failed
+        return Phases(
+            line.scheme, ends, statistic, line.residuals, status, *at_base, spent, line.chosen, jnp.asarray(False)
+        ), failed
 
     def _may_start(self, learned: jax.Array) -> jax.Array:
         """Whether there is anything to search for."""
@@ -322,7 +324,7 @@ class Search:
             return jnp.zeros_like(line.chosen), jnp.int32(0)
         found: Found = only_if(
             line.chosen == 0,
-            lambda _: seek(self.nudging, self.point, nudged, base, response),
+            lambda _: seek(self.nudging, self.point, nudged, base, response, to_minima=False),
             Found(line.chosen, jnp.int32(0)),
         )
         return found

@@ -110,6 +110,7 @@ class Phases(NamedTuple):
       num_gradients: of all phases together (no leading axis).
       chosen: the displacement that was looked for and found best, relative to the length of `params`; else 0 (no
         leading axis).
+      at_minima: whether phases went to the minima of their own losses, instead of being put on a line (no leading axis).
     """
 
     scheme: NudgeScheme
@@ -122,6 +123,7 @@ class Phases(NamedTuple):
     base_outer: OuterEvaluated
     num_gradients: jax.Array
     chosen: jax.Array
+    at_minima: jax.Array
 
 
 class Goal(NamedTuple):
@@ -295,8 +297,33 @@ def statistic_noise(point: FreePoint, statistic: MetaParams) -> jax.Array:
     return point.eps * coarser * tree.norm(_mean(statistic)) / 4
 
 
+def stiffening(
+    nudging: Nudging, point: FreePoint, scheme: NudgeScheme, residuals: Params, response: Params
+) -> jax.Array:
+    """What the nudges of a symmetric scheme add to the curvature along the response, relative to it.
+
+    On the line base - beta u the phases' gradients have -beta^2 C u in common, C the curvature of what nudges; so
+    beta u'Cu / u'v, where u'v = u'Hu, is the share by which a nudge stiffens what answers it. It cancels from the contrast
+    of a line, but phases that go to their own minima answer (1 +- share) times less: an error of share^2.
+
+    Args:
+      nudging: what the phases are to be.
+      point: where the free phase ended.
+      scheme: of the phases.
+      residuals: of phases on the line, less what is left there without a nudge.
+      response: u.
+    """
+    nudges, _ = scheme.arrays(nudging.setting.dtype)
+    symmetric = jnp.abs(jnp.mean(nudges)) < 1e-3 * jnp.max(jnp.abs(nudges))
+    unit = tree.or_one(tree.norm(response) * point.nudge_norm)
+    along = tree.vdot(tree.scale(1 / unit, response), point.outer_grad)
+    bent = tree.vdot(tree.scale(1 / unit, response), _mean(residuals))
+    share = bent / tree.or_one(jnp.abs(along) * scheme.strength(nudging.setting.dtype))
+    return jnp.where(symmetric, jnp.abs(share), 0.0)
+
+
 def on_line(base: Params, response: Params, nudges: jax.Array) -> Params:
-    """base - beta_k u, where phases end if learning is linear; in the precision of each leaf."""
+    """Where phases end if learning is linear, base - beta_k u; in the precision of each leaf."""
 
     def end(at: jax.Array, u: jax.Array) -> jax.Array:
         dtype = jnp.result_type(at, jnp.complex64) if jnp.iscomplexobj(nudges) else at.dtype

@@ -94,7 +94,7 @@ def run_again(
         base = scheme.at_zero(ended)
         at_base = tree.grad(nudging.setting.inner)(base), nudging.setting.outer_value_and_grad(base)
         spent = (pilot_gradients + num_gradients + len(scheme.nudges) + 2).astype(jnp.int32)
-        return Phases(scheme, ended, statistic, residual, status, base, *at_base, spent, chosen)
+        return Phases(scheme, ended, statistic, residual, status, base, *at_base, spent, chosen, jnp.asarray(True))
 
     one = jnp.ones((), tolerances.dtype)
     if goal is None:
@@ -130,7 +130,9 @@ def _strength(nudging: Nudging, point: FreePoint) -> tuple[NudgeScheme, jax.Arra
     # A pilot's response gives the line along which strengths are compared.
     def look(_: Any) -> tuple[Found, jax.Array]:
         response, spent = measure_response(probe, num_steps)
-        found = seek(nudging, point, nudging.nudged(point.params, point.outer_grad), point.params, response)
+        found = seek(
+            nudging, point, nudging.nudged(point.params, point.outer_grad), point.params, response, to_minima=True
+        )
         return found._replace(num_gradients=found.num_gradients + spent), tree.norm(response)
 
     before = Found(nudging.chosen, none), tree.norm(nudging.response).astype(nudging.chosen.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like
 from contrastive_meta._estimators._free_point import FreePoint
-from contrastive_meta._estimators._phases import Nudging, on_line, statistic_noise
+from contrastive_meta._estimators._phases import Nudging, on_line, statistic_noise, stiffening
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._problem import MetaParams, Params
 
@@ -39,7 +39,9 @@ class Found(NamedTuple):
     num_gradients: jax.Array
 
 
-def seek(nudging: Nudging, point: FreePoint, nudged: Setting, base: Params, response: Params) -> Found:
+def seek(
+    nudging: Nudging, point: FreePoint, nudged: Setting, base: Params, response: Params, *, to_minima: bool
+) -> Found:
     """Climb from weak to strong nudges until truncation shows, and balance it against the noise below.
 
     Contrasts at b and f b differ by c b^p (f^p - 1) of truncation and, with variances added, n sqrt(1 + 1 / f^2) / b of
@@ -51,6 +53,8 @@ def seek(nudging: Nudging, point: FreePoint, nudged: Setting, base: Params, resp
       nudged: the setting whose outer loss is what nudges.
       base: the point from which phases are moved.
       response: u; a phase of strength b is taken to end at base - b u.
+      to_minima: whether phases will go to the minima of their own losses, instead of staying on that line. What the
+        nudge adds to the curvature along it is then truncation as well.
 
     Returns:
       The displacement that the strength brings about, relative to the length of `params`.
@@ -70,12 +74,17 @@ def seek(nudging: Nudging, point: FreePoint, nudged: Setting, base: Params, resp
         ends = on_line(base, response, nudges)
         statistic, residuals = nudging.measure(nudged, ends, nudges), nudging.residuals(nudged, ends, nudges)
         contrasts = scheme.contrast((statistic, residuals))
-        # Relative to the meta-gradient and to the nudge.
+        # Relative to the meta-gradient, to the nudge, and to the curvature without a nudge.
         units = tree.or_one(tree.norm(contrasts[0])), tree.or_one(point.nudge_norm)
         apart = [tree.norm(x) / unit for x, unit in zip(tree.subtract(contrasts, last.contrasts), units, strict=True)]
+        stiffer = (
+            stiffening(nudging, point, scheme, tree.subtract(residuals, point.inner_grad), response)
+            if to_minima
+            else 0.0
+        )
         noise = tree.norm(weights) * jnp.hypot(statistic_noise(point, statistic) / units[0], point.noise / units[1])
         first = last.num_rungs == 0
-        change = jnp.where(first, jnp.inf, jnp.hypot(*apart))
+        change = jnp.where(first, jnp.inf, jnp.hypot(*apart) + stiffer**order)
         rung = Rung(
             factor, contrasts, jnp.where(first, noise, last.noise), last.change, change, last.num_rungs + 1,
             climbing=first | ((change < last.change) & (_FACTOR * factor * usual <= _LARGEST)),

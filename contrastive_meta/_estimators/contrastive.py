@@ -160,9 +160,9 @@ class Contrastive(MetaGradientEstimator):
         if not self.estimate_error:
             judged = judge(nudging, point, phases, remainder)
             return judged, Doubt(error, jnp.zeros_like(error), judged.num_gradients)
-        remainder, lacking, doubling = without_truncation(nudging, phases, grad)
+        remainder, lacking, doubling, unseen = without_truncation(nudging, point, phases, grad)
         judged = judge(nudging, point, phases, remainder)
-        error = relative_error(nudging, phases, judged, grad, lacking)
+        error = jnp.maximum(relative_error(nudging, phases, judged, grad, lacking), unseen)
         return judged, Doubt(error, doubling, judged.num_gradients + 3 * len(phases.scheme.nudges))
 
     def _goal(self, nudging: Nudging, point: FreePoint) -> Goal:
