@@ -110,7 +110,7 @@ class Phases(NamedTuple):
       num_gradients: of all phases together (no leading axis).
       chosen: the displacement that was looked for and found best, relative to the length of `params`; else 0 (no
         leading axis).
-      at_minima: whether phases went to the minima of their own losses, instead of being put on a line (no leading axis).
+      at_minima: whether phases went to the minima of their own losses, not put on a line (no leading axis).
     """
 
     scheme: NudgeScheme
@@ -303,8 +303,8 @@ def stiffening(
     """What the nudges of a symmetric scheme add to the curvature along the response, relative to it.
 
     On the line base - beta u the phases' gradients have -beta^2 C u in common, C the curvature of what nudges; so
-    beta u'Cu / u'v, where u'v = u'Hu, is the share by which a nudge stiffens what answers it. It cancels from the contrast
-    of a line, but phases that go to their own minima answer (1 +- share) times less: an error of share^2.
+    beta u'Cu / u'v, where u'v = u'Hu, is the share by which a nudge stiffens what answers it. It cancels from the
+    contrast of a line, but phases that go to their own minima answer (1 +- share) times less: an error of share^2.
 
     Args:
       nudging: what the phases are to be.
