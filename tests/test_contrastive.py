@@ -233,8 +233,12 @@ def test_unbounded_nudge_is_reported():
     )
     theta, task = jnp.array([1.0, -2.0]), jnp.array([0.5, 0.5])
     solver = cm.OptaxDescent(optax.sgd(0.3), num_steps=60)
-    loss_nudge = cm.Contrastive(solver, solver, cm.central_difference(1.0)).estimate(problem, theta, task)
-    assert loss_nudge.diagnostics.status == cm.Status.UNBOUNDED_NUDGE
+    asked_for = cm.Contrastive(solver, solver, cm.central_difference(1.0), nudge=cm.LossNudge())
+    assert asked_for.estimate(problem, theta, task).diagnostics.status == cm.Status.UNBOUNDED_NUDGE
+    # Where the kind of nudge is left open, the linear one takes its place, and that is said.
+    instead = cm.Contrastive(solver, solver, cm.central_difference(1.0)).estimate(problem, theta, task)
+    assert instead.diagnostics.status == cm.Status.FELL_BACK
+    assert relative_error(instead.grad, 2 * (theta - task)) < 1e-8
     linear = cm.Contrastive(solver, scheme=cm.central_difference(1.0), nudge=cm.LinearNudge())
     assert relative_error(grad_of(linear, problem, theta, task), 2 * (theta - task)) < 1e-8
 
@@ -328,7 +332,8 @@ def test_phases_that_leave_the_basin_are_reported():
         init_params=lambda theta, task: -jnp.ones(2),
     )
     solver = cm.OptaxDescent(optax.sgd(0.05), num_steps=400)
-    result = cm.Contrastive(solver, solver, cm.central_difference(3.0)).estimate(problem, jnp.array(0.0), None)
+    estimator = cm.Contrastive(solver, solver, cm.central_difference(3.0), nudge=cm.LossNudge())
+    result = estimator.estimate(problem, jnp.array(0.0), None)
     assert result.diagnostics.nudged_residual < 1e-2
     assert result.diagnostics.status == cm.Status.UNBOUNDED_NUDGE
     near = cm.Contrastive(solver).estimate(problem, jnp.array(0.0), None)

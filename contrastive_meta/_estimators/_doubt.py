@@ -12,7 +12,7 @@ from contrastive_meta._problem import MetaParams, Params
 
 # One step of steepest descent makes about this part of what is missing, more or less whatever the problem; chosen on
 # ridge and softmax regression.
-_SHARE_OF_A_STEP = 0.5
+SHARE_OF_A_STEP = 0.5
 
 
 class Doubt(NamedTuple):
@@ -101,5 +101,5 @@ def relative_error(
     ends = jax.tree.map(step, phases.params, judged.params, judged.ahead, judged.more)
     nudged = nudging.nudged(judged.ahead, judged.outer_grad_ahead)
     changed = phases.scheme.contrast(nudging.measure(nudged, ends, nudges))
-    error = tree.norm(tree.add_scaled(lacking, 1 / _SHARE_OF_A_STEP, tree.subtract(changed, grad)))
+    error = tree.norm(tree.add_scaled(lacking, 1 / SHARE_OF_A_STEP, tree.subtract(changed, grad)))
     return jnp.where(error == 0, 0.0, error / tree.norm(grad))

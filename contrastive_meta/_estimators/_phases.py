@@ -279,13 +279,13 @@ def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: Meta
     indefinite = tree.vdot(tree.scale(1 / tree.or_one(judged.moved), judged.response), met) < -1e-3
     learned, finite = tree.all_finite((point.params, point.outer_grad)), tree.all_finite((grad, phases.params))
     coarse = judged.bend**scheme.order > UNTRUNCATED
-    ran_away = jnp.any(phases.status == Status.DIVERGED) | _curves_downwards(point, phases) | (judged.bend > 0.5)
+    unbounded = ran_away(point, phases) | (judged.bend > 0.5)
     return worst(
         flag(anything & coarse, Status.APPROXIMATE),
         flag(anything & unanswered, Status.NUDGED_NOT_CONVERGED),
         flag(anything & drowned, Status.LOST_IN_NOISE),
         flag(indefinite, Status.INDEFINITE_CURVATURE),
-        flag((anything & ran_away & ~drowned) | (learned & ~finite), Status.UNBOUNDED_NUDGE),
+        flag((anything & unbounded & ~drowned) | (learned & ~finite), Status.UNBOUNDED_NUDGE),
         scheme.validity(dtype),
         flag(~learned, Status.NOT_FINITE),
     )
@@ -330,6 +330,11 @@ def on_line(base: Params, response: Params, nudges: jax.Array) -> Params:
         return at - nudges.astype(dtype).reshape(-1, *[1] * at.ndim) * u
 
     return jax.tree.map(end, base, response)
+
+
+def ran_away(point: FreePoint, phases: Phases) -> jax.Array:
+    """Whether a nudged loss has no minimum where its phase went."""
+    return jnp.any(phases.status >= Status.DIVERGED) | _curves_downwards(point, phases)
 
 
 def _curves_downwards(point: FreePoint, phases: Phases) -> jax.Array:

@@ -9,7 +9,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if
 from contrastive_meta._estimators._doubt import Doubt, relative_error, without_truncation
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
-from contrastive_meta._estimators._phases import Goal, Judged, Nudging, Phases, judge, nudged_status
+from contrastive_meta._estimators._phases import Goal, Judged, Nudging, Phases, judge, nudged_status, ran_away
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
@@ -46,9 +46,9 @@ class Contrastive(MetaGradientEstimator):
         number of steps; host solvers and other black boxes decide for themselves.
       scheme: phases, weights and strength. `automatic()` by default: a central difference whose strength is sought; a
         scheme with a typed beta uses it raw.
-      nudge: `LossNudge()` or `LinearNudge()`; by default the former where learning is run again, and the latter for
-        `NewtonKrylov`, which linearises at the base point that it refines, so that phases need not evaluate the outer
-        loss.
+      nudge: `LossNudge()` or `LinearNudge()`; by default the former where learning is run again, unless it turns out to
+        have no minimum, when the phases are run with the latter (`FELL_BACK`); and the latter for `NewtonKrylov`, which
+        linearises at the base point that it refines, so that phases need not evaluate the outer loss.
       rule: what a phase measures; `Autodiff()` is right for any problem.
       nudged_tol: residual, relative to |beta| ||v||, at which the nudged phases of a solver that runs to a tolerance
         may stop; by default about eps^(2/3), and never below the measured rounding noise.
@@ -195,8 +195,19 @@ class Contrastive(MetaGradientEstimator):
         if template.is_complex:
             require_complex_capable(setting, template, point.params)
         if isinstance(learner, InnerSolver):
-            phases = run_again(nudging, point, learner.bind(setting.meta_params), self.nudged_tol, goal)
-            return phases, jnp.int32(Status.CONVERGED)
+            own = learner.bind(setting.meta_params)
+            phases = run_again(nudging, point, own, self.nudged_tol, goal)
+            if self.nudge is not None or template.is_complex:
+                return phases, jnp.int32(Status.CONVERGED)
+
+            # A nudge that takes the loss's minimum away: its linearisation cannot.
+            def linearised(before: Phases) -> Phases:
+                instead = nudging._replace(nudge=LinearNudge(), scheme=before.scheme)
+                phases = run_again(instead, point, own, self.nudged_tol)
+                return phases._replace(num_gradients=before.num_gradients + phases.num_gradients, chosen=before.chosen)
+
+            unbounded = ran_away(point, phases) & tree.all_finite((point.params, point.outer_grad))
+            return only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
         phases, failed = learner.run(nudging, point, goal)
         # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
         own, unflatten = self.solver.bind(setting.meta_params), nudging.flattening.unflatten

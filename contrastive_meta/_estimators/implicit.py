@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._estimators._doubt import SHARE_OF_A_STEP
 from contrastive_meta._estimators._free_point import (
     NUM_GRADIENTS,
     UNANSWERED,
@@ -16,8 +17,17 @@ from contrastive_meta._estimators._free_point import (
 )
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._inverse_hessian import ConjugateGradient, InverseHessian
-from contrastive_meta._problem import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
-from contrastive_meta._pytree import strategy
+from contrastive_meta._problem import (
+    EstimatorState,
+    MetaGradient,
+    MetaParams,
+    Params,
+    Status,
+    flag,
+    make_diagnostics,
+    worst,
+)
+from contrastive_meta._pytree import static, strategy
 from contrastive_meta._solvers.base import InnerSolver
 
 
@@ -33,6 +43,10 @@ class ImplicitDifferentiation(MetaGradientEstimator):
       solver: the learner.
       inverse_hessian: how H^-1 v is found: `ConjugateGradient()` (iMAML), `NeumannSeries` (recurrent backprop),
         `Nystrom`, `DenseInverse()`, or `IdentityHessian()` (T1-T2).
+      estimate_error: whether to estimate `diagnostics.error_estimate`: what one more step of steepest descent, of the
+        solution by the inner residual and of the adjoint by the linear solver's, would change in the meta-gradient,
+        doubled since such a step goes about half of the way. Costs a Hessian-vector product, a meta-gradient and
+        a mixed derivative. Rounding, and an adjoint that is far off (`IdentityHessian`), are beyond it.
 
     Reference:
       Bengio (2000); Rajeswaran et al. (2019), iMAML; Lorraine, Vicol & Duvenaud (2020).
@@ -52,6 +66,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
 
     solver: InnerSolver
     inverse_hessian: InverseHessian = ConjugateGradient()
+    estimate_error: bool = static(default=True)
 
     def _parts(self) -> dict[str, Any]:
         return super()._parts() | {"inverse_hessian": InverseHessian}
@@ -64,14 +79,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
         _, hvp = jax.linearize(tree.grad(setting.inner), point.params)
         adjoint = self.inverse_hessian.solve(hvp, point.outer_grad)
 
-        # Implicit function theorem at the free solution, theory.md (4).
-        direct = tree.grad(lambda meta: setting.problem.outer(point.params, meta, setting.task))(setting.meta_params)
-        _, inner_grad_vjp = jax.vjp(
-            lambda meta: tree.grad(lambda at: setting.problem.inner(at, meta, setting.task))(point.params),
-            setting.meta_params,
-        )
-        (indirect,) = inner_grad_vjp(adjoint.solution)
-        grad = tree.subtract(direct, indirect)
+        grad = _implicit_gradient(setting, point.params, adjoint.solution)
 
         finite = tree.all_finite((grad, point.params))
         # A solver's own tolerance may lie below what the dtype can reach; what matters is what is left, of the nudge
@@ -85,7 +93,16 @@ class ImplicitDifferentiation(MetaGradientEstimator):
         distance = newton_length(point.inner_grad, of_residual, least, residual)
         step = tree.scale(distance / tree.or_one(residual), point.inner_grad)
         _, ahead = setting.outer_value_and_grad(tree.subtract(point.params, step))
-        shift = tree.norm(tree.subtract(ahead, point.outer_grad))
+        change = tree.subtract(ahead, point.outer_grad)
+        shift, error = tree.norm(change), jnp.asarray(jnp.nan, setting.dtype)
+        if self.estimate_error:
+            # What a step of steepest descent of solution and adjoint would change.
+            sought = tree.add(left, change)
+            more = newton_length(sought, hvp(sought), least, tree.norm(sought)) / tree.or_one(tree.norm(sought))
+            nearer = tree.add_scaled(adjoint.solution, more, sought)
+            after = _implicit_gradient(setting, tree.subtract(point.params, step), nearer)
+            error = tree.norm(tree.subtract(after, grad)) / SHARE_OF_A_STEP
+            error = jnp.where(error == 0, 0.0, error / tree.norm(grad))
         solved = (adjoint.residual <= UNANSWERED) & (missing <= UNANSWERED * tree.norm(adjoint.solution))
         unsolved = flag(~solved, Status.NUDGED_NOT_CONVERGED)
         excused = solved & (adjoint.status == Status.NUDGED_NOT_CONVERGED)
@@ -104,8 +121,9 @@ class ImplicitDifferentiation(MetaGradientEstimator):
                 setting.dtype,
                 free_residual=residual,
                 nudged_residual=adjoint.residual,
-                num_gradients=free.num_gradients + NUM_GRADIENTS + 1,
-                num_hvps=adjoint.num_hvps + 3,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + 1 + 3 * self.estimate_error,
+                num_hvps=adjoint.num_hvps + 3 + self.estimate_error,
+                error_estimate=error,
                 status=worst(
                     free_status(setting, point, LeftToLearn(residual, distance, shift, point.nudge_norm)),
                     linear,
@@ -113,3 +131,14 @@ class ImplicitDifferentiation(MetaGradientEstimator):
                 ),
             ),
         )
+
+
+def _implicit_gradient(setting: Setting, params: Params, adjoint: Params) -> MetaParams:
+    """What the implicit function theorem makes of a solution and of H^-1 v there, theory.md (4)."""
+    direct = tree.grad(lambda meta: setting.problem.outer(params, meta, setting.task))(setting.meta_params)
+    _, inner_grad_vjp = jax.vjp(
+        lambda meta: tree.grad(lambda at: setting.problem.inner(at, meta, setting.task))(params), setting.meta_params
+    )
+    (indirect,) = inner_grad_vjp(adjoint)
+    gradient: MetaParams = tree.subtract(direct, indirect)
+    return gradient
