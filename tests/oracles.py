@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from contrastive_meta import BilevelProblem, problems
+from contrastive_meta import BilevelProblem, OptaxDescent, problems
 from contrastive_meta.problems import ExactMetaGradient, ProblemInstance
 
 PyTree = Any
+# Stays where it starts: what is measured is the nudged learner alone.
+STILL = OptaxDescent(optax.sgd(0.0), num_steps=1)
 
 
 class SmallProblem(NamedTuple):
@@ -132,6 +135,17 @@ def small_problems(dtype: Any = jnp.float64) -> list[SmallProblem]:
 def started_at(problem: BilevelProblem, params: PyTree) -> BilevelProblem:
     """The same problem, learning from `params`."""
     return BilevelProblem(problem.inner_loss, problem.outer_loss, lambda meta, task: params)
+
+
+@functools.partial(jax.jit, static_argnames="seed")
+def away(params: PyTree, distance: Any, seed: int = 0) -> PyTree:
+    """`params` moved by `distance`, relative to their norm."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+    length, moved = (jnp.sqrt(sum(jnp.vdot(x, x) for x in xs)) for xs in (leaves, noise))
+    factor = distance * length / moved
+    return jax.tree.unflatten(structure, [x + (factor * n).astype(x.dtype) for x, n in zip(leaves, noise, strict=True)])
 
 
 def finite_difference_meta_gradient(

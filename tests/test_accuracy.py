@@ -11,7 +11,6 @@ import pytest
 import contrastive_meta as cm
 from tests.oracles import SmallProblem, relative_error, small_problem
 
-problem_named = functools.cache(small_problem)
 CONVEX = ["ridge", "logistic", "data_cleaning"]
 # Condition numbers of the small problems are below 100: 1500 accelerated steps end at the floor of float64.
 NESTEROV = cm.OptaxDescent(optax.sgd(0.1, momentum=0.9, nesterov=True), num_steps=1500)
@@ -36,18 +35,18 @@ def error(estimator: cm.MetaGradientEstimator, case: SmallProblem) -> float:
 )  # fmt: skip
 def test_float64_schemes_reach_the_exact_gradient(name, scheme, tolerance):
     estimator = cm.Contrastive(NESTEROV, scheme=cm.relative(scheme))
-    assert error(estimator, problem_named(name)) <= tolerance
+    assert error(estimator, small_problem(name)) <= tolerance
 
 
 @pytest.mark.parametrize("name", CONVEX)
 def test_default_estimator_with_lbfgs(name):
-    assert error(cm.Contrastive(LBFGS), problem_named(name)) <= 1e-6
+    assert error(cm.Contrastive(LBFGS), small_problem(name)) <= 1e-6
 
 
 @pytest.mark.parametrize("name", CONVEX)
 @pytest.mark.parametrize(("scheme", "tolerance"), [(cm.central_difference, 1e-3), (cm.complex_step, 1e-5)])
 def test_float32_schemes_reach_the_floor_of_float32(name, scheme, tolerance):
-    case = problem_named(name, jnp.float32)
+    case = small_problem(name, jnp.float32)
     result = estimate(cm.Contrastive(NESTEROV, scheme=cm.relative(scheme)), case)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(result.grad))
     assert result.diagnostics.status == cm.Status.CONVERGED
@@ -57,19 +56,19 @@ def test_float32_schemes_reach_the_floor_of_float32(name, scheme, tolerance):
 def test_central_linear_nudge_on_ridge_is_exact_at_any_strength():
     # L_in is quadratic in params and dL_in/dtheta as well, so no power of beta beyond the first is left.
     estimator = cm.Contrastive(NESTEROV, scheme=cm.central_difference(1.0), nudge=cm.LinearNudge())
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     assert relative_error(estimate(estimator, case).grad, case.exact.grad) <= 1e-12
 
 
 @pytest.mark.parametrize("name", CONVEX)
 @pytest.mark.parametrize("inverse", [cm.ConjugateGradient(), cm.DenseInverse()])
 def test_implicit_differentiation_is_exact(name, inverse):
-    assert error(cm.ImplicitDifferentiation(NESTEROV, inverse), problem_named(name)) <= 1e-6
+    assert error(cm.ImplicitDifferentiation(NESTEROV, inverse), small_problem(name)) <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["quadratic", "softmax"])
 def test_direct_terms_and_other_trees(name):
-    case = problem_named(name)
+    case = small_problem(name)
     result = estimate(cm.Contrastive(NESTEROV), case)
     assert relative_error(result.grad, case.exact.grad) <= 1e-6
     assert np.isclose(result.outer_loss, case.exact.outer_loss, rtol=1e-9)
@@ -77,7 +76,7 @@ def test_direct_terms_and_other_trees(name):
 
 @pytest.mark.parametrize(("name", "rate"), [("mlp", 0.1), ("sinusoids", 0.01)])
 def test_networks_from_inside_their_basin(name, rate):
-    case = problem_named(name)
+    case = small_problem(name)
     solver = cm.OptaxDescent(optax.sgd(rate, momentum=0.9, nesterov=True), num_steps=3000)
     fresh = cm.Contrastive(solver).init_state(case.problem, case.meta_params, case.task)
     start = fresh._replace(params=case.params)
@@ -87,7 +86,7 @@ def test_networks_from_inside_their_basin(name, rate):
 
 
 def test_neumann_and_unrolling_converge_to_the_same_limit():
-    case = problem_named("logistic")
+    case = small_problem("logistic")
     neumann = [
         relative_error(
             estimate(cm.ImplicitDifferentiation(NESTEROV, cm.NeumannSeries(0.5, num_terms=n)), case).grad,
@@ -120,7 +119,7 @@ SLOPES = [
 @pytest.mark.parametrize(("scheme", "order", "span"), SLOPES)
 @pytest.mark.parametrize("name", ["logistic", "data_cleaning"])
 def test_error_falls_with_the_order_of_the_scheme(name, scheme, order, span):
-    case = problem_named(name)
+    case = small_problem(name)
     betas = jnp.geomspace(*span, 5)
     schemes = jax.vmap(scheme)(betas)
 
@@ -137,7 +136,7 @@ def test_error_falls_with_the_order_of_the_scheme(name, scheme, order, span):
 @pytest.mark.parametrize("beta", [1.0, 0.1, 0.01])
 def test_forward_contrast_is_the_fully_first_order_estimator(beta):
     """F2SA (Kwon et al. 2023), written out for ridge with penalty 1/beta and closed-form solves."""
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     (x, y, x_val, y_val), strengths = case.task[:4], np.exp(np.asarray(case.meta_params))
     penalty = 1 / beta
     n, n_val = len(y), len(y_val)
@@ -159,7 +158,7 @@ def test_forward_contrast_is_the_fully_first_order_estimator(beta):
 @pytest.mark.parametrize("num_terms", [1, 3, 10])
 def test_nudged_descent_steps_are_neumann_terms(num_terms):
     """From a converged free phase, K steps of plain descent towards beta -> 0 sum K terms of the Neumann series."""
-    case, rate = problem_named("logistic"), 0.3
+    case, rate = small_problem("logistic"), 0.3
     nudged = cm.OptaxDescent(optax.sgd(rate), num_steps=num_terms)
     contrast = estimate(cm.Contrastive(NESTEROV, nudged, scheme=cm.central_difference(1e-4)), case)
     series = estimate(cm.ImplicitDifferentiation(NESTEROV, cm.NeumannSeries(rate, num_terms=num_terms)), case)

@@ -1,7 +1,5 @@
 """What makes the contrast right: drift, negative nudges, direct terms, common random numbers, and honest trouble."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 import contrastive_meta as cm
 from tests.oracles import relative_error, small_problem
 
-problem_named = functools.cache(small_problem)
 NESTEROV = cm.OptaxDescent(optax.sgd(0.1, momentum=0.9, nesterov=True), num_steps=1500)
 
 
@@ -69,7 +66,7 @@ def test_refined_base_point_is_returned():
 
 def test_negative_nudges_are_nudges():
     """Earlier code dropped the cost for beta < 0: its central estimate was half the forward one (ratio .4999)."""
-    case = problem_named("logistic")
+    case = small_problem("logistic")
     central = grad_of(cm.Contrastive(NESTEROV, NESTEROV, cm.central_difference(1e-4)), *case[1:4])
     forward = grad_of(cm.Contrastive(NESTEROV, NESTEROV, cm.forward_difference(1e-4)), *case[1:4])
     backward = grad_of(cm.Contrastive(NESTEROV, NESTEROV, cm.forward_difference(-1e-4)), *case[1:4])
@@ -82,7 +79,7 @@ def test_negative_nudges_are_nudges():
 
 def test_batch_of_tasks_is_the_mean():
     """Earlier code used the last task's gradient over the batch size."""
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     tasks = jax.tree.map(lambda x: jnp.stack([x, 1.5 * x, 0.5 * x]), case.task)
     estimator = cm.Contrastive(NESTEROV)
     value, grad = cm.value_and_meta_grad(case.problem, estimator)(case.meta_params, tasks)
@@ -96,7 +93,7 @@ def test_batch_of_tasks_is_the_mean():
 
 @pytest.mark.parametrize("nudge", [cm.LossNudge(), cm.LinearNudge()])
 def test_direct_term_is_contrasted_for_either_nudge(nudge):
-    case = problem_named("quadratic")
+    case = small_problem("quadratic")
     direct = jax.grad(case.problem.outer_loss, argnums=1)(case.params, case.meta_params, case.task)
     assert relative_error(jax.tree.map(jnp.subtract, case.exact.grad, direct), case.exact.grad) > 1e-2
     assert relative_error(grad_of(cm.Contrastive(NESTEROV, nudge=nudge), *case[1:4]), case.exact.grad) < 1e-7
@@ -115,7 +112,7 @@ def minibatched(case, batch_size=5):
 
 def test_phases_see_the_same_minibatches():
     """With common random numbers a smaller beta changes nothing; independent noise would be divided by it."""
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     problem = minibatched(case)
     solver = cm.OptaxDescent(optax.sgd(0.1), num_steps=200)
     grads = [
@@ -135,7 +132,7 @@ def test_phases_see_the_same_minibatches():
 
 
 def test_minibatch_sequence_is_followed_step_by_step():
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     problem, key = minibatched(case), jax.random.key(3)
     w = problem.init_params(case.meta_params, case.task)
     for step in range(7):
@@ -147,7 +144,7 @@ def test_minibatch_sequence_is_followed_step_by_step():
 
 
 def test_a_tolerance_with_minibatches_is_refused():
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     estimator = cm.Contrastive(cm.OptaxDescent(optax.sgd(0.1), tol=1e-6))
     with pytest.raises(ValueError, match=r"minibatches.*num_steps"):
         estimator.estimate(minibatched(case), case.meta_params, case.task)
@@ -160,7 +157,7 @@ def test_a_tolerance_with_minibatches_is_refused():
 )
 def test_absolute_tolerance_does_not_stop_the_nudged_phases(solver):
     """A beta of 1e-6 starts its phases with a gradient below tol = 1e-6: they must move all the same."""
-    case = problem_named("logistic")
+    case = small_problem("logistic")
     result = cm.Contrastive(solver, solver, cm.central_difference(1e-6)).estimate(*case[1:4])
     assert result.diagnostics.status == cm.Status.CONVERGED
     assert relative_error(result.grad, case.exact.grad) < 1e-5
@@ -169,7 +166,7 @@ def test_absolute_tolerance_does_not_stop_the_nudged_phases(solver):
 @pytest.mark.parametrize("carry_state", [False, True])
 def test_finished_schedule_is_not_a_silent_zero(carry_state):
     """A fresh optimiser restarts its schedule; one that is carried on request stands still, and the status says so."""
-    case = problem_named("logistic")
+    case = small_problem("logistic")
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 400))
     solver = cm.OptaxDescent(optimizer, num_steps=400, carry_state=carry_state)
     result = cm.Contrastive(solver, nudged_solver=solver).estimate(*case[1:4])
@@ -191,7 +188,7 @@ def round_to_tf32(x):
 
 
 def tf32_logistic():
-    case = problem_named("logistic", jnp.float32)
+    case = small_problem("logistic", jnp.float32)
 
     def rounded(loss):
         def with_rounding(params, meta_params, task):
@@ -244,7 +241,7 @@ def test_unbounded_nudge_is_reported():
 
 
 def test_divergent_learning_and_saddles_are_reported():
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     fast = cm.OptaxDescent(optax.sgd(10.0), num_steps=20)
     diverged = cm.Contrastive(fast).estimate(*case[1:4])
     assert diverged.diagnostics.status >= cm.Status.UNBOUNDED_NUDGE
@@ -260,7 +257,7 @@ def test_divergent_learning_and_saddles_are_reported():
 
 
 def test_nan_data_and_unfinished_learning_are_reported():
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), case.task)
     three = cm.OptaxDescent(optax.sgd(1e-2), num_steps=3)
     for build in (cm.Contrastive, cm.ImplicitDifferentiation):
@@ -286,7 +283,7 @@ def test_zero_outer_gradient_is_an_exact_and_trusted_zero():
 @pytest.mark.parametrize("units", [1e-4, 1.0])
 def test_relative_strength_ignores_units(outer_scale, units):
     """Scaling the outer loss, or the parameters' units, changes the estimate's relative error by rounding only."""
-    case = problem_named("logistic")
+    case = small_problem("logistic")
     inner, outer, init = case.problem.inner_loss, case.problem.outer_loss, case.problem.init_params
 
     def physical(params):
@@ -306,7 +303,7 @@ def test_relative_strength_ignores_units(outer_scale, units):
 
 
 def test_sequential_phases_agree_with_vmapped_ones():
-    case = problem_named("logistic")
+    case = small_problem("logistic")
     for solver in (NESTEROV, cm.OptaxDescent(optax.sgd(0.1, momentum=0.9, nesterov=True), tol=1e-8)):
         together, apart = (
             cm.Contrastive(solver, scheme=cm.four_point(1e-2), sequential=sequential).estimate(*case[1:4])
@@ -317,7 +314,7 @@ def test_sequential_phases_agree_with_vmapped_ones():
 
 def test_scheme_runs_its_phases_for_the_same_number_of_steps():
     """A pair stopped at a tolerance goes on until both members are done: the counts show it."""
-    case = problem_named("logistic")
+    case = small_problem("logistic")
     solver = cm.OptaxDescent(optax.sgd(0.1, momentum=0.9, nesterov=True), tol=1e-3)
     result = cm.Contrastive(solver, solver, cm.second_order_forward(1e-3)).estimate(*case[1:4])
     # A matched control that stopped on its own would leave its relaxation in the contrast, divided by beta.
@@ -343,7 +340,7 @@ def test_phases_that_leave_the_basin_are_reported():
 
 
 def test_state_of_another_solver_is_a_start_without_its_memory():
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     state = cm.Contrastive(cm.LBFGS(tol=1e-9)).estimate(*case[1:4]).state
     few = cm.OptaxDescent(optax.sgd(0.1), num_steps=5)
     result = cm.ImplicitDifferentiation(few).estimate(*case[1:4], state=state)

@@ -9,8 +9,7 @@ import optax
 import pytest
 
 import contrastive_meta as cm
-from tests.oracles import relative_error, small_problem, started_at
-from tests.test_newton_krylov import STILL, away
+from tests.oracles import STILL, away, relative_error, small_problem, started_at
 
 # Below it an error is rounding of the problem itself.
 FLOOR = {jnp.float32: 3e-6, jnp.float64: 1e-11}

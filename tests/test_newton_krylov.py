@@ -9,21 +9,9 @@ import optax
 import pytest
 
 import contrastive_meta as cm
-from tests.oracles import relative_error, small_problem, started_at
+from tests.oracles import STILL, away, relative_error, small_problem, started_at
 
 NESTEROV = cm.OptaxDescent(optax.sgd(0.1, momentum=0.9, nesterov=True), num_steps=800)
-# Stays where it starts: what is measured is the nudged learner alone.
-STILL = cm.OptaxDescent(optax.sgd(0.0), num_steps=1)
-
-
-def away(params, distance, seed=0):
-    """`params` moved by `distance`, relative to their norm."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-    length, moved = (jnp.sqrt(sum(jnp.vdot(x, x) for x in xs)) for xs in (leaves, noise))
-    factor = distance * length / moved
-    return jax.tree.unflatten(structure, [x + (factor * n).astype(x.dtype) for x, n in zip(leaves, noise, strict=True)])
 
 
 @pytest.mark.parametrize("name", ["ridge", "softmax", "mlp"])

@@ -8,10 +8,7 @@ import optax
 import pytest
 
 import contrastive_meta as cm
-from tests.oracles import relative_error, small_problem, started_at
-
-# Stays where it starts: what is measured is the nudged learner alone.
-STILL = cm.OptaxDescent(optax.sgd(0.0), num_steps=1)
+from tests.oracles import STILL, relative_error, small_problem, started_at
 
 
 def double_well():

@@ -1,7 +1,5 @@
 """Statuses on problems that look solved and are not, and inputs that once gave wrong numbers in silence."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 import contrastive_meta as cm
 from tests.oracles import relative_error, small_problem
 
-problem_named = functools.cache(small_problem)
 NESTEROV = cm.OptaxDescent(optax.sgd(0.1, momentum=0.9, nesterov=True), num_steps=1500)
 CURVATURES = jnp.array([1.0, 1e-4])
 
@@ -76,7 +73,7 @@ def test_unfinished_learning_is_trusted_only_where_it_is_right(build, num_steps)
 
 
 def test_coarse_meta_parameters_do_not_round_the_contrast():
-    case = problem_named("logistic")
+    case = small_problem("logistic")
     coarse = jax.tree.map(lambda x: x.astype(jnp.float32), case.meta_params)
     fine = jax.tree.map(lambda x: x.astype(jnp.float64), coarse)
     exact = cm.problems.exact_meta_gradient(case.problem, fine, case.task).grad
@@ -92,7 +89,7 @@ def test_coarse_meta_parameters_do_not_round_the_contrast():
 
 
 def test_one_bad_task_does_not_spoil_the_next():
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     estimator = cm.Contrastive(cm.OptaxDescent(optax.sgd(0.1, momentum=0.9), num_steps=800))
     broken = jax.tree.map(lambda x: x * jnp.nan, case.task)
     bad = estimator.estimate(case.problem, case.meta_params, broken)
@@ -114,7 +111,7 @@ def test_one_bad_task_does_not_spoil_the_next():
     ],
 )
 def test_a_part_of_the_wrong_kind_is_named(estimator, message):
-    case = problem_named("ridge")
+    case = small_problem("ridge")
     with pytest.raises(TypeError, match=message):
         estimator().estimate(case.problem, case.meta_params, case.task)
     with pytest.raises(TypeError, match="expected a BilevelProblem"):
