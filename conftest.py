@@ -1,10 +1,20 @@
-"""Docstring examples run in JAX's default precision, tests in float64; no file keeps another's compiled code."""
+"""Programs are compiled cheaply; docstring examples run in JAX's default precision; no file keeps another's code."""
 
 import gc
+import os
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+# Nearly all of a test's time is compilation of a program that runs for a millisecond. Whoever sets XLA_FLAGS has them,
+# and `XLA_FLAGS= python -m pytest` compiles as users do. XLA dies of a flag it does not know, and these two are known
+# until JAX 0.10; xdist's workers find what its controller has set.
+_CHEAP = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if os.environ.get("XLA_FLAGS", _CHEAP) == _CHEAP:
+    jax.config.update("jax_disable_most_optimizations", True)
+    if jax.__version_info__ < (0, 11):
+        os.environ["XLA_FLAGS"] = _CHEAP
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,16 +17,6 @@ from jax.flatten_util import ravel_pytree
 import contrastive_meta as cm
 from contrastive_meta import Status, problems
 from tests.oracles import cast, cosine, relative_error
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly() -> Iterator[None]:
-    """These tests compile a hundred programs and run each for a millisecond."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
 
 # The problem that all are held to. Every kind of branch in every tree; not quadratic, so that a bias in beta shows; the
 # start, the inner loss and the outer loss all depend on all meta-parameters but one each, so nobody is blind to any.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +25,6 @@ class Layer(NamedTuple):
 
 def flat(tree: Any) -> jax.Array:
     return ravel_pytree(tree)[0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly() -> Iterator[None]:
-    """These tests compile a hundred programs and run each for a millisecond."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # What the solvers minimise: not quadratic, curvatures between 0.6 and 1.6 or so, over a tree with every kind of branch.
