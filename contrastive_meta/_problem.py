@@ -50,8 +50,8 @@ _DESCRIPTIONS = {
     Status.CONVERGED: "Every check passed.",
     Status.FELL_BACK: (
         "The nudged phases as they were to run failed, and others took their place and passed every check: the user's "
-        "own learner, where the inner loss was not nearly quadratic, or the linear nudge, where the outer loss took the "
-        "minimum away. Where this is the rule, `nudged_solver=` or `nudge=LinearNudge()` saves the failed attempt."
+        "own learner, where the inner loss was not nearly quadratic, or the linear nudge, where the outer loss took "
+        "the minimum away. Where this is the rule, `nudged_solver=` or `nudge=LinearNudge()` saves the failed attempt."
     ),
     Status.APPROXIMATE: (
         "The estimator is biased or noisy by construction, or its nudge is large enough to be, so convergence cannot "
@@ -156,7 +156,7 @@ class EstimatorState(NamedTuple):
       beta: the last nudging strength; 0 before the first call.
       strength: the displacement, relative to the length of `params`, that `automatic` found to be best; 0 where none
         has been sought.
-      doubling: how much twice that strength changed the contrast then, relative to it: the truncation that is allowed.
+      doubling: how much twice that strength changed the contrasts then, relative to them: the truncation allowed.
 
     Example:
       >>> import jax

@@ -48,8 +48,10 @@ def test_relu_networks_at_kinks(nudged):
         return jax.nn.relu(inputs @ params["first"]) @ params["last"]
 
     problem = cm.BilevelProblem(
-        lambda params, theta, task: jnp.mean((predict(params, x) - y) ** 2)
-        + jnp.exp(theta) * sum(jnp.sum(p**2) for p in jax.tree.leaves(params)),
+        lambda params, theta, task: (
+            jnp.mean((predict(params, x) - y) ** 2)
+            + jnp.exp(theta) * sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
+        ),
         lambda params, theta, task: jnp.mean((predict(params, x[::-1] + 0.1) - y) ** 2),
         lambda theta, task: {"first": task, "last": jnp.ones(8)},
     )
@@ -57,9 +59,13 @@ def test_relu_networks_at_kinks(nudged):
     learned = cm.OptaxDescent(optax.sgd(0.05, momentum=0.9), num_steps=2000)
     estimate = jax.jit(lambda theta, task: estimator.estimate(problem, theta, task))
     exact = jax.jit(
-        lambda theta, params: cm.ImplicitDifferentiation(learned, cm.DenseInverse())
-        .estimate(cm.BilevelProblem(problem.inner_loss, problem.outer_loss, lambda theta, task: task), theta, params)
-        .grad
+        lambda theta, params: (
+            cm.ImplicitDifferentiation(learned, cm.DenseInverse())
+            .estimate(
+                cm.BilevelProblem(problem.inner_loss, problem.outer_loss, lambda theta, task: task), theta, params
+            )
+            .grad
+        )
     )
     theta = jnp.asarray(-3.0)
     for seed in range(4):

@@ -20,7 +20,7 @@ class Doubt(NamedTuple):
 
     Attributes:
       error: estimated relative error; NaN where none was made.
-      doubling: what twice the strength changes in the meta-gradient, relative to it.
+      doubling: what twice the strength changes in the meta-gradient and in what is left of the nudge, relative to each.
       num_gradients: spent on finding out.
     """
 
@@ -35,7 +35,7 @@ class Untruncated(NamedTuple):
     Attributes:
       remainder: v - H u, free of the leading truncation.
       lacking: what truncation takes from the meta-gradient.
-      doubling: what twice the strength changes in the meta-gradient, relative to it.
+      doubling: what twice the strength changes in the meta-gradient and in what is left of the nudge, relative to each.
       unseen: truncation, relative to the meta-gradient, that shows in neither contrast; see `stiffening`.
     """
 
@@ -65,9 +65,11 @@ def without_truncation(nudging: Nudging, point: FreePoint, phases: Phases, grad:
     residuals, statistic = nudging.residuals(nudged, ends, nudges), nudging.measure(nudged, ends, nudges)
     share = 1 / (2**scheme.order - 1)
     remainder = phases.scheme.contrast(phases.residual)
-    truncation = tree.scale(share, tree.subtract(remainder, scheme.contrast(residuals)))
+    unanswered = tree.subtract(remainder, scheme.contrast(residuals))
+    truncation = tree.scale(share, unanswered)
     change = tree.subtract(scheme.contrast(statistic), grad)
-    doubling = (tree.norm(change) / tree.or_one(tree.norm(grad))).astype(dtype)
+    relative = [tree.norm(x) / tree.or_one(tree.norm(of)) for x, of in ((change, grad), (unanswered, point.outer_grad))]
+    doubling = jnp.hypot(*relative).astype(dtype)
     # Of the phases' gradients, what is not linear in the distance: r(2b) - 2 r(b) + r(0), twice what r(b) has of it.
     bent = jax.tree.map(lambda far, near, x: far / 2 - near + x / 2, residuals, phases.residual, phases.base_grad)
     stiffer = stiffening(nudging, point, phases.scheme, bent, phases.scheme.contrast(phases.params))
