@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._free_point import FreePoint
 from contrastive_meta._estimators._phases import Judged, Nudging, Phases, stiffening
+from contrastive_meta._nudging import NudgeScheme
 from contrastive_meta._problem import MetaParams, Params
 
 # One step of steepest descent makes about this part of what is missing, more or less whatever the problem; chosen on
@@ -105,3 +106,15 @@ def relative_error(
     changed = phases.scheme.contrast(nudging.measure(nudged, ends, nudges))
     error = tree.norm(tree.add_scaled(lacking, 1 / SHARE_OF_A_STEP, tree.subtract(changed, grad)))
     return jnp.where(error == 0, 0.0, error / tree.norm(grad))
+
+
+def drowned_share(point: FreePoint, scheme: NudgeScheme) -> jax.Array:
+    """The rounding noise of the contrast of gradients, relative to the nudge.
+
+    What is left of the nudge is not known better than that, and the response that answers it is wrong by as much at
+    least: noise has more of low curvature than the nudge has. A step down the noise would not show it.
+    """
+    _, weights = scheme.arrays(point.noise.dtype)
+    # A pure imaginary nudge subtracts nothing.
+    gain = tree.norm(weights) if len(scheme.nudges) > 1 else jnp.zeros_like(point.noise)
+    return jnp.where(point.nudge_norm > 0, gain * point.noise / tree.or_one(point.nudge_norm), 0.0)

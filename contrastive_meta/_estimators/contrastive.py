@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if
-from contrastive_meta._estimators._doubt import Doubt, relative_error, without_truncation
+from contrastive_meta._estimators._doubt import Doubt, drowned_share, relative_error, without_truncation
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
 from contrastive_meta._estimators._phases import Goal, Judged, Nudging, Phases, judge, nudged_status, ran_away
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
@@ -162,7 +162,10 @@ class Contrastive(MetaGradientEstimator):
             return judged, Doubt(error, jnp.zeros_like(error), judged.num_gradients)
         remainder, lacking, doubling, unseen = without_truncation(nudging, point, phases, grad)
         judged = judge(nudging, point, phases, remainder)
-        error = jnp.maximum(relative_error(nudging, phases, judged, grad, lacking), unseen)
+        error = relative_error(nudging, phases, judged, grad, lacking)
+        error = jnp.where(
+            error > 0, jnp.maximum(error, jnp.maximum(unseen, drowned_share(point, phases.scheme))), error
+        )
         return judged, Doubt(error, doubling, judged.num_gradients + 3 * len(phases.scheme.nudges))
 
     def _goal(self, nudging: Nudging, point: FreePoint) -> Goal:
