@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._free_point import FreePoint
 from contrastive_meta._estimators._phases import Judged, Nudging, Phases, stiffening
-from contrastive_meta._nudging import NudgeScheme
 from contrastive_meta._problem import MetaParams, Params
 
 # One step of steepest descent makes about this part of what is missing, more or less whatever the problem; chosen on
@@ -108,13 +107,15 @@ def relative_error(
     return jnp.where(error == 0, 0.0, error / tree.norm(grad))
 
 
-def drowned_share(point: FreePoint, scheme: NudgeScheme) -> jax.Array:
-    """The rounding noise of the contrast of gradients, relative to the nudge.
+def drowned_share(point: FreePoint, phases: Phases, judged: Judged) -> jax.Array:
+    """What rounding of gradients hides of response and base point, relative to each.
 
-    What is left of the nudge is not known better than that, and the response that answers it is wrong by as much at
-    least: noise has more of low curvature than the nudge has. A step down the noise would not show it.
+    What is left of the nudge is known to the noise of the contrast, and what is left of learning to that of a gradient.
+    Answers to them are wrong by as much at least: noise has more of low curvature than the nudge has, whose mean inverse
+    curvature is ||u|| / ||v||. A step down the noise would not show it.
     """
-    _, weights = scheme.arrays(point.noise.dtype)
+    _, weights = phases.scheme.arrays(point.noise.dtype)
     # A pure imaginary nudge subtracts nothing.
-    gain = tree.norm(weights) if len(scheme.nudges) > 1 else jnp.zeros_like(point.noise)
-    return jnp.where(point.nudge_norm > 0, gain * point.noise / tree.or_one(point.nudge_norm), 0.0)
+    gain = tree.norm(weights) if len(phases.scheme.nudges) > 1 else jnp.zeros_like(point.noise)
+    share = point.noise / tree.or_one(point.nudge_norm) * jnp.hypot(gain, judged.moved / point.scale)
+    return jnp.where(point.nudge_norm > 0, share, 0.0)

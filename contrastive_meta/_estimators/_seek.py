@@ -15,7 +15,9 @@ from contrastive_meta._problem import MetaParams, Params
 # Strengths compared are this factor apart; the first is as much below the default.
 _FACTOR = 8.0
 # No nudge is to move `params` by more than this fraction of their length.
-_LARGEST = 0.25
+_LARGEST = 1.0
+# Differences that rise by more than this are no accident of the noise.
+_RISE = 2.0
 # Of the noise that the dtype and the gradients' own lead to expect, the least that is believed.
 _BELIEVED = 0.3
 
@@ -85,9 +87,11 @@ def seek(
         noise = tree.norm(weights) * jnp.hypot(statistic_noise(point, statistic) / units[0], point.noise / units[1])
         first = last.num_rungs == 0
         change = jnp.where(first, jnp.inf, jnp.hypot(*apart) + stiffer**order)
+        # Where the losses end, truncation is large.
+        change = jnp.where(jnp.isnan(change), _FACTOR ** (order + 1) * last.change, change)
         rung = Rung(
             factor, contrasts, jnp.where(first, noise, last.noise), last.change, change, last.num_rungs + 1,
-            climbing=first | ((change < last.change) & (_FACTOR * factor * usual <= _LARGEST)),
+            climbing=first | ((change < _RISE * last.change) & (_FACTOR * factor * usual <= _LARGEST)),
         )  # fmt: skip
         return cast_like(rung, last)
 

@@ -164,7 +164,7 @@ class Contrastive(MetaGradientEstimator):
         judged = judge(nudging, point, phases, remainder)
         error = relative_error(nudging, phases, judged, grad, lacking)
         error = jnp.where(
-            error > 0, jnp.maximum(error, jnp.maximum(unseen, drowned_share(point, phases.scheme))), error
+            error > 0, jnp.maximum(error, jnp.maximum(unseen, drowned_share(point, phases, judged))), error
         )
         return judged, Doubt(error, doubling, judged.num_gradients + 3 * len(phases.scheme.nudges))
 
