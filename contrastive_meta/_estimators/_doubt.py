@@ -111,8 +111,8 @@ def drowned_share(point: FreePoint, phases: Phases, judged: Judged) -> jax.Array
     """What rounding of gradients hides of response and base point, relative to each.
 
     What is left of the nudge is known to the noise of the contrast, and what is left of learning to that of a gradient.
-    Answers to them are wrong by as much at least: noise has more of low curvature than the nudge has, whose mean inverse
-    curvature is ||u|| / ||v||. A step down the noise would not show it.
+    Answers to them are wrong by as much at least: noise has more of low curvature than the nudge has, whose mean
+    inverse curvature is ||u|| / ||v||. A step down the noise would not show it.
     """
     _, weights = phases.scheme.arrays(point.noise.dtype)
     # A pure imaginary nudge subtracts nothing.
