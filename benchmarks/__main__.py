@@ -9,6 +9,7 @@ from benchmarks import report
 from benchmarks.data import DATA_VARIABLE, DataMissingError
 from benchmarks.harness import COMMITTED_RECORDS, DEFAULT_RECORDS, PICTURES, Progress, Session
 from benchmarks.registry import BENCHMARKS, Benchmark
+from benchmarks.trust_cases import HALVES
 
 ALL = "all"
 
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare meta-gradient estimators on real data. Without a command: the main job, in about "
         "four minutes on two cores.",
     )
-    parser.set_defaults(seed=0, seeds=None, cases=None, x64=None, smoke=False, records=None, data=None)
+    parser.set_defaults(seed=0, seeds=None, cases=None, half=None, x64=None, smoke=False, records=None, data=None)
     commands = parser.add_subparsers(dest="command", title="commands")
     listing = commands.add_parser("list", help="the benchmarks and what they show")
     listing.add_argument("--names", action="store_true", help="names only, one a line")
@@ -45,8 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("name", metavar="NAME", help="one of: " + ", ".join([*BENCHMARKS, ALL]))
     run.add_argument("--smoke", action="store_true", help="small sizes that only show that it runs")
     run.add_argument("--seed", type=int, default=0, help="of data splits and initialisations (default 0)")
-    run.add_argument("--seeds", type=int, default=None, help="how many, where a benchmark takes several (speed)")
-    run.add_argument("--cases", default=None, help="problems to run, comma-separated, where there are many (speed)")
+    run.add_argument("--seeds", type=int, default=None, help="how many, where a benchmark takes several (speed, trust)")
+    run.add_argument("--cases", default=None, help="problems to run, comma-separated (speed, trust)")
+    run.add_argument("--half", choices=HALVES, default=None, help="of the cases, where constants were chosen (trust)")
     run.add_argument("--x64", action=argparse.BooleanOptionalAction, default=None, help="float64 or float32")
     run.add_argument("--records", type=Path, default=None, help=f"folder to append records to ({DEFAULT_RECORDS})")
     run.add_argument("--data", type=Path, default=None, help=f"folder with other data (or ${DATA_VARIABLE})")
@@ -77,6 +79,7 @@ def _run(chosen: Sequence[Benchmark], options: argparse.Namespace) -> int:
                 options.data,
                 num_seeds=options.seeds,
                 cases=tuple(options.cases.split(",")) if options.cases else (),
+                half=options.half,
             )
             try:
                 benchmark.run(session)

@@ -46,6 +46,11 @@ def breast_cancer(seed: int) -> Split:
     return _standardised(_shuffled_halves(*_load("breast_cancer"), seed, num_train=285, num_val=284))
 
 
+def wine(seed: int) -> Split:
+    """178 wines, 13 features, standardised, from 3 cultivars."""
+    return _standardised(_shuffled_halves(*_load("wine"), seed, num_train=89, num_val=89))
+
+
 def digits(seed: int, num_train: int, num_val: int) -> Split:
     """Handwritten digits of 8 x 8 pixels, grey values from 0 to 1, in 10 classes; 1797 in all."""
     x, y = _load("digits")
@@ -123,6 +128,7 @@ def _load(name: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:
         "diabetes": datasets.load_diabetes,
         "breast_cancer": datasets.load_breast_cancer,
         "digits": datasets.load_digits,
+        "wine": datasets.load_wine,
     }
     x, y = loaders[name](return_X_y=True)
     return np.asarray(x, np.float64), np.asarray(y)

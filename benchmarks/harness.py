@@ -119,6 +119,7 @@ class Session:
       data: folder given by `--data`.
       num_seeds: given by `--seeds`; None for the benchmark's own number.
       cases: names given by `--cases`; empty for all.
+      half: given by `--half`; None for both.
     """
 
     benchmark: str
@@ -130,6 +131,7 @@ class Session:
     data: Path | None = None
     num_seeds: int | None = None
     cases: tuple[str, ...] = ()
+    half: str | None = None
     records: list[Record] = dataclasses.field(default_factory=list)
     run: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:12])
     date: str = dataclasses.field(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import beta_curves, estimators, scaling_steps, speed, speed_scaling
+from benchmarks import beta_curves, estimators, scaling_steps, speed, speed_scaling, trust
 from benchmarks.harness import Record, Session
 
 
@@ -43,5 +43,6 @@ BENCHMARKS = {
             speed_scaling.draw,
             main_job=False,
         ),
+        Benchmark(trust.NAME, trust.ABOUT, trust.run, trust.show, trust.draw, main_job=False),
     )
 }

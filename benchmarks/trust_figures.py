@@ -1,0 +1,2 @@
+"""stub"""
+def draw(records, folder): return []

@@ -1,0 +1,2 @@
+"""stub"""
+def show(records): return str(len(records))
