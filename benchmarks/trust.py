@@ -81,7 +81,8 @@ def run(session: Session) -> None:
     if unknown:
         names = ", ".join(family.name for family in known)
         raise SystemExit(f"trust has no problem {', '.join(sorted(unknown))}; it has {names}")
-    precisions = (False, True) if session.x64 is None else (session.x64,)
+    both = (False,) if session.smoke else (False, True)
+    precisions = both if session.x64 is None else (session.x64,)
     for family in known:
         if session.half not in (None, family.half) or (session.cases and family.name not in session.cases):
             continue

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -120,8 +119,9 @@ def scaled(losses: cm.BilevelProblem) -> cm.BilevelProblem:
 
     return cm.BilevelProblem(
         inner_loss=lambda params, meta_params, task: losses.inner(own(params, task), meta_params, task.data),
-        outer_loss=lambda params, meta_params, task: task.outer
-        * losses.outer(own(params, task), meta_params, task.data),
+        outer_loss=lambda params, meta_params, task: (
+            task.outer * losses.outer(own(params, task), meta_params, task.data)
+        ),
         init_params=lambda meta_params, task: jax.tree.map(lambda leaf: leaf / task.unit, task.start),
     )
 
@@ -205,7 +205,7 @@ FAMILIES: Sequence[Family] = (
     ),
     Family(
         "cleaning", "Data cleaning on coarse digits: a weight per example", CALIBRATION,
-        lambda seed, folder: _cleaning(_coarse_digits(seed, 200), seed, 10), lbfgs,
+        lambda seed, folder: _cleaning(_coarse_digits(seed, 200), seed, 10), descent,
     ),
     Family(
         "breast cancer", "Logistic regression on breast cancer: a strength per weight", CALIBRATION,
@@ -214,11 +214,11 @@ FAMILIES: Sequence[Family] = (
     ),
     Family(
         "quadratic 1e2", "Quadratic, condition number 100: anchor, drive and strengths", CALIBRATION,
-        lambda seed, folder: _quadratic(seed, 30, 1e2), lbfgs,
+        lambda seed, folder: _quadratic(seed, 30, 1e2), descent,
     ),
     Family(
         "MLP digits", "Tanh MLP on digits: a strength per synapse", CALIBRATION,
-        lambda seed, folder: _network(data.digits(seed, 200, 200), seed, (5,), 1e-2, 10, by_layer=False), lbfgs,
+        lambda seed, folder: _network(data.digits(seed, 200, 200), seed, (5,), 1e-2, 10, by_layer=False), descent,
         convex=False,
     ),
     Family(
@@ -234,7 +234,7 @@ FAMILIES: Sequence[Family] = (
         "ridge, many", "Ridge regression on drawn data with 60 features: a strength per weight", HELD_OUT,
         lambda seed, folder: _convex(
             cm.problems.ridge(*cm.problems.ridge_data(jax.random.key(seed), 80, 80, num_features=60), strength=0.03)
-        ), lbfgs,
+        ), descent,
     ),
     Family(
         "wine", "Softmax regression on wine: a strength per weight", HELD_OUT,
@@ -249,7 +249,7 @@ FAMILIES: Sequence[Family] = (
     ),
     Family(
         "cleaning 2", "Data cleaning on breast cancer: a weight per example", HELD_OUT,
-        lambda seed, folder: _cleaning(data.breast_cancer(seed), seed, 2), lbfgs,
+        lambda seed, folder: _cleaning(data.breast_cancer(seed), seed, 2), descent,
     ),
     Family(
         "quadratic 1e3", "Quadratic, condition number 1000: anchor, drive and strengths", HELD_OUT,
@@ -259,7 +259,7 @@ FAMILIES: Sequence[Family] = (
         "ijcnn1", "Logistic regression on ijcnn1: a strength per feature", HELD_OUT,
         lambda seed, folder: _convex(
             cm.problems.logistic_regression(*data.ijcnn1(seed, 1000, 1000, folder), strength=1e-2)
-        ), lbfgs,
+        ), descent,
     ),
     Family(
         "a9a", "Logistic regression on a9a: a strength per feature", HELD_OUT,
@@ -269,7 +269,7 @@ FAMILIES: Sequence[Family] = (
     ),
     Family(
         "MLP wine", "Tanh MLP on wine, two hidden layers: a strength per synapse", HELD_OUT,
-        lambda seed, folder: _network(data.wine(seed), seed, (8, 6), 1e-2, 3, by_layer=False), lbfgs, convex=False,
+        lambda seed, folder: _network(data.wine(seed), seed, (8, 6), 1e-2, 3, by_layer=False), descent, convex=False,
     ),
     Family(
         "MLP parity", "Tanh MLP on coarse digits, odd or even: strengths per layer", HELD_OUT,
@@ -291,6 +291,6 @@ SMOKE_FAMILIES: Sequence[Family] = (
         "small network", "Tanh MLP on drawn classes: strengths per layer", HELD_OUT,
         lambda seed, folder: _network(
             cm.problems.classification_data(jax.random.key(seed), 30, 30, 4), seed, (3,), 3e-2, 3, by_layer=True
-        ), lbfgs, convex=False,
+        ), descent, convex=False,
     ),
 )  # fmt: skip

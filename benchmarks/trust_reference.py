@@ -1,4 +1,4 @@
-"""The exact meta-gradient of each case of `trust`, in float64, at the minimum that the case's own learning approaches."""
+"""The exact meta-gradient of each case of `trust` in float64, at the minimum that its own learning approaches."""
 
 import dataclasses
 from pathlib import Path
@@ -134,9 +134,7 @@ def _settle(losses: cm.BilevelProblem, meta_params: Any, task: Any, start: Any) 
 
 
 @jax.jit
-def _curvatures(
-    losses: cm.BilevelProblem, params: Any, meta_params: Any, task: Any
-) -> tuple[jax.Array, jax.Array]:
+def _curvatures(losses: cm.BilevelProblem, params: Any, meta_params: Any, task: Any) -> tuple[jax.Array, jax.Array]:
     """The least and the largest eigenvalue of the inner Hessian."""
     flat, unravel = ravel_pytree(params)
     hessian = jax.hessian(lambda at: losses.inner(unravel(at), meta_params, task))(flat)

@@ -199,12 +199,12 @@ def _counted(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
     Hessian there is not positive definite, or Newton's method found no stationary point).
     """
     counted = [row for row in records if row["kind"] == "case" and row["reference_converged"]]
-    lines = [
-        f"left out: {label(row)}: " + (row["error_text"] if row["kind"] == "failed" else "no minimum where learning ends")
+    reasons = [
+        (row, row["error_text"] if row["kind"] == "failed" else "no minimum where learning ends")
         for row in records
         if row["kind"] == "failed" or not row["reference_converged"]
     ]
-    return counted, lines
+    return counted, [f"left out: {label(row)}: {reason}" for row, reason in reasons]
 
 
 def label(row: Record) -> str:
