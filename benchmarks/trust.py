@@ -236,20 +236,23 @@ def _train(
     # Of so many e-folds of the strengths a step, whatever the units of the outer loss.
     optimizer = optax.adam(0.02)
     shape = jax.eval_shape(lambda: estimator.estimate(problem, meta_params, task))
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shape.grad, shape.params, shape.diagnostics))
+    told = shape.grad, shape.params, shape.diagnostics
+    grad, params, diagnostics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), told)
 
     def advance(now: Training) -> Training:
         result = estimator.estimate(problem, now.meta_params, task, state=now.state)
         updates, memory = optimizer.update(result.grad, now.memory, now.meta_params)
-        told = result.grad, result.params, result.diagnostics
-        first = jax.tree.map(lambda a, b: jnp.where(now.step == 0, a, b), told, (now.grad, now.params, now.diagnostics))
+        told, before = (result.grad, result.params, result.diagnostics), (now.grad, now.params, now.diagnostics)
+        grad, params, diagnostics = jax.tree.map(lambda a, b: jnp.where(now.step == 0, a, b), told, before)
         spent = result.diagnostics.num_gradients + result.diagnostics.num_hvps
         return Training(
             now.step + 1,
             optax.apply_updates(now.meta_params, updates),
             memory,
             result.state,
-            *first,
+            grad,
+            params,
+            diagnostics,
             now.spent + spent,
             jnp.maximum(now.status, result.diagnostics.status),
         )
@@ -259,7 +262,9 @@ def _train(
         meta_params,
         optimizer.init(meta_params),
         estimator.init_state(problem, meta_params, task),
-        *blank,
+        grad,
+        params,
+        diagnostics,
         jnp.int32(0),
         jnp.int32(0),
     )

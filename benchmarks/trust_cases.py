@@ -29,7 +29,7 @@ class Built(NamedTuple):
     start: Any
 
 
-Learner = Callable[[jax.Array, jax.Array, jax.Array], cm.InnerSolver]
+Learner = Callable[[Any, Any, Any], cm.InnerSolver]
 
 
 class Family(NamedTuple):
@@ -132,12 +132,12 @@ def moved(meta_params: Any, seed: int, distance: float = 0.5) -> Any:
     return jax.tree.map(lambda x: x + distance * rng.standard_normal(x.shape), meta_params)
 
 
-def lbfgs(tol: jax.Array, step_size: jax.Array, momentum: jax.Array) -> cm.InnerSolver:
+def lbfgs(tol: Any, step_size: Any, momentum: Any) -> cm.InnerSolver:
     """L-BFGS, which needs no settings."""
     return cm.LBFGS(tol=tol, max_steps=3000)
 
 
-def descent(tol: jax.Array, step_size: jax.Array, momentum: jax.Array) -> cm.InnerSolver:
+def descent(tol: Any, step_size: Any, momentum: Any) -> cm.InnerSolver:
     """Nesterov's descent."""
     optimizer = optax.sgd(step_size, momentum=momentum, nesterov=True)
     return cm.OptaxDescent(optimizer, tol=tol, max_steps=20_000)
@@ -163,8 +163,9 @@ def _quadratic(seed: int, dim: int, condition_number: float) -> Built:
 def _network(split: Any, seed: int, widths: Sequence[int], strength: float, num_classes: int, by_layer: bool) -> Built:
     """A tanh network; `by_layer` shares one strength among the kernel, and one among the biases, of a layer."""
     problem, meta_params, task, _ = cm.problems.mlp_strengths(
-        *split, num_classes=num_classes, widths=widths, key=jax.random.key(seed), strength=strength
-    )
+        split.x_train, split.y_train, split.x_val, split.y_val, num_classes, widths,
+        key=jax.random.key(seed), strength=strength,
+    )  # fmt: skip
     start = problem.init(meta_params, task)
     shared = jax.tree.map(lambda leaf: leaf.ravel()[0], meta_params) if by_layer else meta_params
     return Built(problem, shared, task, start)
