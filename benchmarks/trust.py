@@ -154,7 +154,7 @@ def measure(case: Case, ready: Ready, num_meta_steps: int) -> Record:
             "base_distance": _distance(single.params, minimum, scaling.unit),
             **_row(single, case, minimum),
             "displacements": DISPLACEMENTS,
-            "swept": {name: [other[name] for other in swept] for name in ("error", "cost", "status")},
+            "swept": {name: [other[name] for other in swept] for name in ("error", "estimate", "cost", "status")},
             "target": _row(estimate(targeted), case, minimum) if TAKES_TARGET else None,
         }
         if case.trains:
