@@ -28,12 +28,14 @@ def _precision_of_the_reader(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _compiled_code_is_freed() -> Iterator[None]:
-    """Drop what a file compiled once it has run.
+def _compiled_code_is_freed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Drop what a test file compiled once it has run.
 
     Every executable holds several memory maps, of which Linux grants a process 65,530: a process that ran half of
-    this suite and kept everything would meet that limit, and crash inside the compiler.
+    this suite and kept everything would meet that limit, and crash inside the compiler. All docstrings together
+    compile less than one test file, and much of it is the same few dozen operations: what they compile is kept.
     """
     yield
-    jax.clear_caches()
-    gc.collect()
+    if request.path.parent.name == "tests":
+        jax.clear_caches()
+        gc.collect()
