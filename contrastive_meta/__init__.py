@@ -3,9 +3,11 @@
 from contrastive_meta import problems as problems
 from contrastive_meta._compare import CheckReport as CheckReport
 from contrastive_meta._compare import Comparison as Comparison
+from contrastive_meta._compare import Diagnosis as Diagnosis
 from contrastive_meta._compare import Measurement as Measurement
 from contrastive_meta._compare import check as check
 from contrastive_meta._compare import compare as compare
+from contrastive_meta._compare import diagnose as diagnose
 from contrastive_meta._compare import measure as measure
 from contrastive_meta._compare import measure_interleaved as measure_interleaved
 from contrastive_meta._estimators import BackpropThroughLearning as BackpropThroughLearning

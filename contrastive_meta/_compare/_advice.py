@@ -1,0 +1,185 @@
+"""What to change, in one sentence: the first of a table of rules whose condition the numbers meet."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from contrastive_meta._compare._findings import Findings, Segment
+from contrastive_meta._compare._text import share
+from contrastive_meta._estimators._free_point import UNANSWERED, UNLEARNED
+from contrastive_meta._problem import Status
+
+# An error within this factor of the least is as good as it.
+NEAR_LEAST = 2.0
+
+
+class Rule(NamedTuple):
+    """When to say what.
+
+    Attributes:
+      name: of the rule.
+      applies: whether the numbers call for it.
+      sentence: to be filled in with what `_words` has.
+    """
+
+    name: str
+    applies: Callable[[Findings], bool]
+    sentence: str
+
+
+def advise(found: Findings) -> tuple[str, str]:
+    """The name of the first rule that applies, and its sentence. The last rule always does."""
+    rule = next(rule for rule in RULES if rule.applies(found))
+    return rule.name, rule.sentence.format(**_words(found))
+
+
+def barrier(found: Findings) -> Segment | None:
+    """The way with the highest barrier; None where all are free of one."""
+    blocked = [s for s in found.segments if np.isfinite(s.relative_barrier) and not s.same_basin]
+    return max(blocked, key=lambda s: s.relative_barrier, default=None)
+
+
+def runaway(found: Findings) -> Segment | None:
+    """A way along which the nudged loss curves downwards, or that is not finite: there is no minimum to go to."""
+    lost = [s for s in found.segments if not np.isfinite(s.nudged_curvature)]
+    # A nudge gives the slope beta ||v|| to begin with: what rounding leaves of curvature is told from that.
+    down = [s for s in found.segments if s.nudged_curvature * s.length**2 < -s.noise]
+    return next(iter([*lost, *down]), None)
+
+
+def _unlearned(found: Findings) -> bool:
+    """Learning that goes on moves `params` far, unless the phases had made up for it."""
+    made_up = found.drift.gradient <= found.tolerance
+    return found.status == Status.FREE_NOT_CONVERGED or (found.drift.distance > UNLEARNED and not made_up)
+
+
+def _worth_changing(found: Findings) -> bool:
+    return found.error > found.tolerance and found.curve.excess > NEAR_LEAST
+
+
+def _noisy(found: Findings) -> bool:
+    curve = found.curve
+    return found.status == Status.LOST_IN_NOISE or (curve.chosen < curve.least and _worth_changing(found))
+
+
+def _truncated(found: Findings) -> bool:
+    curve = found.curve
+    too_large = curve.chosen > curve.least and _worth_changing(found)
+    return too_large or (found.status == Status.APPROXIMATE and found.error > found.tolerance)
+
+
+def _runs_away(found: Findings) -> bool:
+    return found.status == Status.UNBOUNDED_NUDGE or (runaway(found) is not None and not _noisy(found))
+
+
+def _unanswered(found: Findings) -> bool:
+    left = float(found.result.diagnostics.nudged_residual)
+    return found.status == Status.NUDGED_NOT_CONVERGED or left > UNANSWERED
+
+
+def _unsettled(found: Findings) -> bool:
+    return found.drift.gradient > found.tolerance and found.drift.gradient > NEAR_LEAST * found.curve.error
+
+
+def _out_of_reach(found: Findings) -> bool:
+    return found.curve.referenced and not found.error <= found.tolerance
+
+
+def _other_status(found: Findings) -> bool:
+    return found.status not in (Status.CONVERGED, Status.FELL_BACK, Status.APPROXIMATE)
+
+
+RULES = (
+    Rule(
+        "not finite",
+        lambda found: found.status == Status.NOT_FINITE,
+        "A loss, a gradient or a solution is not finite: look for NaN in the task, then lower the learning rate.",
+    ),
+    Rule(
+        "diverged",
+        lambda found: found.status == Status.DIVERGED,
+        "Learning diverged: lower the inner learning rate.",
+    ),
+    Rule(
+        "invalid scheme",
+        lambda found: found.status == Status.INVALID_SCHEME,
+        "The scheme's weights are not those of a derivative: use a scheme function with a nonzero beta.",
+    ),
+    Rule(
+        "unlearned",
+        _unlearned,
+        "Learning had not ended: going on moves `params` by {drift} of their norm and {left} of the gradient is left; "
+        "give the solver more steps.",
+    ),
+    Rule(
+        "noise",
+        _noisy,
+        "Rounding dominates: use float64, complex_step, or a larger displacement, about {larger} times this beta "
+        "(the error would go from {error} to {least}).",
+    ),
+    Rule(
+        "barrier",
+        lambda found: barrier(found) is not None,
+        "The nudge leaves the basin: a barrier of {barrier} of the change of the loss lies on the way to "
+        "beta = {barrier_beta}; lower beta{lower}.",
+    ),
+    Rule(
+        "unbounded nudge",
+        _runs_away,
+        "The nudged loss at beta = {runaway_beta} has no minimum near the free solution: lower beta{lower}, or use "
+        "`LinearNudge()` or `forward_difference`.",
+    ),
+    Rule(
+        "indefinite",
+        lambda found: found.status == Status.INDEFINITE_CURVATURE,
+        "The inner loss curves downwards along the response, so this is no minimum: learn for longer, regularise, or "
+        "start elsewhere.",
+    ),
+    Rule(
+        "unanswered",
+        _unanswered,
+        "The nudged phases had not ended: {unanswered} of the nudge is unanswered; give `nudged_solver` more steps.",
+    ),
+    Rule(
+        "truncation",
+        _truncated,
+        "Truncation dominates: lower beta{lower} (the error would go from {error} to {least}), or use a scheme of "
+        "higher order.",
+    ),
+    Rule(
+        "unsettled",
+        _unsettled,
+        "Learning had not ended: {left} of the gradient is left; give the solver more steps.",
+    ),
+    Rule(
+        "out of reach",
+        _out_of_reach,
+        "No strength comes nearer to the reference than {least}: the phases answer for another minimum, for unfinished "
+        "learning, or for less of the meta-parameters than it does; `check` says which.",
+    ),
+    Rule("status", _other_status, "{status}"),
+    Rule("nothing", lambda found: True, "Nothing to change: {kind} error {error}."),
+)
+
+
+def _words(found: Findings) -> dict[str, str]:
+    """What the sentences are filled in with."""
+    curve, blocked, lost = found.curve, barrier(found), runaway(found)
+    best = curve.strengths[curve.least]
+    factor = best / found.beta
+    fallback = min((s.beta for s in found.segments), default=found.beta)
+    return {
+        "drift": share(found.drift.distance),
+        "left": share(found.drift.gradient),
+        "larger": f"{factor:.0f}" if factor > 1 else "10",
+        "lower": f" to about {best:.1e}" if factor < 1 else "",
+        "error": share(found.error),
+        "least": share(curve.errors[curve.least]),
+        "barrier": share(blocked.relative_barrier) if blocked else "",
+        "barrier_beta": f"{blocked.beta:.2e}" if blocked else "",
+        "runaway_beta": f"{lost.beta if lost else fallback:.2e}",
+        "unanswered": share(float(found.result.diagnostics.nudged_residual)),
+        "status": found.status.describe(),
+        "kind": "relative" if curve.referenced else "estimated",
+    }

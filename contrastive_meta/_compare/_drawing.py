@@ -1,0 +1,124 @@
+"""A diagnosis as a picture, in a figure that the user made: nothing is imported here."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from contrastive_meta._compare._findings import Findings
+
+# Okabe & Ito (2008): colour-blind readers can tell them apart; each has a marker of its own for grey print.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_NOISE, _TRUNCATION = "#56B4E9", "#E69F00"
+_LARGEST = 1e2
+
+
+def draw(found: Findings, figure: Any) -> None:
+    """Four panels: the curve, the residuals, and the losses and slopes on the way to the nudged phases."""
+    axes = figure.subplots(2, 2, gridspec_kw={"hspace": 0.42, "wspace": 0.32})
+    _draw_curve(found, axes[0][0])
+    _draw_residuals(found, axes[0][1])
+    _draw_losses(found, axes[1][0])
+    _draw_slopes(found, axes[1][1])
+    for axis in axes.flat:
+        axis.grid(True, which="major", alpha=0.3)
+        axis.set_axisbelow(True)
+
+
+def _draw_curve(found: Findings, axis: Any) -> None:
+    curve = found.curve
+    told = found.result.diagnostics.error_estimate
+    _plot(axis, curve.strengths, curve.errors, "error", color=_COLOURS[0], marker=_MARKERS[0])
+    _plot(axis, curve.strengths, curve.estimates, "estimated by itself", color="grey", linestyle=":", marker=".")
+    error = curve.error if _drawable(curve.error) else float(told)
+    if _drawable(error):
+        axis.plot(
+            [found.beta], [error], "*", color=_COLOURS[3], markersize=15, markeredgecolor="black", zorder=5,
+            linestyle="none", label="chosen",
+        )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    edge = 10**0.25
+    for border, region, name, colour in (
+        (curve.noise_below, (curve.strengths[0] / edge, None), "rounding dominates", _NOISE),
+        (curve.truncation_above, (None, curve.strengths[-1] * edge), "truncation dominates", _TRUNCATION),
+    ):
+        if border is not None:
+            near = border * edge if region[0] is not None else border / edge
+            axis.axvspan(region[0] or near, region[1] or near, color=colour, alpha=0.15, linewidth=0, label=name)
+    axis.set_xlim(curve.strengths[0] / edge, curve.strengths[-1] * edge)
+    axis.set_title("Error against strength", fontsize=10)
+    axis.set_xlabel("nudging strength beta (units of inner / outer loss)")
+    axis.set_ylabel("relative error of the meta-gradient")
+    axis.legend(fontsize=8)
+
+
+def _draw_residuals(found: Findings, axis: Any) -> None:
+    phases = found.phases
+    places = list(range(len(phases)))
+    residuals = [phase.residual for phase in phases]
+    _plot(axis, places, residuals, "residual", color=_COLOURS[0], marker="o", linestyle="none")
+    _plot(axis, places, [p.tolerance for p in phases], "tolerance", color=_COLOURS[3], marker="_", linestyle="none",
+          markersize=18, markeredgewidth=2)  # fmt: skip
+    if _drawable(found.noise):
+        axis.axhline(found.noise, color="grey", linestyle="--", label="rounding noise")
+    axis.set_yscale("log")
+    axis.set_xticks(places, [_name(phase.name, phase.beta) for phase in phases], fontsize=8)
+    axis.set_xlim(-0.5, len(phases) - 0.5)
+    axis.set_title("What each phase left", fontsize=10)
+    axis.set_xlabel("phase")
+    axis.set_ylabel("gradient norm (inner loss / params)")
+    _legend(axis)
+
+
+def _draw_losses(found: Findings, axis: Any) -> None:
+    for index, segment in enumerate(found.segments):
+        style = _style(index)
+        name = f"beta = {segment.beta:.1e}"
+        _plot(axis, segment.positions, segment.nudged_loss, f"nudged, {name}", **style)
+        _plot(axis, segment.positions, segment.inner_loss, f"inner, {name}", **style, linestyle="--", fillstyle="none")
+    axis.set_title("Losses on the way to the nudged phases", fontsize=10)
+    axis.set_xlabel("position (0: base point, 1: nudged solution)")
+    axis.set_ylabel("change of the loss (units of the inner loss)")
+    _legend(axis)
+
+
+def _draw_slopes(found: Findings, axis: Any) -> None:
+    for index, segment in enumerate(found.segments):
+        style = _style(index)
+        name = f"beta = {segment.beta:.1e}"
+        _plot(axis, segment.positions, segment.nudged_slope, f"nudged, {name}", **style)
+        _plot(axis, segment.positions, segment.inner_slope, f"inner, {name}", **style, linestyle="--", fillstyle="none")
+    axis.axhline(0.0, color="black", linewidth=0.8)
+    axis.set_title("Slopes on the way", fontsize=10)
+    axis.set_xlabel("position (0: base point, 1: nudged solution)")
+    axis.set_ylabel("slope (units of the inner loss per way)")
+    _legend(axis)
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)], "markersize": 3.5,
+        "markevery": 4, "linewidth": 1.3,
+    }  # fmt: skip
+
+
+def _plot(axis: Any, xs: Sequence[float], ys: Sequence[float], label: str, **style: Any) -> None:
+    """The finite points; on a log axis positive ones only matter, and zero has no place."""
+    logarithmic = "marker" in style and label in ("error", "estimated by itself", "residual", "tolerance")
+    shown = [(x, y) for x, y in zip(xs, ys, strict=True) if (_drawable(y) if logarithmic else math.isfinite(y))]
+    if shown:
+        axis.plot([x for x, _ in shown], [y for _, y in shown], label=label, **style)
+
+
+def _drawable(value: float) -> bool:
+    return math.isfinite(value) and 0 < value
+
+
+def _legend(axis: Any) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
+
+
+def _name(name: str, beta: complex) -> str:
+    return name if beta == 0 else f"{abs(beta):.0e}" if beta.imag else f"{beta.real:+.0e}"

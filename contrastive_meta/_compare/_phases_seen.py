@@ -1,0 +1,201 @@
+"""The phases of an estimate run once more and looked at: where they ended, what drifts, what lies on the way."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from scipy.interpolate import PchipInterpolator
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._compare._findings import Segment
+from contrastive_meta._estimators import Contrastive
+from contrastive_meta._estimators._free_point import NOISE_FLOOR, survey
+from contrastive_meta._estimators._phases import Nudging
+from contrastive_meta._estimators.base import Setting
+from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge
+from contrastive_meta._problem import EstimatorState, Params, same_arrays
+from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
+
+NUM_POSITIONS = 21
+# Between two positions the slopes are interpolated at this many.
+_FINE = 20
+
+
+class Seen(NamedTuple):
+    """The phases of one estimate.
+
+    Attributes:
+      free: the free phase as its solver reported it.
+      free_residual: norm of the inner gradient where it ended.
+      noise: rounding noise of the inner gradient.
+      nudge_norm: norm of the outer gradient there.
+      scale: length that displacements are relative to.
+      nudges: strength of each phase.
+      ends: where each phase ended, a leading axis of phases.
+      residuals: norm of the gradient of each phase's loss there.
+      statuses: of each phase's learner.
+      response: dphi/dbeta.
+      num_gradients: spent by the phases.
+      fell_back: status that says whether the solver ran the phases because the fast learner failed.
+      on: where learning is when it went on without a nudge.
+      drift: distance that it moved.
+      statistic: norm of what that changes in the statistic, over the norm of what a unit nudge does.
+    """
+
+    free: Solution
+    free_residual: jax.Array
+    noise: jax.Array
+    nudge_norm: jax.Array
+    scale: jax.Array
+    nudges: jax.Array
+    ends: Params
+    residuals: jax.Array
+    statuses: jax.Array
+    response: Params
+    num_gradients: jax.Array
+    fell_back: jax.Array
+    on: Params
+    drift: jax.Array
+    statistic: jax.Array
+
+
+@jax.jit
+def look(estimator: Contrastive, setting: Setting, state: EstimatorState) -> Seen:
+    """Run the free phase and the nudged ones as the estimator does, and the free one on without a nudge."""
+    free = setting.free_phase(estimator.solver, state)
+    init = setting.problem.init(setting.meta_params, setting.task)
+    setting = setting.in_dtype_of_loss()
+    flattening = tree.Flattening.of(free.params)
+    flatten, unflatten = flattening.flatten, flattening.unflatten
+    flat = setting.flattened(flattening)
+    point = survey(flat, flatten(free.params), free, flatten(init))
+    learner = estimator._learner(setting)
+    response = tree.scale(-1.0, flatten(state.displacement))
+    nudge = _nudge_of(estimator, learner)
+    nudging = Nudging(flat, flattening, setting, estimator.scheme, nudge, estimator.rule, estimator.sequential, response)
+    phases, fell_back = estimator._nudged_phases(nudging, point, learner)
+    nudges, _ = phases.scheme.arrays(setting.dtype)
+
+    own = (learner if isinstance(learner, InnerSolver) else estimator.solver).bind(setting.meta_params)
+    budget = jnp.maximum(1, phases.num_gradients // len(phases.scheme.nudges))
+    on = _learn_on(own, setting, free, budget)
+    nudged = nudging.nudged(phases.base, phases.base_outer[1])
+    both = jax.tree.map(lambda *xs: jnp.stack(xs), flatten(free.params), flatten(on.params))
+    before, after = tree.unstack(nudging.measure(nudged, both, jnp.zeros(2, setting.dtype)), 2)
+    by_nudge = tree.norm(phases.scheme.contrast(phases.statistic))
+    return Seen(
+        free=free,
+        free_residual=tree.norm(point.inner_grad),
+        noise=point.noise,
+        nudge_norm=point.nudge_norm,
+        scale=point.scale,
+        nudges=nudges,
+        ends=jax.vmap(unflatten)(phases.params),
+        residuals=jax.vmap(tree.norm)(phases.residual),
+        statuses=phases.status,
+        response=unflatten(phases.scheme.contrast(phases.params)),
+        num_gradients=phases.num_gradients,
+        fell_back=fell_back,
+        on=on.params,
+        drift=tree.norm(tree.subtract(on.params, free.params)),
+        statistic=tree.norm(tree.subtract(after, before)) / by_nudge,
+    )
+
+
+def _learn_on(solver: InnerSolver, setting: Setting, free: Solution, budget: jax.Array) -> Solution:
+    """The learner of the nudged phases from the free solution, started as those are, but without a nudge."""
+    memory = free.memory if same_arrays(free.memory, solver.init_memory(free.params)) else ()
+    return solver.solve(
+        setting.inner,
+        free.params,
+        minibatch_loss=setting.inner_minibatch if setting.problem.sample is not None else None,
+        memory=memory,
+        stop=Stop(tol=jnp.zeros((), setting.dtype), max_steps=budget),
+    )
+
+
+def _nudge_of(estimator: Contrastive, learner: Any) -> Nudge:
+    return estimator.nudge or (LossNudge() if isinstance(learner, InnerSolver) else LinearNudge())
+
+
+def nudge_used(estimator: Contrastive, setting: Setting, fell_back: bool) -> Nudge:
+    """What nudged the phases: where the fast learner failed it is the solver's, not its own."""
+    learner = estimator.solver if fell_back else estimator._learner(setting)
+    return _nudge_of(estimator, learner)
+
+
+class Walk(NamedTuple):
+    """Both losses' slopes on the way from one point to another."""
+
+    inner_slope: jax.Array
+    nudged_slope: jax.Array
+    length: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="number")
+def walk(
+    setting: Setting, nudge: Nudge, base: Params, end: Params, beta: jax.Array, number: int = NUM_POSITIONS
+) -> Walk:
+    """Slopes of inner and nudged loss at positions from `base` to `end`, per length of the whole way."""
+    setting = setting.in_dtype_of_loss()
+    outer_grad = tree.grad(setting.outer)(base)
+    nudged = setting.replace_problem(
+        nudge.apply(setting.problem, base, setting.meta_params, setting.task, outer_grad)
+    )
+    way = tree.subtract(end, base)
+
+    def slopes(position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        at = tree.add_scaled(base, position, way)
+        inner = tree.vdot(tree.grad(nudged.inner)(at), way)
+        return inner, inner + beta * tree.vdot(tree.grad(nudged.outer)(at), way)
+
+    inner_slope, nudged_slope = jax.lax.map(slopes, jnp.linspace(0.0, 1.0, number, dtype=setting.dtype))
+    return Walk(inner_slope, nudged_slope, tree.norm(way))
+
+
+def make_segment(found: Walk, beta: float, noise: float) -> Segment:
+    """The losses on the way, from its slopes, and the barriers among them.
+
+    Args:
+      found: the slopes.
+      beta: of the phase.
+      noise: rounding noise of the inner gradient.
+    """
+    positions = np.linspace(0.0, 1.0, NUM_POSITIONS)
+    inner, nudged = (np.asarray(slope, np.float64) for slope in (found.inner_slope, found.nudged_slope))
+    length = float(found.length)
+    inner_loss, inner_barrier = _profile(positions, inner)
+    nudged_loss, barrier = _profile(positions, nudged)
+    line = inner[0] + positions * (inner[-1] - inner[0])
+    change = abs(inner[-1] - inner[0])
+    deviation = float(np.max(np.abs(inner - line)))
+    return Segment(
+        beta=beta,
+        positions=tuple(positions.tolist()),
+        inner_loss=inner_loss,
+        nudged_loss=nudged_loss,
+        inner_slope=tuple(inner.tolist()),
+        nudged_slope=tuple(nudged.tolist()),
+        length=length,
+        inner_barrier=inner_barrier,
+        barrier=barrier,
+        noise=NOISE_FLOOR * noise * length,
+        bend=deviation / change if change > 0 else (float("nan") if np.isnan(deviation) else 0.0),
+    )
+
+
+def _profile(
+    positions: npt.NDArray[np.float64], slopes: npt.NDArray[np.float64]
+) -> tuple[tuple[float, ...], float]:
+    """The loss at each position relative to the first, and the height of the highest pass between two lower points."""
+    if not np.isfinite(slopes).all():
+        return (float("nan"),) * len(positions), float("nan")
+    # An interpolant that invents no change of sign, and so no barrier.
+    loss = PchipInterpolator(positions, slopes).antiderivative()
+    fine = loss(np.linspace(0.0, 1.0, _FINE * (len(positions) - 1) + 1))
+    # A pass is as high as it stands above the lowest point on either side, whichever is less.
+    before, after = np.minimum.accumulate(fine), np.minimum.accumulate(fine[::-1])[::-1]
+    return tuple(loss(positions).tolist()), float(np.max(fine - np.maximum(before, after)))

@@ -1,0 +1,259 @@
+"""How good one contrastive estimate is and what would make it better: strengths around its own, phases looked into."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._compare._curve import Curve, Points, make_curve, strengths_around
+from contrastive_meta._compare._findings import Drift, Phase, Segment
+from contrastive_meta._compare._gradients import Vector, flatten, relative_error, status_of, unseen_told_later
+from contrastive_meta._compare._phases_seen import Seen, look, make_segment, nudge_used, walk
+from contrastive_meta._compare.diagnosis import Diagnosis
+from contrastive_meta._estimators import Contrastive, MetaGradientEstimator
+from contrastive_meta._estimators._free_point import UNANSWERED
+from contrastive_meta._estimators.base import Setting
+from contrastive_meta._nudging import NudgeScheme
+from contrastive_meta._problem import (
+    BilevelProblem,
+    EstimatorState,
+    MetaGradient,
+    MetaParams,
+    Status,
+    Task,
+    as_float_arrays,
+    float_dtype_of,
+    same_structure,
+)
+
+
+def diagnose(
+    problem: BilevelProblem,
+    estimator: Contrastive,
+    meta_params: MetaParams,
+    task: Task,
+    *,
+    reference: Any = None,
+    tolerance: float = 1e-2,
+    state: EstimatorState | None = None,
+    key: jax.Array | None = None,
+) -> Diagnosis:
+    """Look into one contrastive estimate: is the strength right, had the phases ended, are they in one basin?
+
+    Runs outside jit, at the price of about twenty estimates: one with the estimator as it is; one at each of 17
+    strengths from 1e-4 to 1e4 times the strength it chose, in the same scheme (none recompiles); one from where
+    learning goes on without a nudge. Without a reference the errors at these strengths are those that neighbouring
+    strengths betray (Richardson): what all strengths have in common, such as unfinished learning, does not show in
+    them, but in the residuals and in the drift.
+
+    Args:
+      problem: the bilevel problem.
+      estimator: a `Contrastive`. Others have no phases to look into: `compare` and `check` are for them.
+      meta_params: where.
+      task: a single task.
+      reference: what errors are measured against: an estimator, or a gradient like `meta_params`; None for
+        neighbouring strengths.
+      tolerance: relative error that is good enough: what it is below gives no cause for advice.
+      state: as in `estimate`: a warm start to diagnose as it is in a training loop.
+      key: as in `estimate`; the same for all.
+
+    Returns:
+      A diagnosis: `print` it for a page of text with one sentence of advice, `draw` it for a figure.
+
+    Raises:
+      TypeError: an estimator that is not a `Contrastive`; called under jit.
+      ValueError: a reference unlike `meta_params`; a tolerance that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, theta, task: jnp.sum((w - theta) ** 2),
+      ...     outer_loss=lambda w, theta, task: jnp.sum(w**2),
+      ...     init_params=lambda theta, task: jnp.zeros(2),
+      ... )
+      >>> diagnosis = cm.diagnose(problem, cm.Contrastive(cm.LBFGS()), jnp.ones(2), None)
+      >>> diagnosis.rule
+      'nothing'
+    """
+    _check(estimator, meta_params, task, reference, tolerance)
+    meta_params = as_float_arrays(meta_params, "meta_params", "meta_params must be")
+    key = jax.random.key(0) if key is None else key
+    with unseen_told_later(), jax.default_matmul_precision("highest"):
+        state = estimator.init_state(problem, meta_params, task) if state is None else state
+        dtype = float_dtype_of(problem, state.params, meta_params, task)
+        subject = _Subject(problem, estimator, meta_params, task, key, state, dtype)
+        result = subject.as_it_is()
+        curve = _measure_curve(subject, result, reference)
+        seen = look(subject.at(curve.strengths[curve.chosen]), subject.setting, state)
+        return Diagnosis(
+            result=result,
+            learner=_describe(estimator, dtype),
+            tolerance=tolerance,
+            curve=curve,
+            phases=_phases(estimator, seen, result),
+            noise=float(seen.noise),
+            drift=_drift(subject, seen, result),
+            segments=_segments(subject, seen, result),
+            gradients=_gradients(seen, result),
+        )
+
+
+class _Subject(NamedTuple):
+    """What is diagnosed: arguments of `diagnose`, and the dtype of the losses."""
+
+    problem: BilevelProblem
+    estimator: Contrastive
+    meta_params: MetaParams
+    task: Task
+    key: jax.Array
+    state: EstimatorState
+    dtype: Any
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.problem, self.meta_params, self.task, self.key, self.dtype)
+
+    @property
+    def scheme(self) -> NudgeScheme:
+        """The estimator's phases, whatever their strength."""
+        return self.estimator.scheme.template()
+
+    def at(self, strength: float) -> Contrastive:
+        """The estimator with its own scheme at a typed strength: as an array, so that none recompiles."""
+        factor = jnp.asarray(strength, self.dtype) / self.scheme.strength(self.dtype)
+        return dataclasses.replace(self.estimator, scheme=self.scheme.scaled(factor))
+
+    def as_it_is(self) -> MetaGradient:
+        """The estimate to be diagnosed; that of a typed strength is one of those to come, already compiled then."""
+        if not self.estimator.scheme.adapts:
+            return self.estimate(float(self.scheme.strength(self.dtype)), self.state)
+        return self.estimator.estimate(self.problem, self.meta_params, self.task, state=self.state, key=self.key)
+
+    def estimate(self, strength: float, state: EstimatorState) -> MetaGradient:
+        return self.at(strength).estimate(self.problem, self.meta_params, self.task, state=state, key=self.key)
+
+
+def _check(estimator: Any, meta_params: MetaParams, task: Task, reference: Any, tolerance: float) -> None:
+    if not isinstance(estimator, Contrastive):
+        raise TypeError(
+            "`diagnose` looks into the phases of a contrast: expected a Contrastive estimator, got a "
+            f"{type(estimator).__name__}. `compare` and `check` set any estimators side by side."
+        )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((estimator, meta_params, task))):
+        raise TypeError("`diagnose` looks at values: call it outside jit, vmap and grad, on a single task.")
+    if not tolerance > 0:
+        raise ValueError(f"`tolerance` must be positive; got {tolerance}.")
+    if reference is not None and not isinstance(reference, MetaGradientEstimator):
+        expected, got = jax.tree.map(np.shape, meta_params), jax.tree.map(np.shape, reference)
+        if not same_structure(meta_params, reference) or expected != got:
+            raise ValueError(
+                f"`reference` must be a gradient like `meta_params`: expected shapes {expected}, got {got}. Pass the "
+                "`grad` of a result, or an estimator."
+            )
+
+
+def _measure_curve(subject: _Subject, result: MetaGradient, reference: Any) -> Curve:
+    beta = float(result.diagnostics.beta)
+    strengths = strengths_around(beta if np.isfinite(beta) and beta > 0 else 1.0)
+    found = [subject.estimate(strength, subject.state) for strength in strengths]
+    points = Points(
+        strengths,
+        [flatten(each.grad) for each in found],
+        [float(each.diagnostics.error_estimate) for each in found],
+        [status_of(each) for each in found],
+    )
+    against, text = _resolve(subject, reference)
+    return make_curve(points, against, text, subject.scheme.order, float(jnp.finfo(subject.dtype).eps))
+
+
+def _resolve(subject: _Subject, reference: Any) -> tuple[Vector | None, str]:
+    if reference is None:
+        return None, "as neighbouring strengths betray it (Richardson)"
+    if not isinstance(reference, MetaGradientEstimator):
+        return flatten(reference), "against the gradient passed in `reference`"
+    result = reference.estimate(subject.problem, subject.meta_params, subject.task, key=subject.key)
+    status = status_of(result)
+    doubt = "" if status == Status.CONVERGED else f", itself doubtful: {status.name}"
+    return flatten(result.grad), f"against {type(reference).__name__} as passed in `reference`{doubt}"
+
+
+def _describe(estimator: Contrastive, dtype: Any) -> str:
+    scheme = estimator.scheme.template()
+    nudged = type(estimator.nudged_solver).__name__ if estimator.nudged_solver is not None else "default"
+    number = len(scheme.nudges)
+    return (
+        f"Contrastive({type(estimator.solver).__name__}, nudged_solver={nudged}), {number} "
+        f"phase{'s' if number > 1 else ''} of order {scheme.order}, {jnp.dtype(dtype).name}"
+    )
+
+
+def _phases(estimator: Contrastive, seen: Seen, result: MetaGradient) -> tuple[Phase, ...]:
+    tol = getattr(estimator.solver, "tol", None)
+    scale, nan = float(seen.scale), float("nan")
+    moved = float(tree.norm(tree.subtract(seen.free.params, result.params))) / scale
+    free = Phase(
+        name="free",
+        beta=0.0,
+        residual=float(seen.free_residual),
+        tolerance=nan if tol is None else float(tol),
+        moved=moved,
+        status=Status(int(seen.free.status)),
+    )
+    nudges = np.asarray(seen.nudges)
+    weakest = float(np.min(np.abs(nudges[nudges != 0]), initial=np.inf))
+    phases = [free]
+    for index, (beta, end) in enumerate(zip(nudges, tree.unstack(seen.ends, len(nudges)), strict=True)):
+        enough = UNANSWERED * (abs(beta) if beta != 0 else weakest) * float(seen.nudge_norm)
+        phases.append(
+            Phase(
+                name="nudged" if beta != 0 else "control",
+                beta=complex(beta),
+                residual=float(seen.residuals[index]),
+                tolerance=enough,
+                moved=float(tree.norm(tree.subtract(end, result.params))) / scale,
+                status=Status(int(seen.statuses[index])),
+            )
+        )
+    return tuple(phases)
+
+
+def _drift(subject: _Subject, seen: Seen, result: MetaGradient) -> Drift:
+    beta = float(np.min(np.abs(np.asarray(seen.nudges)[np.asarray(seen.nudges) != 0]), initial=np.inf))
+    moved = beta * float(tree.norm(seen.response))
+    on = subject.estimate(beta, result.state._replace(params=seen.on))
+    drift = float(seen.drift)
+    before, after = flatten(result.grad), flatten(on.grad)
+    return Drift(
+        distance=drift / float(seen.scale),
+        displacement=drift / moved if moved > 0 else (0.0 if drift == 0 else float("inf")),
+        statistic=float(seen.statistic) / beta,
+        gradient=0.0 if np.array_equal(before, after) else relative_error(before, after),
+    )
+
+
+def _segments(subject: _Subject, seen: Seen, result: MetaGradient) -> tuple[Segment, ...]:
+    nudge = nudge_used(subject.estimator, subject.setting, int(seen.fell_back) == Status.FELL_BACK)
+    nudges = np.asarray(seen.nudges)
+    if np.iscomplexobj(nudges):
+        # Complex phases have no loss to climb: the way is that of a real nudge of the same modulus.
+        beta = float(np.min(np.abs(nudges)))
+        ends = [(beta, tree.add_scaled(result.params, beta, seen.response))]
+    else:
+        stacked = tree.unstack(seen.ends, len(nudges))
+        ends = [(float(beta), end) for beta, end in zip(nudges, stacked, strict=True) if beta != 0]
+
+    def one(beta: float, end: Any) -> Segment:
+        strength = jnp.asarray(beta, subject.dtype)
+        return make_segment(walk(subject.setting, nudge, result.params, end, strength), beta, float(seen.noise))
+
+    return tuple(one(*each) for each in ends)
+
+
+def _gradients(seen: Seen, result: MetaGradient) -> dict[str, int]:
+    free, nudged = int(seen.free.num_gradients), int(seen.num_gradients)
+    rest = int(result.diagnostics.num_gradients) - free - nudged
+    return {"free phase": free, "nudged phases": nudged, "strength and checks": max(rest, 0)}

@@ -1,0 +1,55 @@
+"""What a diagnosis found: a page to print, numbers to use, a figure to draw."""
+
+import dataclasses
+from typing import Any
+
+from contrastive_meta._compare._advice import advise
+from contrastive_meta._compare._drawing import draw
+from contrastive_meta._compare._findings import Findings
+from contrastive_meta._compare._page import page
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis(Findings):
+    """What `diagnose` found: `print` it, use its numbers, `draw` it.
+
+    Attributes:
+      result: the estimate that was looked into.
+      learner: in words, who learned, with what scheme, in which precision.
+      tolerance: relative error that is good enough.
+      curve: contrasts at strengths around the chosen one: `strengths`, `errors`, `regions`, `chosen` and `least`
+        (indices), `excess` (error at the chosen over the least one), `noise_below`, `truncation_above`.
+      phases: where each phase ended: `beta`, `residual`, `tolerance`, `moved`, `status`; the free phase first.
+      noise: rounding noise of the inner gradient, a norm like the residuals.
+      drift: what learning on without a nudge changes: `distance`, `displacement`, `statistic`, `gradient`.
+      segments: the straight way to each nudged phase: losses and slopes at 21 positions, `barrier`, `inner_barrier`,
+        `relative_barrier`, `same_basin`, `curvature`, `nudged_curvature`, `bend`.
+      gradients: gradients evaluated by the free phase, by the nudged phases and by everything else.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> sorted(field.name for field in __import__("dataclasses").fields(cm.Diagnosis))[:3]
+      ['curve', 'drift', 'gradients']
+    """
+
+    @property
+    def rule(self) -> str:
+        """The name of the rule that the advice follows from."""
+        return advise(self)[0]
+
+    @property
+    def advice(self) -> str:
+        """One sentence: what to change."""
+        return advise(self)[1]
+
+    def __str__(self) -> str:
+        """A page of at most 100 columns, the advice first."""
+        return page(self, self.advice)
+
+    def draw(self, figure: Any) -> None:
+        """Draw the page's figure: the curve, the residuals, and the losses and slopes on the way to the phases.
+
+        Args:
+          figure: an empty `matplotlib.figure.Figure` (or `SubFigure`) of the user's own, at least 9 by 7 inches.
+        """
+        draw(self, figure)
