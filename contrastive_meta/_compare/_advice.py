@@ -43,9 +43,7 @@ def barrier(found: Findings) -> Segment | None:
 def runaway(found: Findings) -> Segment | None:
     """A way along which the nudged loss curves downwards, or that is not finite: there is no minimum to go to."""
     lost = [s for s in found.segments if not np.isfinite(s.nudged_curvature)]
-    # A nudge gives the slope beta ||v|| to begin with: what rounding leaves of curvature is told from that.
-    down = [s for s in found.segments if s.nudged_curvature * s.length**2 < -s.noise]
-    return next(iter([*lost, *down]), None)
+    return next(iter([*lost, *(s for s in found.segments if s.runs_away)]), None)
 
 
 def _unlearned(found: Findings) -> bool:
@@ -102,15 +100,10 @@ RULES = (
         "Learning diverged: lower the inner learning rate.",
     ),
     Rule(
-        "invalid scheme",
-        lambda found: found.status == Status.INVALID_SCHEME,
-        "The scheme's weights are not those of a derivative: use a scheme function with a nonzero beta.",
-    ),
-    Rule(
         "unlearned",
         _unlearned,
-        "Learning had not ended: going on moves `params` by {drift} of their norm and {left} of the gradient is left; "
-        "give the solver more steps.",
+        "Learning had not ended: going on moves `params` by {drift} of their norm and the gradient by {left} "
+        "({kind} error {error}); give the solver more steps.",
     ),
     Rule(
         "noise",
@@ -121,7 +114,7 @@ RULES = (
     Rule(
         "barrier",
         lambda found: barrier(found) is not None,
-        "The nudge leaves the basin: a barrier of {barrier} of the change of the loss lies on the way to "
+        "The nudge leaves the basin: a barrier {barrier} times as high as the loss changes lies on the way to "
         "beta = {barrier_beta}; lower beta{lower}.",
     ),
     Rule(
@@ -176,7 +169,7 @@ def _words(found: Findings) -> dict[str, str]:
         "lower": f" to about {best:.1e}" if factor < 1 else "",
         "error": share(found.error),
         "least": share(curve.errors[curve.least]),
-        "barrier": share(blocked.relative_barrier) if blocked else "",
+        "barrier": f"{blocked.relative_barrier:.2g}" if blocked else "",
         "barrier_beta": f"{blocked.beta:.2e}" if blocked else "",
         "runaway_beta": f"{lost.beta if lost else fallback:.2e}",
         "unanswered": share(float(found.result.diagnostics.nudged_residual)),

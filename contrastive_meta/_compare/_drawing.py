@@ -50,7 +50,7 @@ def _draw_curve(found: Findings, axis: Any) -> None:
     axis.set_title("Error against strength", fontsize=10)
     axis.set_xlabel("nudging strength beta (units of inner / outer loss)")
     axis.set_ylabel("relative error of the meta-gradient")
-    axis.legend(fontsize=8)
+    _legend(axis)
 
 
 def _draw_residuals(found: Findings, axis: Any) -> None:
@@ -112,12 +112,12 @@ def _plot(axis: Any, xs: Sequence[float], ys: Sequence[float], label: str, **sty
 
 
 def _drawable(value: float) -> bool:
-    return math.isfinite(value) and 0 < value
+    return math.isfinite(value) and value > 0
 
 
 def _legend(axis: Any) -> None:
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=8)
 
 
 def _name(name: str, beta: complex) -> str:

@@ -34,7 +34,9 @@ class Phase(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """What learning does when it goes on without a nudge, for as many steps as a nudged phase takes.
+    """What learning does when it goes on without a nudge, for as long as a nudged phase.
+
+    That is for as many steps as a nudged phase evaluates gradients, where the learner lets itself be told.
 
     Attributes:
       distance: how far `params` move, relative to their norm.
@@ -93,6 +95,11 @@ class Segment(NamedTuple):
         return self._per_length(self.nudged_slope)
 
     @property
+    def runs_away(self) -> bool:
+        """Whether the nudged loss curves downwards along the way, by more than rounding makes of it."""
+        return self.nudged_slope[-1] - self.nudged_slope[0] < -self.noise
+
+    @property
     def relative_barrier(self) -> float:
         """The higher of both barriers, each over the change of its loss from one end to the other."""
         changes = abs(self.nudged_loss[-1]), abs(self.inner_loss[-1])
@@ -114,7 +121,7 @@ class Findings:
     """All numbers of a diagnosis; see `Diagnosis`."""
 
     result: MetaGradient
-    learner: str
+    estimator: str
     tolerance: float
     curve: Curve
     phases: tuple[Phase, ...]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from contrastive_meta._compare._advice import NEAR_LEAST
-from contrastive_meta._compare._findings import Findings
+from contrastive_meta._compare._findings import Findings, Segment
 from contrastive_meta._compare._text import Column, lay_out, listing, share, wrap
 
 WIDTH = 100
@@ -19,7 +19,7 @@ def page(found: Findings, advice: str) -> str:
     """All findings, the advice first, in lines of at most 100 characters."""
     status = found.status
     sections = [
-        _wrap(f"Diagnosis of {found.learner}: {status.name}."),
+        _wrap(f"Diagnosis of {found.estimator}: {status.name}."),
         _wrap(f"Advice: {advice}"),
         ["", *_curve(found)],
         ["", *_phases(found)],
@@ -61,7 +61,9 @@ def _dominates(region: str) -> str:
 
 
 def _excess(excess: float) -> str:
-    return f"within {NEAR_LEAST:g} times" if excess <= NEAR_LEAST else f"{excess:.2g} times"
+    if excess <= NEAR_LEAST:
+        return f"within {NEAR_LEAST:g} times"
+    return f"{excess:.1f} times" if excess < 1e3 else f"{excess:.0e} times"
 
 
 def _range(errors: Sequence[float]) -> tuple[int, int]:
@@ -94,13 +96,13 @@ def _marks(errors: Sequence[float], chosen: int) -> list[str]:
 
 
 def _phases(found: Findings) -> list[str]:
-    phases = found.phases
+    phases, noise = found.phases, found.noise or math.nan
     columns = [
         Column(("phase",), [phase.name for phase in phases], numeric=False),
         Column(("beta",), [_beta(phase.beta) for phase in phases]),
         Column(("residual",), [_number(phase.residual) for phase in phases]),
         Column(("tolerance",), [_number(phase.tolerance) for phase in phases]),
-        Column(("over", "rounding"), [_number(phase.residual / found.noise) for phase in phases]),
+        Column(("over", "rounding"), [_number(phase.residual / noise) for phase in phases]),
         Column(("moved",), [_number(phase.moved) for phase in phases]),
         Column(("status",), [phase.status.name for phase in phases], numeric=False, narrowest=9),
     ]
@@ -130,16 +132,24 @@ def _basin(found: Findings) -> list[str]:
         return ["Basin: no nudged phase to walk to."]
     columns = [
         Column(("beta",), [f"{s.beta:.2e}" for s in segments]),
-        Column(("length",), [_number(s.length) for s in segments]),
         Column(("change of", "nudged loss"), [_number(s.nudged_loss[-1]) for s in segments]),
         Column(("change of", "inner loss"), [_number(s.inner_loss[-1]) for s in segments]),
         Column(("barrier,", "nudged"), [_number(s.barrier) for s in segments]),
         Column(("barrier,", "inner"), [_number(s.inner_barrier) for s in segments]),
-        Column(("curvature",), [_number(s.curvature) for s in segments]),
+        Column(("curvature,", "inner"), [_number(s.curvature) for s in segments]),
+        Column(("curvature,", "nudged"), [_number(s.nudged_curvature) for s in segments]),
         Column(("bend",), [share(s.bend) for s in segments]),
-        Column(("same", "basin"), ["yes" if s.same_basin else "no" for s in segments], numeric=False),
+        Column(("found",), [_verdict(s) for s in segments], numeric=False),
     ]
     return ["Basin: the straight way from the base point to each nudged phase", *lay_out(columns, WIDTH)]
+
+
+def _verdict(segment: Segment) -> str:
+    if not math.isfinite(segment.barrier):
+        return "not finite"
+    if not segment.same_basin:
+        return "a barrier"
+    return "no minimum" if segment.runs_away else "same basin"
 
 
 def _result(found: Findings) -> list[str]:

@@ -75,7 +75,9 @@ def look(estimator: Contrastive, setting: Setting, state: EstimatorState) -> See
     learner = estimator._learner(setting)
     response = tree.scale(-1.0, flatten(state.displacement))
     nudge = _nudge_of(estimator, learner)
-    nudging = Nudging(flat, flattening, setting, estimator.scheme, nudge, estimator.rule, estimator.sequential, response)
+    nudging = Nudging(
+        flat, flattening, setting, estimator.scheme, nudge, estimator.rule, estimator.sequential, response
+    )
     phases, fell_back = estimator._nudged_phases(nudging, point, learner)
     nudges, _ = phases.scheme.arrays(setting.dtype)
 
@@ -142,9 +144,7 @@ def walk(
     """Slopes of inner and nudged loss at positions from `base` to `end`, per length of the whole way."""
     setting = setting.in_dtype_of_loss()
     outer_grad = tree.grad(setting.outer)(base)
-    nudged = setting.replace_problem(
-        nudge.apply(setting.problem, base, setting.meta_params, setting.task, outer_grad)
-    )
+    nudged = setting.replace_problem(nudge.apply(setting.problem, base, setting.meta_params, setting.task, outer_grad))
     way = tree.subtract(end, base)
 
     def slopes(position: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -187,9 +187,7 @@ def make_segment(found: Walk, beta: float, noise: float) -> Segment:
     )
 
 
-def _profile(
-    positions: npt.NDArray[np.float64], slopes: npt.NDArray[np.float64]
-) -> tuple[tuple[float, ...], float]:
+def _profile(positions: npt.NDArray[np.float64], slopes: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], float]:
     """The loss at each position relative to the first, and the height of the highest pass between two lower points."""
     if not np.isfinite(slopes).all():
         return (float("nan"),) * len(positions), float("nan")

@@ -91,7 +91,7 @@ def diagnose(
         seen = look(subject.at(curve.strengths[curve.chosen]), subject.setting, state)
         return Diagnosis(
             result=result,
-            learner=_describe(estimator, dtype),
+            estimator=_describe(estimator, dtype),
             tolerance=tolerance,
             curve=curve,
             phases=_phases(estimator, seen, result),
@@ -213,7 +213,7 @@ def _phases(estimator: Contrastive, seen: Seen, result: MetaGradient) -> tuple[P
                 name="nudged" if beta != 0 else "control",
                 beta=complex(beta),
                 residual=float(seen.residuals[index]),
-                tolerance=enough,
+                tolerance=float(enough),
                 moved=float(tree.norm(tree.subtract(end, result.params))) / scale,
                 status=Status(int(seen.statuses[index])),
             )

@@ -15,7 +15,7 @@ class Diagnosis(Findings):
 
     Attributes:
       result: the estimate that was looked into.
-      learner: in words, who learned, with what scheme, in which precision.
+      estimator: in words: solvers, scheme, precision.
       tolerance: relative error that is good enough.
       curve: contrasts at strengths around the chosen one: `strengths`, `errors`, `regions`, `chosen` and `least`
         (indices), `excess` (error at the chosen over the least one), `noise_below`, `truncation_above`.
