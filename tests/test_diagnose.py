@@ -193,6 +193,22 @@ def test_nudged_phases_that_were_stopped_are_told_to_go_on():
     assert found.phases[1].residual > found.phases[1].tolerance
 
 
+def test_a_hilltop_is_no_minimum():
+    """Learning that begins on top of the hill stays there; phases roll down both sides, and L_in'' = -1."""
+    found = diagnose(WELLS._replace(start=0.0), 0.0, 0.01)
+    assert found.rule == "indefinite"
+    for segment in found.segments:
+        step = segment.positions[1]
+        assert segment.inner_slope[1] == pytest.approx(-step * segment.length**2, rel=1e-2)
+
+
+def test_nothing_to_nudge_is_nothing_to_change():
+    found = diagnose(BOWL._replace(c=0.0, d=0.0), 0.5, 0.01)
+    assert found.rule == "nothing"
+    assert found.error == 0.0
+    assert "zero" in found.curve.against
+
+
 def test_nan_is_named_and_printed():
     found = diagnose(BOWL._replace(b=math.nan), 0.5, 1e-3)
     assert found.rule == "not finite"
@@ -296,13 +312,20 @@ def test_an_unseen_meta_parameter_is_named():
         lambda theta, task: jnp.ones(2) * theta["start"],
     )
     meta_params = {"seen": jnp.ones(2), "start": jnp.ones(())}
-    solver = cm.OptaxDescent(optax.sgd(0.4), num_steps=60)
-    estimator = cm.Contrastive(solver, cm.NewtonKrylov(fall_back=False), cm.forward_difference(0.01))
+    estimator = cm.Contrastive(learner(), learner(), cm.forward_difference(0.01))
     found = cm.diagnose(problem, estimator, meta_params, None)
     assert found.result.unseen == ("['start']",)
     assert "Unseen meta-parameters, whose gradient is an exact zero: ['start']" in lines(found)
     assert [phase.name for phase in found.phases] == ["free", "control", "nudged"]
     assert len(found.segments) == 1
+    # As published, the free solution itself is contrasted with: what it left over, w - 1 = 0.9^30 of the way from the
+    # start, goes into the contrast.
+    short = cm.Contrastive(learner(30), learner(30), cm.forward_difference(1e-3, matched=False))
+    bare = cm.diagnose(problem, short, {"seen": jnp.ones(2), "start": jnp.full((), 1.001)}, None)
+    assert bare.rule == "drift"
+    assert not bare.matched
+    assert bare.drift.statistic > 0.01
+    assert "leave out `matched=False`" in bare.advice
 
 
 def test_what_cannot_be_diagnosed_is_refused():

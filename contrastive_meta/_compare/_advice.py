@@ -42,7 +42,7 @@ def barrier(found: Findings) -> Segment | None:
 
 def runaway(found: Findings) -> Segment | None:
     """A way along which the nudged loss curves downwards, or that is not finite: there is no minimum to go to."""
-    lost = [s for s in found.segments if not np.isfinite(s.nudged_curvature)]
+    lost = [s for s in found.segments if not np.isfinite(s.nudged_loss[-1])]
     return next(iter([*lost, *(s for s in found.segments if s.runs_away)]), None)
 
 
@@ -54,6 +54,10 @@ def _unlearned(found: Findings) -> bool:
 
 def _worth_changing(found: Findings) -> bool:
     return found.error > found.tolerance and found.curve.excess > NEAR_LEAST
+
+
+def _indefinite(found: Findings) -> bool:
+    return found.status == Status.INDEFINITE_CURVATURE and any(segment.is_hilltop for segment in found.segments)
 
 
 def _noisy(found: Findings) -> bool:
@@ -106,6 +110,18 @@ RULES = (
         "({kind} error {error}); give the solver more steps.",
     ),
     Rule(
+        "indefinite",
+        _indefinite,
+        "The inner loss curves downwards along the response, so this is no minimum: learn for longer, regularise, or "
+        "start elsewhere.",
+    ),
+    Rule(
+        "drift",
+        lambda found: not found.matched and found.drift.statistic > found.tolerance,
+        "What learning left over is divided by beta, {statistic} times the gradient: leave out `matched=False`, or "
+        "give the solver more steps.",
+    ),
+    Rule(
         "noise",
         _noisy,
         "Rounding dominates: use float64, complex_step, or a larger displacement, about {larger} times this beta "
@@ -122,12 +138,6 @@ RULES = (
         _runs_away,
         "The nudged loss at beta = {runaway_beta} has no minimum near the free solution: lower beta{lower}, or use "
         "`LinearNudge()` or `forward_difference`.",
-    ),
-    Rule(
-        "indefinite",
-        lambda found: found.status == Status.INDEFINITE_CURVATURE,
-        "The inner loss curves downwards along the response, so this is no minimum: learn for longer, regularise, or "
-        "start elsewhere.",
     ),
     Rule(
         "unanswered",
@@ -165,6 +175,7 @@ def _words(found: Findings) -> dict[str, str]:
     return {
         "drift": share(found.drift.distance),
         "left": share(found.drift.gradient),
+        "statistic": f"{found.drift.statistic:.2g}",
         "larger": f"{factor:.0f}" if factor > 1 else "10",
         "lower": f" to about {best:.1e}" if factor < 1 else "",
         "error": share(found.error),

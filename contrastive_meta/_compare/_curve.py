@@ -31,7 +31,8 @@ class Curve(NamedTuple):
       errors: relative errors of the contrasts; NaN where one is not finite.
       estimates: what each says of itself, `diagnostics.error_estimate`.
       statuses: what each reported.
-      regions: what dominates each error: `"noise"`, `"truncation"` or `"neither"`, by the slope of the curve.
+      regions: what dominates each error, by the slope of the curve: `"noise"` (what is divided by beta: rounding, and
+        whatever phases left unfinished that does not cancel), `"truncation"` or `"neither"`.
       chosen: index of the strength that the estimator chose.
       least: index of the least error, lucky points left out.
       excess: error at the chosen strength over the least.
@@ -59,7 +60,7 @@ class Curve(NamedTuple):
 
     @property
     def noise_below(self) -> float | None:
-        """The largest strength at which rounding dominates; None where it nowhere does."""
+        """The largest strength at which noise dominates; None where it nowhere does."""
         found = [s for s, region in zip(self.strengths, self.regions, strict=True) if region == NOISE]
         return max(found, default=None)
 
@@ -99,11 +100,10 @@ def make_curve(points: Points, reference: Vector | None, text: str, order: int, 
         absolute, unit = _without_reference(gradients, order)
     else:
         absolute, unit = np.array([norm(g - reference) for g in gradients]), norm(reference)
-    if unit > 0 and np.isfinite(unit):
-        absolute = absolute / unit
-    else:
-        text = f"{text} (absolute, since the gradient it is relative to is {unit:g})"
-    # Rounding falls by no more than the ratio from one strength to the next: what is far below that is luck.
+    if unit == 0:
+        text = f"{text} (absolute, since the gradient it is relative to is zero)"
+    absolute = absolute / (unit or 1.0)
+    # Noise falls by no more than the ratio from one strength to the next: what is far below that is luck.
     floored = np.fmax(_or_infinite(absolute), _FLOOR * eps)
     likely = np.fmax(floored, np.concatenate([[0.0], floored[:-1] / _RATIO]))
     least, chosen = int(np.argmin(likely)), len(gradients) // 2

@@ -5,17 +5,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from contrastive_meta._compare._findings import Findings
+from contrastive_meta._compare._text import wrap
 
 # Okabe & Ito (2008): colour-blind readers can tell them apart; each has a marker of its own for grey print.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _NOISE, _TRUNCATION = "#56B4E9", "#E69F00"
-_LARGEST = 1e2
+_PLACES = {"hspace": 0.38, "wspace": 0.3, "left": 0.09, "right": 0.97, "bottom": 0.08, "top": 0.86}
+_TITLE_WIDTH = 105
 
 
-def draw(found: Findings, figure: Any) -> None:
+def draw(found: Findings, advice: str, figure: Any) -> None:
     """Four panels: the curve, the residuals, and the losses and slopes on the way to the nudged phases."""
-    axes = figure.subplots(2, 2, gridspec_kw={"hspace": 0.42, "wspace": 0.32})
+    axes = figure.subplots(2, 2, gridspec_kw=_PLACES)
+    figure.suptitle("\n".join(wrap(advice, width=_TITLE_WIDTH)), fontsize=11)
     _draw_curve(found, axes[0][0])
     _draw_residuals(found, axes[0][1])
     _draw_losses(found, axes[1][0])
@@ -40,7 +43,7 @@ def _draw_curve(found: Findings, axis: Any) -> None:
     axis.set_yscale("log")
     edge = 10**0.25
     for border, region, name, colour in (
-        (curve.noise_below, (curve.strengths[0] / edge, None), "rounding dominates", _NOISE),
+        (curve.noise_below, (curve.strengths[0] / edge, None), "noise dominates", _NOISE),
         (curve.truncation_above, (None, curve.strengths[-1] * edge), "truncation dominates", _TRUNCATION),
     ):
         if border is not None:
@@ -65,7 +68,7 @@ def _draw_residuals(found: Findings, axis: Any) -> None:
     axis.set_yscale("log")
     axis.set_xticks(places, [_name(phase.name, phase.beta) for phase in phases], fontsize=8)
     axis.set_xlim(-0.5, len(phases) - 0.5)
-    axis.set_title("What each phase left", fontsize=10)
+    axis.set_title("Gradient that each phase left of its own loss", fontsize=10)
     axis.set_xlabel("phase")
     axis.set_ylabel("gradient norm (inner loss / params)")
     _legend(axis)
@@ -97,9 +100,10 @@ def _draw_slopes(found: Findings, axis: Any) -> None:
 
 
 def _style(index: int) -> dict[str, Any]:
+    # Ways of opposite strengths often coincide: the first is the wider one.
     return {
         "color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)], "markersize": 3.5,
-        "markevery": 4, "linewidth": 1.3,
+        "markevery": 4, "linewidth": max(3.0 - 1.2 * index, 0.8),
     }  # fmt: skip
 
 
@@ -121,4 +125,6 @@ def _legend(axis: Any) -> None:
 
 
 def _name(name: str, beta: complex) -> str:
-    return name if beta == 0 else f"{abs(beta):.0e}" if beta.imag else f"{beta.real:+.0e}"
+    if beta == 0:
+        return name
+    return f"|beta| = {abs(beta):.1e}" if beta.imag else f"beta = {beta.real:.1e}"

@@ -100,6 +100,11 @@ class Segment(NamedTuple):
         return self.nudged_slope[-1] - self.nudged_slope[0] < -self.noise
 
     @property
+    def is_hilltop(self) -> bool:
+        """Whether the inner loss curves downwards where the way begins, by more than rounding makes of it."""
+        return self.inner_slope[1] - self.inner_slope[0] < -self.noise
+
+    @property
     def relative_barrier(self) -> float:
         """The higher of both barriers, each over the change of its loss from one end to the other."""
         changes = abs(self.nudged_loss[-1]), abs(self.inner_loss[-1])
@@ -128,6 +133,7 @@ class Findings:
     noise: float
     drift: Drift
     segments: tuple[Segment, ...]
+    matched: bool
     gradients: Mapping[str, int]
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from contrastive_meta._compare._advice import NEAR_LEAST
+from contrastive_meta._compare._curve import NEITHER
 from contrastive_meta._compare._findings import Findings, Segment
 from contrastive_meta._compare._text import Column, lay_out, listing, share, wrap
 
@@ -40,24 +41,22 @@ def _curve(found: Findings) -> list[str]:
         Column(("error",), [f"{error:.1e}" for error in curve.errors]),
         Column(("says", "itself"), [_number(told) for told in curve.estimates]),
         Column(("error on a log axis", _axis(curve.errors)), _marks(curve.errors, curve.chosen), numeric=False),
-        Column(("dominated by",), [_dominates(region) for region in curve.regions], numeric=False),
+        Column(("dominated by",), ["" if region == NEITHER else region for region in curve.regions], numeric=False),
         Column(("status",), [status.name for status in curve.statuses], numeric=False, narrowest=9),
     ]
     lines = _wrap(f"Error against strength: relative, {curve.against}.")
     lines += lay_out(columns, WIDTH)
+    if not math.isfinite(curve.excess):
+        return [*lines, "No contrast is finite."]
     near = curve.excess <= NEAR_LEAST
     edge = "" if near or 0 < curve.least < len(curve.strengths) - 1 else " or beyond"
     said = f"At the chosen beta = {found.beta:.2e} the error is {_excess(curve.excess)} the least, which is at beta = "
     said += f"{curve.strengths[curve.least]:.2e}{edge}."
     if curve.noise_below is not None:
-        said += f" Rounding dominates up to {curve.noise_below:.2e}."
+        said += f" Noise, which is divided by beta, dominates up to {curve.noise_below:.2e}."
     if curve.truncation_above is not None:
         said += f" Truncation dominates from {curve.truncation_above:.2e}."
     return lines + _wrap(said)
-
-
-def _dominates(region: str) -> str:
-    return {"noise": "rounding", "truncation": "truncation"}.get(region, "")
 
 
 def _excess(excess: float) -> str:

@@ -98,6 +98,7 @@ def diagnose(
             noise=float(seen.noise),
             drift=_drift(subject, seen, result),
             segments=_segments(subject, seen, result),
+            matched=subject.scheme.matched or subject.scheme.free_phase is None,
             gradients=_gradients(seen, result),
         )
 

@@ -24,6 +24,7 @@ class Diagnosis(Findings):
       drift: what learning on without a nudge changes: `distance`, `displacement`, `statistic`, `gradient`.
       segments: the straight way to each nudged phase: losses and slopes at 21 positions, `barrier`, `inner_barrier`,
         `relative_barrier`, `same_basin`, `curvature`, `nudged_curvature`, `bend`.
+      matched: whether what drifts cancels: False only for `matched=False`.
       gradients: gradients evaluated by the free phase, by the nudged phases and by everything else.
 
     Example:
@@ -52,4 +53,4 @@ class Diagnosis(Findings):
         Args:
           figure: an empty `matplotlib.figure.Figure` (or `SubFigure`) of the user's own, at least 9 by 7 inches.
         """
-        draw(self, figure)
+        draw(self, self.advice, figure)
