@@ -1,5 +1,6 @@
 """A diagnosis names what was done wrong on purpose, with numbers that have a closed form."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ def lines(diagnosis):
 
 
 def test_a_strength_in_place_is_left_alone():
-    """On the bowl the contrast is -(theta + 1) / (1 - beta^2): truncation is beta^2, and nothing else is wrong."""
+    """On the bowl the contrast is (theta + 1) / (1 - beta^2): truncation is beta^2, and nothing else is wrong."""
     found = diagnose(BOWL, 0.5, 1e-5)
     assert found.rule == "nothing"
     assert found.advice == f"Nothing to change: estimated error {found.error:.1e}."
@@ -202,6 +203,22 @@ def test_a_hilltop_is_no_minimum():
         assert segment.inner_slope[1] == pytest.approx(-step * segment.length**2, rel=1e-2)
 
 
+def test_what_all_strengths_have_in_common_shows_against_a_reference():
+    """The gradient is 3/2: against 3 no strength is right; and what is left to learn counts where no strength shows it."""
+    found = diagnose(BOWL, 0.5, 1e-5, reference=jnp.asarray(3.0))
+    assert found.rule == "out of reach"
+    assert found.error == pytest.approx(0.5, rel=1e-6)
+    assert "`reference`" in found.curve.against
+    left = dataclasses.replace(diagnose(BOWL, 0.5, 1e-5), drift=drift_with(found, 0.2))
+    assert left.rule == "unsettled"
+    assert left.advice == "Learning had not ended: 20 % of the gradient is left; give the solver more steps."
+
+
+def drift_with(found, gradient):
+    """The drift of a diagnosis, with another effect on the gradient."""
+    return found.drift._replace(gradient=gradient)
+
+
 def test_nothing_to_nudge_is_nothing_to_change():
     found = diagnose(BOWL._replace(c=0.0, d=0.0), 0.5, 0.01)
     assert found.rule == "nothing"
@@ -318,14 +335,22 @@ def test_an_unseen_meta_parameter_is_named():
     assert "Unseen meta-parameters, whose gradient is an exact zero: ['start']" in lines(found)
     assert [phase.name for phase in found.phases] == ["free", "control", "nudged"]
     assert len(found.segments) == 1
-    # As published, the free solution itself is contrasted with: what it left over, w - 1 = 0.9^30 of the way from the
-    # start, goes into the contrast.
-    short = cm.Contrastive(learner(30), learner(30), cm.forward_difference(1e-3, matched=False))
-    bare = cm.diagnose(problem, short, {"seen": jnp.ones(2), "start": jnp.full((), 1.001)}, None)
-    assert bare.rule == "drift"
-    assert not bare.matched
-    assert bare.drift.statistic > 0.01
-    assert "leave out `matched=False`" in bare.advice
+
+
+@pytest.mark.slow
+def test_drift_that_is_divided_by_beta_is_named():
+    """As published: the free solution itself is the other phase, and what ten more steps move it is in the contrast."""
+    solver = cm.OptaxDescent(SGD, num_steps=40)
+    estimator = cm.Contrastive(solver, solver, cm.forward_difference(1e-4, matched=False))
+    shape = jax.tree.map(jnp.asarray, BOWL._replace(start=0.6))
+    found = cm.diagnose(PROBLEM, estimator, jnp.asarray(0.5), shape)
+    assert found.status == cm.Status.CONVERGED or found.rule == "drift"
+    # The statistic is -w, and its contrast (0.1 0.9^40 (1 - 0.9^40) - beta * 1.5) / beta.
+    left = 0.1 * 0.9**40 * (1 - 0.9**40)
+    assert found.drift.statistic == pytest.approx(left / (1e-4 * abs(float(found.result.grad))), rel=0.2)
+    assert found.rule == "drift"
+    assert not found.matched
+    assert "leave out `matched=False`" in found.advice
 
 
 def test_what_cannot_be_diagnosed_is_refused():

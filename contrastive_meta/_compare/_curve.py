@@ -35,7 +35,7 @@ class Curve(NamedTuple):
         whatever phases left unfinished that does not cancel), `"truncation"` or `"neither"`.
       chosen: index of the strength that the estimator chose.
       least: index of the least error, lucky points left out.
-      excess: error at the chosen strength over the least.
+      excess: error at the chosen strength over the least, at least 1.
       order: power of beta with which truncation grows.
       against: in words, what `errors` are measured against.
       referenced: whether that is a reference, or only the contrasts at neighbouring strengths.
@@ -115,7 +115,7 @@ def make_curve(points: Points, reference: Vector | None, text: str, order: int, 
         regions=tuple(_region(np.log10(likely), at, least) for at in range(len(likely))),
         chosen=chosen,
         least=least,
-        excess=float(likely[chosen] / likely[least]) if np.isfinite(likely[least]) else float("nan"),
+        excess=max(float(floored[chosen] / likely[least]), 1.0) if np.isfinite(likely[least]) else float("nan"),
         order=order,
         against=text,
         referenced=reference is not None,

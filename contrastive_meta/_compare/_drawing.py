@@ -11,7 +11,7 @@ from contrastive_meta._compare._text import wrap
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _NOISE, _TRUNCATION = "#56B4E9", "#E69F00"
-_PLACES = {"hspace": 0.38, "wspace": 0.3, "left": 0.09, "right": 0.97, "bottom": 0.08, "top": 0.86}
+_PLACES = {"hspace": 0.38, "wspace": 0.3, "left": 0.09, "right": 0.97, "bottom": 0.08, "top": 0.88}
 _TITLE_WIDTH = 105
 
 
