@@ -204,7 +204,7 @@ def test_a_hilltop_is_no_minimum():
 
 
 def test_what_all_strengths_have_in_common_shows_against_a_reference():
-    """The gradient is 3/2: against 3 no strength is right; and what is left to learn counts where no strength shows it."""
+    """The gradient is 3/2: against 3 no strength is right. What is left to learn counts where no strength shows it."""
     found = diagnose(BOWL, 0.5, 1e-5, reference=jnp.asarray(3.0))
     assert found.rule == "out of reach"
     assert found.error == pytest.approx(0.5, rel=1e-6)
