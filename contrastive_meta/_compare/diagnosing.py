@@ -10,7 +10,7 @@ import numpy as np
 from contrastive_meta import _pytree as tree
 from contrastive_meta._compare._curve import Curve, Points, make_curve, strengths_around
 from contrastive_meta._compare._findings import Drift, Phase, Segment
-from contrastive_meta._compare._gradients import Vector, flatten, relative_error, status_of, unseen_told_later
+from contrastive_meta._compare._gradients import Vector, flatten, norm, relative_error, status_of, unseen_told_later
 from contrastive_meta._compare._phases_seen import Seen, look, make_segment, nudge_used, walk
 from contrastive_meta._compare.diagnosis import Diagnosis
 from contrastive_meta._estimators import Contrastive, MetaGradientEstimator
@@ -88,7 +88,8 @@ def diagnose(
         subject = _Subject(problem, estimator, meta_params, task, key, state, dtype)
         result = subject.as_it_is()
         curve = _measure_curve(subject, result, reference)
-        seen = look(subject.at(curve.strengths[curve.chosen]), subject.setting, state)
+        # Numpy from here on: what is computed once is not worth a program.
+        seen = jax.device_get(look(subject.at(curve.strengths[curve.chosen]), subject.setting, state))
         return Diagnosis(
             result=result,
             estimator=_describe(estimator, dtype),
@@ -195,7 +196,8 @@ def _describe(estimator: Contrastive, dtype: Any) -> str:
 def _phases(estimator: Contrastive, seen: Seen, result: MetaGradient) -> tuple[Phase, ...]:
     tol = getattr(estimator.solver, "tol", None)
     scale, nan = float(seen.scale), float("nan")
-    moved = float(tree.norm(tree.subtract(seen.free.params, result.params))) / scale
+    base = flatten(result.params)
+    moved = norm(flatten(seen.free.params) - base) / scale
     free = Phase(
         name="free",
         beta=0.0,
@@ -215,16 +217,22 @@ def _phases(estimator: Contrastive, seen: Seen, result: MetaGradient) -> tuple[P
                 beta=complex(beta),
                 residual=float(seen.residuals[index]),
                 tolerance=float(enough),
-                moved=float(tree.norm(tree.subtract(end, result.params))) / scale,
+                moved=_distance(end, base) / scale,
                 status=Status(int(seen.statuses[index])),
             )
         )
     return tuple(phases)
 
 
+def _distance(end: Any, base: Vector) -> float:
+    """How far a phase ended from the base point; complex ones count with both their parts."""
+    parts = [flatten(jax.tree.map(part, end)) for part in (np.real, np.imag)]
+    return float(np.hypot(norm(parts[0] - base), norm(parts[1])))
+
+
 def _drift(subject: _Subject, seen: Seen, result: MetaGradient) -> Drift:
     beta = float(np.min(np.abs(np.asarray(seen.nudges)[np.asarray(seen.nudges) != 0]), initial=np.inf))
-    moved = beta * float(tree.norm(seen.response))
+    moved = beta * norm(flatten(seen.response))
     on = subject.estimate(beta, result.state._replace(params=seen.on))
     drift = float(seen.drift)
     before, after = flatten(result.grad), flatten(on.grad)
@@ -238,11 +246,11 @@ def _drift(subject: _Subject, seen: Seen, result: MetaGradient) -> Drift:
 
 def _segments(subject: _Subject, seen: Seen, result: MetaGradient) -> tuple[Segment, ...]:
     nudge = nudge_used(subject.estimator, subject.setting, int(seen.fell_back) == Status.FELL_BACK)
-    nudges = np.asarray(seen.nudges)
+    nudges, base = np.asarray(seen.nudges), jax.device_get(result.params)
     if np.iscomplexobj(nudges):
         # Complex phases have no loss to climb: the way is that of a real nudge of the same modulus.
         beta = float(np.min(np.abs(nudges)))
-        ends = [(beta, tree.add_scaled(result.params, beta, seen.response))]
+        ends = [(beta, jax.tree.map(lambda x, u: x + np.asarray(beta * u, x.dtype), base, seen.response))]
     else:
         stacked = tree.unstack(seen.ends, len(nudges))
         ends = [(float(beta), end) for beta, end in zip(nudges, stacked, strict=True) if beta != 0]
