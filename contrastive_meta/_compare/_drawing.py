@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from contrastive_meta._compare._findings import Findings
-from contrastive_meta._compare._text import wrap
+from contrastive_meta._compare._text import strength, wrap
 
 # Okabe & Ito (2008): colour-blind readers can tell them apart; each has a marker of its own for grey print.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _NOISE, _TRUNCATION = "#56B4E9", "#E69F00"
+# Beyond it there is nothing to tell apart.
+_LARGEST = 1e4
 _PLACES = {"hspace": 0.38, "wspace": 0.3, "left": 0.09, "right": 0.97, "bottom": 0.08, "top": 0.88}
 _TITLE_WIDTH = 105
 
@@ -23,6 +25,8 @@ def draw(found: Findings, advice: str, figure: Any) -> None:
     _draw_residuals(found, axes[0][1])
     _draw_losses(found, axes[1][0])
     _draw_slopes(found, axes[1][1])
+    for axis in axes[1]:
+        axis.ticklabel_format(axis="y", scilimits=(-2, 3))
     for axis in axes.flat:
         axis.grid(True, which="major", alpha=0.3)
         axis.set_axisbelow(True)
@@ -33,7 +37,7 @@ def _draw_curve(found: Findings, axis: Any) -> None:
     told = found.result.diagnostics.error_estimate
     _plot(axis, curve.strengths, curve.errors, "error", color=_COLOURS[0], marker=_MARKERS[0])
     _plot(axis, curve.strengths, curve.estimates, "estimated by itself", color="grey", linestyle=":", marker=".")
-    error = curve.error if _drawable(curve.error) else float(told)
+    error = min(curve.error if curve.error > 0 else float(told), _LARGEST)
     if _drawable(error):
         axis.plot(
             [found.beta], [error], "*", color=_COLOURS[3], markersize=15, markeredgecolor="black", zorder=5,
@@ -66,10 +70,12 @@ def _draw_residuals(found: Findings, axis: Any) -> None:
     if _drawable(found.noise):
         axis.axhline(found.noise, color="grey", linestyle="--", label="rounding noise")
     axis.set_yscale("log")
-    axis.set_xticks(places, [_name(phase.name, phase.beta) for phase in phases], fontsize=8)
+    axis.set_xticks(
+        places, [phase.name if phase.beta == 0 else strength(phase.beta, ".1e") for phase in phases], fontsize=7
+    )
     axis.set_xlim(-0.5, len(phases) - 0.5)
     axis.set_title("Gradient that each phase left of its own loss", fontsize=10)
-    axis.set_xlabel("phase")
+    axis.set_xlabel("phase (nudging strength beta)")
     axis.set_ylabel("gradient norm (inner loss / params)")
     _legend(axis)
 
@@ -116,15 +122,9 @@ def _plot(axis: Any, xs: Sequence[float], ys: Sequence[float], label: str, **sty
 
 
 def _drawable(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return 0 < value <= _LARGEST
 
 
 def _legend(axis: Any) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)
-
-
-def _name(name: str, beta: complex) -> str:
-    if beta == 0:
-        return name
-    return f"|beta| = {abs(beta):.1e}" if beta.imag else f"beta = {beta.real:.1e}"

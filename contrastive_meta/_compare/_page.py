@@ -8,7 +8,7 @@ import numpy as np
 from contrastive_meta._compare._advice import NEAR_LEAST
 from contrastive_meta._compare._curve import NEITHER
 from contrastive_meta._compare._findings import Findings, Segment
-from contrastive_meta._compare._text import Column, lay_out, listing, share, wrap
+from contrastive_meta._compare._text import Column, lay_out, listing, share, strength, wrap
 
 WIDTH = 100
 # The axis on which the page draws the curve: one character for each third of a decade.
@@ -98,7 +98,7 @@ def _phases(found: Findings) -> list[str]:
     phases, noise = found.phases, found.noise or math.nan
     columns = [
         Column(("phase",), [phase.name for phase in phases], numeric=False),
-        Column(("beta",), [_beta(phase.beta) for phase in phases]),
+        Column(("beta",), [strength(phase.beta, ".2e") for phase in phases]),
         Column(("residual",), [_number(phase.residual) for phase in phases]),
         Column(("tolerance",), [_number(phase.tolerance) for phase in phases]),
         Column(("over", "rounding"), [_number(phase.residual / noise) for phase in phases]),
@@ -109,7 +109,8 @@ def _phases(found: Findings) -> list[str]:
     said = (
         f"A residual is the gradient norm of the phase's own loss; rounding makes {found.noise:.1e} of it. Where the "
         f"meta-gradient is taken the free residual is {float(diagnostics.free_residual):.1e}; of the nudge "
-        f"{share(float(diagnostics.nudged_residual))} is unanswered."
+        f"{share(float(diagnostics.nudged_residual))} is unanswered. What all "
+        "phases left alike cancels."
     )
     return ["Phases: where each ended (moved: from the base point, relative to params)", *lay_out(columns, WIDTH),
             *_wrap(said)]  # fmt: skip
@@ -165,12 +166,6 @@ def _result(found: Findings) -> list[str]:
     if found.result.unseen:
         lines += _wrap(f"Unseen meta-parameters, whose gradient is an exact zero: {listing(found.result.unseen)}.")
     return lines
-
-
-def _beta(beta: complex) -> str:
-    if beta.imag == 0:
-        return f"{beta.real:.2e}"
-    return f"{beta.real:.1e}{beta.imag:+.1e}i"
 
 
 def _number(value: float) -> str:

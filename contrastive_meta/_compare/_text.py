@@ -95,6 +95,13 @@ def share(value: float) -> str:
     return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
 
 
+def strength(beta: complex, form: str) -> str:
+    """A nudging strength in a format; a complex one by modulus and angle."""
+    if beta.imag == 0:
+        return format(beta.real, form)
+    return f"{abs(beta):{form}} at {math.degrees(math.atan2(beta.imag, beta.real)):.0f}°"
+
+
 def listing(names: Sequence[str], last: str = "and") -> str:
     """`a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
