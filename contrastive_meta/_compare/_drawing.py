@@ -35,10 +35,11 @@ def draw(found: Findings, advice: str, figure: Any) -> None:
 def _draw_curve(found: Findings, axis: Any) -> None:
     curve = found.curve
     told = found.result.diagnostics.error_estimate
-    _plot(axis, curve.strengths, curve.errors, "error", color=_COLOURS[0], marker=_MARKERS[0])
-    _plot(axis, curve.strengths, curve.estimates, "estimated by itself", color="grey", linestyle=":", marker=".")
+    _plot(axis, curve.strengths, _positive(curve.errors, _LARGEST), "error", color=_COLOURS[0], marker=_MARKERS[0])
+    estimates = _positive(curve.estimates, _LARGEST)
+    _plot(axis, curve.strengths, estimates, "estimated by itself", color="grey", linestyle=":", marker=".")
     error = min(curve.error if curve.error > 0 else float(told), _LARGEST)
-    if _drawable(error):
+    if error > 0:
         axis.plot(
             [found.beta], [error], "*", color=_COLOURS[3], markersize=15, markeredgecolor="black", zorder=5,
             linestyle="none", label="chosen",
@@ -64,10 +65,10 @@ def _draw_residuals(found: Findings, axis: Any) -> None:
     phases = found.phases
     places = list(range(len(phases)))
     residuals = [phase.residual for phase in phases]
-    _plot(axis, places, residuals, "residual", color=_COLOURS[0], marker="o", linestyle="none")
-    _plot(axis, places, [p.tolerance for p in phases], "tolerance", color=_COLOURS[3], marker="_", linestyle="none",
+    _plot(axis, places, _positive(residuals), "residual", color=_COLOURS[0], marker="o", linestyle="none")
+    _plot(axis, places, _positive([p.tolerance for p in phases]), "tolerance", color=_COLOURS[3], marker="_", linestyle="none",
           markersize=18, markeredgewidth=2)  # fmt: skip
-    if _drawable(found.noise):
+    if 0 < found.noise < math.inf:
         axis.axhline(found.noise, color="grey", linestyle="--", label="rounding noise")
     axis.set_yscale("log")
     axis.set_xticks(
@@ -114,15 +115,15 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _plot(axis: Any, xs: Sequence[float], ys: Sequence[float], label: str, **style: Any) -> None:
-    """The finite points; on a log axis positive ones only matter, and zero has no place."""
-    logarithmic = "marker" in style and label in ("error", "estimated by itself", "residual", "tolerance")
-    shown = [(x, y) for x, y in zip(xs, ys, strict=True) if (_drawable(y) if logarithmic else math.isfinite(y))]
+    """The finite points."""
+    shown = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
     if shown:
         axis.plot([x for x, _ in shown], [y for _, y in shown], label=label, **style)
 
 
-def _drawable(value: float) -> bool:
-    return 0 < value <= _LARGEST
+def _positive(values: Sequence[float], largest: float = math.inf) -> list[float]:
+    """What a log axis can show, the rest as NaN."""
+    return [value if 0 < value <= largest else math.nan for value in values]
 
 
 def _legend(axis: Any) -> None:
