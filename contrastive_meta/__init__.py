@@ -1,5 +1,6 @@
 """Meta-gradients by running learning twice: a free phase, a nudged phase, and their contrast."""
 
+from contrastive_meta import architectures as architectures
 from contrastive_meta import problems as problems
 from contrastive_meta._compare import CheckReport as CheckReport
 from contrastive_meta._compare import Comparison as Comparison

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import contrastive_meta as cm
-from contrastive_meta import problems
+from contrastive_meta import architectures, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "contrastive_meta"
@@ -36,6 +36,7 @@ ORDER = (
     "_front",
     "_compare",
     "problems",
+    "architectures",
 )
 # Problems are examples of what a user writes, so they get no more of the package than a user has.
 SEEN_BY_PROBLEMS = {"_pytree", "_problem", "problems"}
@@ -97,7 +98,7 @@ def python_in_markdown(text: str) -> Iterator[ast.AST]:
 
 def public_names() -> Iterator[tuple[str, Any]]:
     """What `import contrastive_meta` and `contrastive_meta.problems` offer, by the name a user types."""
-    for prefix, module in (("", cm), ("problems.", problems)):
+    for prefix, module in (("", cm), ("problems.", problems), ("architectures.", architectures)):
         syntax = ast.parse(Path(inspect.getfile(module)).read_text())
         for node in ast.walk(syntax):
             if isinstance(node, ast.ImportFrom):

@@ -77,7 +77,7 @@ class AnchoredSynapse(LocalRule):
         statistic: dict[str, Any] = {}
         if "anchor" in meta_params:
             pulled = jax.tree.map(lambda s, d: jax.tree.map(lambda x: -s * x, d), strength, displacement)
-            statistic["anchor"] = jax.tree.map(lambda omega, x: _shared_as(omega, x), meta_params["anchor"], pulled)
+            statistic["anchor"] = jax.tree.map(_shared_as, meta_params["anchor"], pulled)
         if "strength" in meta_params:
             statistic["strength"] = jax.tree.map(_half_squares, strength, displacement)
         if "log_strength" in meta_params:

@@ -75,8 +75,8 @@ class Listener:
         if _level() != self._level:
             raise TypeError(
                 "A rule cannot tell apart the signals of a network that is called inside `jit`, `vmap`, `scan`, `grad` "
-                "or `checkpoint` of its own: call `transmit` and its like on whole batches, outside of them (estimators "
-                "compile everything anyway), or use `rule=Autodiff()`."
+                "or `checkpoint` of its own: call `transmit` and its like on whole batches, outside of them (the "
+                "estimators compile everything), or use `rule=Autodiff()`."
             )
         shapes = (*incoming, jax.eval_shape(synapses.forward, self.leaf, *incoming))
         self.calls.append(Call(synapses, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes)))

@@ -59,7 +59,7 @@ class LocalRule(PlasticityRule):
         """What reaches each synapse in this phase; by default nothing.
 
         Returns:
-          A pytree that has, where `meta_params` has a leaf, any pytree of `Signal`s to that leaf; or () for none at all.
+          A pytree that has, where `meta_params` has a leaf, any pytree of `Signal`s to it; or () for none at all.
         """
         return ()
 

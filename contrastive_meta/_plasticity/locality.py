@@ -149,8 +149,7 @@ def check_local(
     walker = Walker()
     sites = _Sites(params, meta_params)
     inputs = sites.locate(walker, rule, signals, task)
-    # A new function each time: JAX remembers traces by function, and closures may have changed since.
-    outputs = walker.walk(jax.make_jaxpr(lambda *again: measure(*again))(*args), inputs, CallSite())
+    outputs = walker.walk(jax.make_jaxpr(measure)(*args), inputs, CallSite())
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(meta_params)]
     for name, location in zip(names, outputs, strict=True):
         _judge(walker, name, sites.of_meta[name], location)
@@ -210,8 +209,8 @@ class _Sites:
         shape = self.meta[path] if shape is None else shape
         for start in range(len(path) + 1):
             if self.params.get(path[start:]) == shape:
-                return "params" + jax.tree_util.keystr(path[start:])
-        return what + jax.tree_util.keystr(path)
+                return f"params{jax.tree_util.keystr(path[start:])}"
+        return f"{what}{jax.tree_util.keystr(path)}"
 
     def _heard(
         self, walker: Walker, rule: PlasticityRule, meta_params: MetaParams, signals: PyTree, group: Path

@@ -30,9 +30,10 @@ class PlasticityMask(LocalRule):
     -(alpha / 2) (dL_out/dw) * (that sum).
 
     With `energy` in the inner loss, 1/2 strength sum_i z_i d_i^2, learning has an end also for closed synapses, and
-    `Contrastive` applies. Its meta-gradient is exact where z > 0, for d is (w - omega) / z, and dL/dz at fixed w that of
-    1/2 strength (w - omega)^2 / z; a closed synapse gets the same expression's limit. Away from z = 1 what learning
-    descends is not the gradient of a loss in d, so the nudged phases must run the learner again:
+    `Contrastive` applies. Its meta-gradient is exact where z > 0: with d = (w - omega) / z the energy is
+    1/2 strength (w - omega)^2 / z, and the statistic its derivative in z at a solution. A closed synapse gets the limit
+    of that, which to first order in the response is sparse-MAML's with 1 / strength for alpha. Where z is not the same
+    for all synapses, what learning descends is no gradient in d: the nudged phases must be run by the learner itself,
     `Contrastive(solver, nudged_solver=solver, rule=...)`.
 
     Args:

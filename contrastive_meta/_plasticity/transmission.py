@@ -20,7 +20,7 @@ def transmit(activity: Any, kernel: Any, bias: Any = None) -> jax.Array:
     Args:
       activity: shape (..., inputs): examples, time, or neither come first. Whole batches: not under a `vmap` of the
         loss's own.
-      kernel: shape (inputs, outputs).
+      kernel: shape (inputs, outputs); None for a bias alone.
       bias: shape (outputs,), or None.
 
     Returns:
@@ -32,7 +32,7 @@ def transmit(activity: Any, kernel: Any, bias: Any = None) -> jax.Array:
       >>> cm.transmit(jnp.ones((5, 3)), jnp.ones((3, 2)), jnp.zeros(2)).shape
       (5, 2)
     """
-    output = call_on(Kernel(), kernel, activity)
+    output = activity if kernel is None else call_on(Kernel(), kernel, activity)
     return output if bias is None else call_on(Bias(), bias, output)
 
 

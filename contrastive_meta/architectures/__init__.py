@@ -1,0 +1,16 @@
+"""Ways to split a network into what learns each task and what is meta-learned, each with its plasticity rule."""
+
+from contrastive_meta.architectures._mlp import mlp as mlp
+from contrastive_meta.architectures._mlp import mlp_params as mlp_params
+from contrastive_meta.architectures._mlp import with_context as with_context
+from contrastive_meta.architectures._mlp import with_gains as with_gains
+from contrastive_meta.architectures._mlp import with_modules as with_modules
+from contrastive_meta.architectures._networks import context_parameters as context_parameters
+from contrastive_meta.architectures._networks import fast_head as fast_head
+from contrastive_meta.architectures._networks import gain_modulation as gain_modulation
+from contrastive_meta.architectures._networks import modular_hypernetwork as modular_hypernetwork
+from contrastive_meta.architectures._split import Architecture as Architecture
+from contrastive_meta.architectures._split import fast_and_slow as fast_and_slow
+from contrastive_meta.architectures._synapses import complex_synapse as complex_synapse
+from contrastive_meta.architectures._synapses import learned_initialisation as learned_initialisation
+from contrastive_meta.architectures._synapses import plasticity_mask as plasticity_mask
