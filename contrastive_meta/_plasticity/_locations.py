@@ -19,9 +19,9 @@ _OF_ONE = """
     erfc exp exp2 expm1 floor imag integer_pow is_finite lgamma log log1p logistic neg not real reduce_precision round
     rsqrt sign sin sinh sqrt square stop_gradient tan tanh
 """
-_OF_SEVERAL = (
-    "add add_any and atan2 clamp complex div eq ge gt le lt max min mul ne nextafter or pow rem select_n sub xor"
-)
+_OF_SEVERAL = """
+    add add_any and atan2 clamp complex div eq ge gt le lt max min mul ne nextafter or pow rem select_n sub xor
+"""
 _ELEMENTWISE = frozenset(f"{_OF_ONE} {_OF_SEVERAL}".split())
 _REDUCTIONS = frozenset(["reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce_and", "reduce_or"])
 _CUMULATIVE = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])

@@ -1,4 +1,4 @@
-"""A small multilayer perceptron whose weights can be listened to, with gains, a context or modules where it has them."""
+"""A small multilayer perceptron that a rule can listen to, with gains, a context or modules where it has them."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence

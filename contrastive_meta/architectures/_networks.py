@@ -85,7 +85,9 @@ def context_parameters(
       >>> import jax.numpy as jnp
       >>> import contrastive_meta as cm
       >>> network = cm.architectures.with_context(cm.architectures.mlp_params(jax.random.key(0), (5, 8, 2)), 2)
-      >>> split = cm.architectures.context_parameters(cm.architectures.mlp, lambda y, t: jnp.mean((y - t) ** 2), network)
+      >>> split = cm.architectures.context_parameters(
+      ...     cm.architectures.mlp, lambda y, t: jnp.mean((y - t) ** 2), network
+      ... )
       >>> split.meta_params["fast"]["anchor"]["context"].shape
       (2,)
     """

@@ -104,7 +104,8 @@ def fast_and_slow(
       >>> import contrastive_meta as cm
       >>> network = cm.architectures.mlp_params(jax.random.key(0), (3, 8, 2))
       >>> split = cm.architectures.fast_and_slow(
-      ...     cm.architectures.mlp, lambda y, t: jnp.mean((y - t) ** 2), network, lambda path: "bias" in path, cm.Autodiff()
+      ...     cm.architectures.mlp, lambda y, t: jnp.mean((y - t) ** 2), network,
+      ...     fast=lambda path: "bias" in path, slow_rule=cm.Autodiff(),
       ... )
       >>> sorted(split.meta_params["slow"])
       ['hidden_0/kernel', 'readout/kernel']
@@ -115,7 +116,7 @@ def fast_and_slow(
     is_fast = [fast(path) for path in paths]
     if all(is_fast) or not any(is_fast):
         raise ValueError(
-            f"fast_and_slow: expected some leaves to be fast and some slow; got {'all fast' if all(is_fast) else 'none fast'} "
+            f"fast_and_slow: expected some leaves to be fast and some slow; got {'all' if all(is_fast) else 'none'} fast "
             f"of {names}."
         )
     named = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
