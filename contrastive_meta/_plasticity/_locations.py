@@ -25,6 +25,8 @@ _OF_SEVERAL = """
 _ELEMENTWISE = frozenset(f"{_OF_ONE} {_OF_SEVERAL}".split())
 _REDUCTIONS = frozenset(["reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce_and", "reduce_or"])
 _CUMULATIVE = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
+# What these make of constants alone is a constant.
+_OF_CONSTANTS = frozenset(["iota", "concatenate", "slice", "pad", "rev", "gather", "platform_index"])
 # What a call computes under `vmap`, by a rule of its own, is another function: estimators map over phases.
 _CALLS = {name: key for name, key in CALLS.items() if name != "custom_vmap_call"}
 
@@ -101,12 +103,16 @@ class Walker:
             known.update(zip(eqn.outvars, self._equation(eqn, [read(atom) for atom in eqn.invars], site), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
+    def short(self, node: int) -> str:
+        """The label of a step without its place."""
+        return self.nodes[node].label.split(" at ")[0]
+
     def path(self, node: int) -> list[str]:
         """Labels from an input to `node`: through what went wrong where something did, and not from a constant."""
-        labels = [self.nodes[node].label]
+        labels = [self.short(node)]
         while self.nodes[node].parents:
             node = max(self.nodes[node].parents, key=lambda parent: self._weight[parent])
-            labels.append(self.nodes[node].label)
+            labels.append(self.short(node))
         labels.reverse()
         return labels if len(labels) <= _SHOWN else [*labels[: _SHOWN // 2], "...", *labels[-_SHOWN // 2 :]]
 
@@ -160,7 +166,7 @@ class Walker:
             return f"brings together {' and '.join(sites)}, which are different synapses"
         site, shape = (sites[0] if sites else None), eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
         axes: tuple[Axis, ...] | str
-        if name == "iota":
+        if name in _OF_CONSTANTS and not any(value.sources for value in values):
             axes = (None,) * len(shape)
         elif name in _ELEMENTWISE:
             axes = _join([value.axes for value in values if value.axes], len(shape))
@@ -227,7 +233,8 @@ def _reshape(eqn: core.JaxprEqn, axes: tuple[Axis, ...]) -> tuple[Axis, ...] | s
     """An axis of the synapses stays whole; axes that run along none may be merged and split."""
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
     mixes = "merges or splits axes of the synapses"
-    if 0 in old or eqn.params.get("dimensions") is not None:
+    permuted = eqn.primitive.name == "reshape" and eqn.params.get("dimensions") is not None
+    if 0 in old or permuted:
         return mixes
     result: list[Axis] = [None] * len(new)
     before = [k for k, size in enumerate(old) if size != 1]

@@ -115,9 +115,9 @@ def fast_and_slow(
     names = ["/".join(path) for path in paths]
     is_fast = [fast(path) for path in paths]
     if all(is_fast) or not any(is_fast):
+        many = "all" if all(is_fast) else "none"
         raise ValueError(
-            f"fast_and_slow: expected some leaves to be fast and some slow; got {'all' if all(is_fast) else 'none'} fast "
-            f"of {names}."
+            f"fast_and_slow: expected some leaves to be fast and some slow; got {many} fast of {names}. Name others."
         )
     named = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
     anchor = {name: named[name] for name, quick in zip(names, is_fast, strict=True) if quick}
