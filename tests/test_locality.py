@@ -130,10 +130,10 @@ def test_a_rule_that_mixes_synapses_is_refused_and_the_operation_named(name: str
 LOCAL: dict[str, Callable[[Any, Any], Any]] = {
     "elementwise": lambda w, a: jnp.tanh(w - a) ** 2 / (1 + jnp.exp(a)),
     "where": lambda w, a: jnp.where(w > a, w, jnp.maximum(a, 0.0)),
-    "jit": lambda w, a: jax.jit(lambda x, y: x * y)(w, a),
+    "jit": jax.jit(lambda w, a: w * a),
     "checkpoint": lambda w, a: jax.checkpoint(jnp.sin)(w),
     "custom_jvp": lambda w, a: jax.nn.relu(w) * a,
-    "vmap": lambda w, a: jax.vmap(jax.vmap(lambda x, y: x * y))(w, a),
+    "vmap": jax.vmap(jax.vmap(lambda w, a: w * a)),
     "grad": lambda w, a: jax.grad(lambda x: jnp.sum(jnp.square(x - a)))(w),
     "there and back": lambda w, a: w.T.T[:, None, :].reshape(3, 3) + jnp.squeeze(a[None], 0),
     "sum over a new axis": lambda w, a: jnp.sum(jnp.broadcast_to(w, (5, 3, 3)), axis=0),

@@ -87,6 +87,9 @@ class Listener:
     def __jax_array__(self) -> jax.Array:
         raise TypeError(_NOT_HEARD)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(_NOT_HEARD)
+
     def _refuse(self, *args: Any) -> Any:
         raise TypeError(_NOT_HEARD)
 

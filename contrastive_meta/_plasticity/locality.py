@@ -187,8 +187,11 @@ class _Sites:
             name = what + jax.tree_util.keystr(path)
             return Elsewhere(f"{name}, {why}", walker.source(name))
 
-        def held(path: Path, shape: tuple[int, ...]) -> Location:
+        def held(path: Path, leaf: Any) -> Location:
+            shape = jnp.shape(leaf)
             site = self._site(path, "rule", shape)
+            if isinstance(leaf, jax.core.Tracer):
+                return unknown("rule", path, "a traced value of unknown origin that the rule holds")
             if not shape:
                 return Here(None, (), walker.source("rule" + jax.tree_util.keystr(path)))
             if site.startswith("params"):
@@ -196,7 +199,7 @@ class _Sites:
             return unknown("rule", path, "an array without a leaf of `params` of its name and shape")
 
         return [
-            *(held(path, shape) for path, shape in _shapes_by_path(rule).items()),
+            *(held(tuple(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(rule)),
             *(at("params", path, shape, "params" + jax.tree_util.keystr(path)) for path, shape in self.params.items()),
             *(at("meta_params", p, shape, self.of_meta[jax.tree_util.keystr(p)]) for p, shape in self.meta.items()),
             *self._heard(walker, rule, self._meta_params, signals, ()),
