@@ -198,7 +198,7 @@ def test_energy_and_statistic_agree():
 
 
 def test_learner_energy_and_meta_gradient_agree():
-    """The solution is (t + lambda omega) / (1 + lambda), where a factor of 2 between energy and statistic would show."""
+    """The solution is (t + lambda omega) / (1 + lambda): a factor of 2 between energy and statistic would show."""
     rule = cm.AnchoredSynapse()
     problem = cm.BilevelProblem(
         lambda w, meta, t: jnp.sum(jnp.square(w - t)) / 2 + rule.energy(w, meta),
