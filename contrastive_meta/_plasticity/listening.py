@@ -84,9 +84,6 @@ class Listener:
             return synapses.forward(self.leaf, *incoming)
         return _heard(synapses, self.leaf, incoming, self._receptors[len(self.calls) - 1])
 
-    def __jax_array__(self) -> jax.Array:
-        raise TypeError(_NOT_HEARD)
-
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(_NOT_HEARD)
 
@@ -139,7 +136,13 @@ def listen(problem: BilevelProblem, params: Params, meta_params: MetaParams, tas
         calls.extend(called)
         return value
 
-    jax.eval_shape(rehearsal)
+    try:
+        jax.eval_shape(rehearsal)
+    except (TypeError, ValueError) as error:
+        # JAX's functions name what they were given.
+        if Listener.__name__ in str(error):
+            raise TypeError(_NOT_HEARD) from error
+        raise
     receptors = [[_receptors(call, is_complex) for call in of_leaf] for of_leaf in calls]
     heard = tree.grad(lambda zeros: loss(zeros)[0])(receptors) if jax.tree.leaves(receptors) else receptors
     return structure.unflatten(
