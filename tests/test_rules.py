@@ -48,9 +48,10 @@ def architecture(name: str, key: Any, sizes: tuple[int, ...] = SIZES, strength: 
         meta = {**anchored.meta_params, "log_strength": jnp.log(jnp.asarray(strength))}
         return anchored._replace(meta_params=meta)
     if name == "decay":
-        # The strength itself, one for each layer; the anchor is 0 and not learned.
-        anchored = architectures.complex_synapse(architectures.mlp, loss, network(key, sizes, ""))
-        params, strengths = anchored.meta_params["anchor"], {"hidden_0": jnp.asarray(0.3), "readout": jnp.asarray(0.6)}
+        # The strength itself, one for kernel and bias; the anchor is 0 and not learned. One layer: decay draws the
+        # hidden units of two to each other, and learning never ends.
+        anchored = architectures.complex_synapse(architectures.mlp, loss, network(key, (sizes[0], sizes[-1]), ""))
+        params, strengths = anchored.meta_params["anchor"], {"readout": jnp.asarray(strength)}
         problem = cm.BilevelProblem(anchored.problem.inner_loss, anchored.problem.outer_loss, lambda meta, task: params)
         return anchored._replace(problem=problem, meta_params={"strength": strengths})
     if name == "mask":
