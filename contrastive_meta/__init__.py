@@ -2,6 +2,12 @@
 
 from contrastive_meta import architectures as architectures
 from contrastive_meta import problems as problems
+from contrastive_meta._argmin import Adjoint as Adjoint
+from contrastive_meta._argmin import BackpropAdjoint as BackpropAdjoint
+from contrastive_meta._argmin import ContrastiveAdjoint as ContrastiveAdjoint
+from contrastive_meta._argmin import ImplicitAdjoint as ImplicitAdjoint
+from contrastive_meta._argmin import OneStepAdjoint as OneStepAdjoint
+from contrastive_meta._argmin import argmin as argmin
 from contrastive_meta._compare import CheckReport as CheckReport
 from contrastive_meta._compare import Comparison as Comparison
 from contrastive_meta._compare import Diagnosis as Diagnosis
@@ -66,6 +72,7 @@ from contrastive_meta._problem import MetaGradient as MetaGradient
 from contrastive_meta._problem import Status as Status
 from contrastive_meta._solvers import LBFGS as LBFGS
 from contrastive_meta._solvers import CallableSolver as CallableSolver
+from contrastive_meta._solvers import ExternalLearner as ExternalLearner
 from contrastive_meta._solvers import InnerSolver as InnerSolver
 from contrastive_meta._solvers import OptaxDescent as OptaxDescent
 from contrastive_meta._solvers import ScipyMinimize as ScipyMinimize

@@ -99,8 +99,8 @@ class Setting:
     def free_phase(self, solver: InnerSolver, state: EstimatorState) -> Solution:
         """Learn: minimise the inner loss from where `state` stands."""
         minibatch = self.inner_minibatch if self.problem.sample is not None else None
-        solution = solver.bind(self.meta_params).solve(
-            self.inner, state.params, minibatch_loss=minibatch, memory=state.memory
+        solution = solver.solve_free(
+            self.inner, state.params, self.meta_params, self.task, minibatch_loss=minibatch, memory=state.memory
         )
         check_same_structure(
             solution.params,

@@ -215,7 +215,7 @@ class Contrastive(MetaGradientEstimator):
         # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
         own, unflatten = self.solver.bind(setting.meta_params), nudging.flattening.unflatten
         failed |= ~own.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
-        if not learner.fall_back or template.is_complex:
+        if not (learner.fall_back and own.takes_losses) or template.is_complex:
             return phases, flag(failed, Status.NUDGED_NOT_CONVERGED)
 
         # One phase after another, lest what hardly ever runs decides how much memory is set aside.

@@ -156,12 +156,13 @@ def _call_host(office: Office, told: Told) -> Reply:
             np.asarray(x, like.dtype).reshape(like.shape) for x, like in zip(reply, expected, strict=True)
         )
 
-    pieces = told._replace(point=_cut(told.point), gradient=_cut(told.gradient))
+    pieces = told._replace(point=cut(told.point), gradient=cut(told.gradient))
     reply: Reply = jax.pure_callback(on_host, expected, pieces)
     return reply
 
 
-def _cut(vectors: jax.Array) -> list[jax.Array]:
+def cut(vectors: jax.Array) -> list[jax.Array]:
+    """An array as flat pieces that a callback may be given, to be joined on the host."""
     flat = vectors.reshape(-1)
     size = _PIECE_BYTES // flat.dtype.itemsize
     return [flat[i : i + size] for i in range(0, max(1, flat.size), size)]

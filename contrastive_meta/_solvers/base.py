@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
+from contrastive_meta._problem import MetaParams, Params, Status, Task, flag, worst
 from contrastive_meta._pytree import PyTree
 
 InnerLoss = Callable[[Params], jax.Array]
@@ -110,6 +110,33 @@ class InnerSolver(abc.ABC):
           memory: from an earlier solution's `memory`; () starts afresh.
           stop: overrides of the solver's own stopping rule.
         """
+
+    def solve_free(
+        self,
+        loss: InnerLoss,
+        init: Params,
+        meta_params: MetaParams,
+        task: Task,
+        *,
+        minibatch_loss: MinibatchLoss | None = None,
+        memory: PyTree = (),
+    ) -> Solution:
+        """The free phase; differs from `solve` only where the learner is given the task instead of a loss.
+
+        Args:
+          loss: as for `solve`.
+          init: as for `solve`.
+          meta_params: of the problem.
+          task: of the problem.
+          minibatch_loss: as for `solve`.
+          memory: as for `solve`.
+        """
+        return self.bind(meta_params).solve(loss, init, minibatch_loss=minibatch_loss, memory=memory)
+
+    @property
+    def takes_losses(self) -> bool:
+        """Whether `solve` minimises the loss it is given, a nudged one for instance."""
+        return True
 
     @property
     def descends_loss(self) -> bool:

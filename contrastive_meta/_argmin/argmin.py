@@ -1,0 +1,303 @@
+"""A differentiable argmin: learning forward, an estimator of meta-gradients backward."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._argmin.adjoints import Adjoint, ContrastiveAdjoint
+from contrastive_meta._argmin.captured import OpenLoss, hold_open
+from contrastive_meta._argmin.learned import AlreadyLearned
+from contrastive_meta._estimators.base import Setting
+from contrastive_meta._problem import (
+    BilevelProblem,
+    Diagnostics,
+    EstimatorState,
+    Loss,
+    MetaParams,
+    Params,
+    Status,
+    Task,
+    as_float_arrays,
+    check_same_structure,
+    float_dtype_of,
+    make_diagnostics,
+)
+from contrastive_meta._pytree import static, strategy
+from contrastive_meta._solvers.base import InnerSolver, Solution
+
+Init = Params | Callable[[MetaParams, Task], Params]
+OnFailure = str | Callable[[Diagnostics], None]
+
+
+def argmin(
+    inner_loss: Loss,
+    solver: InnerSolver,
+    *,
+    init: Init,
+    adjoint: Adjoint = ContrastiveAdjoint(),
+    on_failure: OnFailure = "nan",
+    has_aux: bool = False,
+) -> Callable[..., Any]:
+    """phi = argmin over params of inner_loss(params, meta_params, task), as a function that reverse mode differentiates.
+
+    It is differentiable in `meta_params`, in the floating leaves of `task`, and in whatever traced values `inner_loss`
+    captured; under jit, vmap and scan, inside other losses, an inner loss of another `argmin` included. Only what is
+    asked for is computed. The minimum does not depend on where learning began, nor on the numbers of the solver and
+    the adjoint: their gradient is an exact zero, but for the start under `BackpropAdjoint`. First derivatives in
+    reverse mode only.
+
+    The function returned is `(meta_params, task, *, params=None) -> phi`; `params` is a warm start, used instead of
+    `init` and of its structure.
+
+    Args:
+      inner_loss: `(params, meta_params, task) -> scalar`.
+      solver: the learner. Its optimiser must not capture traced values: give it a function of `meta_params`.
+      init: where learning starts: a pytree of real floating arrays, or a function `(meta_params, task) -> params`.
+        A callable that is itself a pytree of arrays, a module, counts as the former.
+      adjoint: how the cotangent of phi is carried back.
+      on_failure: what becomes of gradients where the adjoint's status says that they cannot be trusted (anything above
+        `APPROXIMATE`): "nan" makes them NaN, "keep" keeps them, and a function `(diagnostics) -> None` is called on
+        the host with NumPy scalars, once for each failure, and keeps them; what it raises ends the program. A zero
+        cotangent gives exact zeros and is no failure. Solutions are returned as they are: see `has_aux`.
+      has_aux: return `(phi, diagnostics)`, the free phase's residual, cost and status.
+
+    Raises:
+      TypeError: an argument is not of its kind; params are not real floating arrays; a complex value is differentiated.
+      ValueError: `on_failure` is unknown, or `params` is not like `init`.
+
+    Reference:
+      Griewank & Walther (2008), chapter 15, for derivatives of fixed points; algorithm (9) for the default adjoint.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import contrastive_meta as cm
+      >>> def shrunk(w, decay, y):
+      ...     return jnp.sum((w - y) ** 2) + decay * jnp.sum(w**2)
+      >>> solve = cm.argmin(shrunk, cm.LBFGS(), init=lambda decay, y: jnp.zeros_like(y))
+      >>> phi = solve(jnp.array(1.0), jnp.array([4.0]))  # w = y / (1 + decay)
+      >>> grad = jax.grad(lambda decay: jnp.sum(solve(decay, jnp.array([4.0]))))(jnp.array(1.0))
+      >>> round(float(phi[0]), 3), round(float(grad), 3)
+      (2.0, -1.0)
+    """
+    _require(inner_loss, "inner_loss", callable(inner_loss), "a function (params, meta_params, task) -> scalar")
+    _require(solver, "solver", isinstance(solver, InnerSolver), "an instance of InnerSolver, such as LBFGS()")
+    _require(adjoint, "adjoint", isinstance(adjoint, Adjoint), "an instance of Adjoint, such as ContrastiveAdjoint()")
+    if on_failure not in ("nan", "keep") and (isinstance(on_failure, str) or not callable(on_failure)):
+        raise ValueError(
+            f'`on_failure` must be "nan", "keep" or a function (diagnostics) -> None; got {on_failure!r}.'
+        )
+    adjoint.estimator(solver)._check_parts(_Layer(OpenLoss(inner_loss), on_failure).problem)
+    is_function = callable(init) and jax.tree.leaves(init) == [init]
+
+    def solve(meta_params: MetaParams, task: Task, *, params: Params | None = None) -> Any:
+        meta_params = as_float_arrays(meta_params, "meta_params", "meta_params must be")
+        task = jax.tree.map(jnp.asarray, task)
+        start = as_float_arrays(init(meta_params, task) if is_function else init, "init", "`init` must be or return")
+        if params is not None:
+            params = as_float_arrays(params, "params", "`params` must be")
+            check_same_structure(params, start, "`params`", "A warm start has the structure and dtypes of `init`.")
+            start = params
+        loss, values = hold_open(inner_loss, start, meta_params, task)
+        phi, diagnostics = _solve(_Layer(loss, on_failure), (solver, adjoint), Operands(start, meta_params, task, values))
+        return (phi, jax.lax.stop_gradient(diagnostics)) if has_aux else phi
+
+    return solve
+
+
+class Operands(NamedTuple):
+    """All that a layer may be differentiated in.
+
+    Attributes:
+      start: where learning begins.
+      meta_params: of the problem.
+      task: of the problem.
+      values: what the inner loss captured.
+    """
+
+    start: Params
+    meta_params: MetaParams
+    task: Task
+    values: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What is static of a layer: hashable, so that the next call finds what this one compiled.
+
+    Attributes:
+      loss: `(params, meta_params, task, values) -> scalar`.
+      on_failure: as `argmin` takes it.
+    """
+
+    loss: Callable[..., Any]
+    on_failure: OnFailure
+
+    @property
+    def problem(self) -> BilevelProblem:
+        """Learning, with `(task, values)` for the task; nothing judges it."""
+        return BilevelProblem(
+            lambda params, meta_params, task: self.loss(params, meta_params, *task),
+            lambda params, meta_params, task: jnp.zeros(()),
+            lambda meta_params, task: (),
+        )
+
+
+@strategy
+class Wanted:
+    """Which leaves of the operands are differentiated.
+
+    Attributes:
+      mask: a flag for each leaf.
+    """
+
+    mask: tuple[bool, ...] = static()
+
+    def split(self, operands: Operands) -> tuple[list[Any], list[Any]]:
+        """The leaves that are, and those that are not."""
+        leaves = jax.tree.leaves(operands)
+        return (
+            [leaf for leaf, wanted in zip(leaves, self.mask, strict=True) if wanted],
+            [leaf for leaf, wanted in zip(leaves, self.mask, strict=True) if not wanted],
+        )
+
+    def merge(self, differentiated: list[Any], others: list[Any], like: Operands) -> Operands:
+        """The operands that were split."""
+        a, b = iter(differentiated), iter(others)
+        operands: Operands = jax.tree.unflatten(
+            jax.tree.structure(like), [next(a) if wanted else next(b) for wanted in self.mask]
+        )
+        return operands
+
+
+Strategies = tuple[InnerSolver, Adjoint]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solve(layer: _Layer, strategies: Strategies, operands: Operands) -> tuple[Params, Diagnostics]:
+    solution, diagnostics = _learn(layer, strategies[0], operands)
+    return solution.params, diagnostics
+
+
+def _solve_forward(layer: _Layer, strategies: Any, operands: Any) -> tuple[Any, Any]:
+    strategies, known = _primal(strategies), _primal(operands)
+    wanted = _wanted(operands)
+    solution, diagnostics = _learn(layer, strategies[0], known)
+    return (solution.params, diagnostics), (strategies, known, wanted, solution)
+
+
+def _solve_backward(layer: _Layer, kept: Any, cotangents: Any) -> tuple[None, Any]:
+    strategies, operands, wanted, solution = kept
+    cotangent = cotangents[0]
+    nothing = all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(cotangent))
+    none = [None] * len(wanted.mask)
+    if nothing or not any(wanted.mask):
+        return None, jax.tree.unflatten(jax.tree.structure(operands), none)
+    cotangent = jax.tree.map(
+        lambda v, phi: jnp.zeros_like(phi) if isinstance(v, SymbolicZero) else v, cotangent, solution.params
+    )
+    grads = _pull_back(layer, strategies, operands, wanted, solution, cotangent)
+    return None, wanted.merge(grads, none, operands)
+
+
+_solve.defvjp(_solve_forward, _solve_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _learn(layer: _Layer, solver: InnerSolver, operands: Operands) -> tuple[Solution, Diagnostics]:
+    """The free phase."""
+    start, meta_params, task, values = operands
+    with jax.default_matmul_precision("highest"):
+        setting = _setting(layer.problem, start, meta_params, (task, values))
+        memory = solver.bind(meta_params).init_memory(start)
+        found = setting.free_phase(solver, _state(start, memory, setting.dtype))
+    diagnostics = make_diagnostics(
+        setting.dtype, free_residual=found.residual, num_gradients=found.num_gradients, status=found.status
+    )
+    # What a solver remembers is not kept for the way back: it may be many times as large as the solution.
+    return found._replace(memory=()), diagnostics
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _pull_back(
+    layer: _Layer, strategies: Strategies, operands: Operands, wanted: Wanted, solution: Solution, cotangent: Params
+) -> list[Any]:
+    """The cotangents of the wanted operands: the meta-gradient of <cotangent, phi>, algorithm (9)."""
+    solver, adjoint = strategies
+    differentiated, others = wanted.split(operands)
+
+    def merge(meta: list[Any], task: Any) -> Operands:
+        return wanted.merge(meta, task[0], operands)
+
+    def inner(params: Params, meta: list[Any], task: Any) -> Any:
+        merged = merge(meta, task)
+        return layer.loss(params, merged.meta_params, merged.task, merged.values)
+
+    def outer(params: Params, meta: list[Any], task: Any) -> Any:
+        # Not `vdot`: it conjugates, and complex phases need a holomorphic line.
+        return sum(jnp.sum(v * phi) for v, phi in zip(*map(jax.tree.leaves, (task[1], params)), strict=True))
+
+    problem = BilevelProblem(inner, outer, lambda meta, task: merge(meta, task).start)
+    learned = AlreadyLearned(solver, solution, lambda meta: merge(meta, (others,)).meta_params)
+    with jax.default_matmul_precision("highest"):
+        setting = _setting(problem, solution.params, differentiated, (others, cotangent))
+        result = adjoint.estimator(learned)._estimate(setting, _state(solution.params, (), setting.dtype))
+
+    asked = jnp.any(jnp.stack([jnp.any(v != 0) for v in jax.tree.leaves(cotangent)]))
+    failed = asked & (result.diagnostics.status > Status.APPROXIMATE)
+    grads = tree.where(asked, result.grad, tree.zeros_like(differentiated))
+    if layer.on_failure == "nan":
+        grads = jax.tree.map(lambda g: jnp.where(failed, jnp.nan, g), grads)
+    elif callable(layer.on_failure):
+        jax.debug.callback(functools.partial(_tell, layer.on_failure), failed, result.diagnostics)
+    return list(grads)
+
+
+def _setting(problem: BilevelProblem, params: Params, meta_params: Any, task: Any) -> Setting:
+    dtype = float_dtype_of(problem, params, meta_params, task)
+    return Setting(problem, meta_params, task, jax.random.key(0), dtype)
+
+
+def _state(params: Params, memory: Any, dtype: Any) -> EstimatorState:
+    return EstimatorState(params, memory, tree.zeros_like(params), jnp.zeros((), dtype))
+
+
+def _tell(on_failure: Callable[[Diagnostics], None], failed: Any, diagnostics: Diagnostics) -> None:
+    # A condition in the program would not hold under vmap.
+    if np.asarray(failed):
+        on_failure(Diagnostics(*(np.asarray(value)[()] for value in diagnostics)))
+
+
+def _primal(marked: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(x.value), marked, is_leaf=_is_marked)
+
+
+def _wanted(operands: Any) -> Wanted:
+    """The real floating leaves that are differentiated."""
+    mask = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(operands, is_leaf=_is_marked):
+        dtype = jnp.result_type(leaf.value)
+        if leaf.perturbed and jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"argmin cannot be differentiated in complex values; operands{jax.tree_util.keystr(path)} has dtype "
+                f"{dtype}. Pass its real and imaginary parts, and join them in `inner_loss`."
+            )
+        mask.append(bool(leaf.perturbed and jnp.issubdtype(dtype, jnp.floating)))
+    return Wanted(tuple(mask))
+
+
+def _is_marked(x: Any) -> bool:
+    return isinstance(x, CustomVJPPrimal)
+
+
+def _require(value: Any, name: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        got = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise TypeError(f"`{name}` must be {wanted}; got {got}.")
