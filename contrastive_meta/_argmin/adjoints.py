@@ -11,7 +11,6 @@ from contrastive_meta._estimators import (
     NewtonKrylov,
 )
 from contrastive_meta._inverse_hessian import ConjugateGradient, IdentityHessian, InverseHessian
-from contrastive_meta._inverse_hessian.base import require_positive
 from contrastive_meta._nudging import NudgeStrength, central_difference, relative
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._solvers.base import InnerSolver

@@ -45,7 +45,7 @@ def argmin(
     on_failure: OnFailure = "nan",
     has_aux: bool = False,
 ) -> Callable[..., Any]:
-    """phi = argmin over params of inner_loss(params, meta_params, task), as a function that reverse mode differentiates.
+    """The minimiser of an inner loss, phi = argmin of inner_loss, as a function that reverse mode differentiates.
 
     It is differentiable in `meta_params`, in the floating leaves of `task`, and in whatever traced values `inner_loss`
     captured; under jit, vmap and scan, inside other losses, an inner loss of another `argmin` included. Only what is
@@ -91,9 +91,7 @@ def argmin(
     _require(solver, "solver", isinstance(solver, InnerSolver), "an instance of InnerSolver, such as LBFGS()")
     _require(adjoint, "adjoint", isinstance(adjoint, Adjoint), "an instance of Adjoint, such as ContrastiveAdjoint()")
     if on_failure not in ("nan", "keep") and (isinstance(on_failure, str) or not callable(on_failure)):
-        raise ValueError(
-            f'`on_failure` must be "nan", "keep" or a function (diagnostics) -> None; got {on_failure!r}.'
-        )
+        raise ValueError(f'`on_failure` must be "nan", "keep" or a function (diagnostics) -> None; got {on_failure!r}.')
     adjoint.estimator(solver)._check_parts(_Layer(OpenLoss(inner_loss), on_failure).problem)
     is_function = callable(init) and jax.tree.leaves(init) == [init]
 
@@ -106,7 +104,8 @@ def argmin(
             check_same_structure(params, start, "`params`", "A warm start has the structure and dtypes of `init`.")
             start = params
         loss, values = hold_open(inner_loss, start, meta_params, task)
-        phi, diagnostics = _solve(_Layer(loss, on_failure), (solver, adjoint), Operands(start, meta_params, task, values))
+        operands = Operands(start, meta_params, task, values)
+        phi, diagnostics = _solve(_Layer(loss, on_failure), (solver, adjoint), operands)
         return (phi, jax.lax.stop_gradient(diagnostics)) if has_aux else phi
 
     return solve
@@ -272,7 +271,7 @@ def _state(params: Params, memory: Any, dtype: Any) -> EstimatorState:
 def _tell(on_failure: Callable[[Diagnostics], None], failed: Any, diagnostics: Diagnostics) -> None:
     # A condition in the program would not hold under vmap.
     if np.asarray(failed):
-        on_failure(Diagnostics(*(np.asarray(value)[()] for value in diagnostics)))
+        on_failure(jax.tree.map(lambda value: np.asarray(value)[()], diagnostics))
 
 
 def _primal(marked: Any) -> Any:

@@ -43,13 +43,14 @@ class ConvertedLoss:
     def __call__(self, params: Params, meta_params: MetaParams, task: Task, values: Values) -> jax.Array:
         """The loss, with these values in place of those captured."""
         arguments = jax.tree.leaves((params, meta_params, task))
-        if any(jnp.iscomplexobj(x) and not jnp.iscomplexobj(v.aval) for x, v in zip(arguments, self.jaxpr.invars)):
+        inputs = list(zip(arguments, self.jaxpr.invars, strict=True))
+        if any(jnp.iscomplexobj(x) and not jnp.iscomplexobj(v.aval) for x, v in inputs):
             raise TypeError(
                 "Complex schemes cannot follow an inner loss that captured traced values: "
                 "pass them in `meta_params` or `task`, or use a real scheme such as `relative(central_difference)`."
             )
-        typed = [_in_dtype(x, v.aval.dtype) for x, v in zip(arguments, self.jaxpr.invars, strict=True)]
-        (value,) = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, list(values)))(*typed)
+        typed = [_in_dtype(x, v.aval.dtype) for x, v in inputs]
+        value: jax.Array = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, list(values)))(*typed)[0]
         return value.astype(self.dtype)
 
 

@@ -115,10 +115,11 @@ class ExternalLearner(InnerSolver):
         def learn(pieces: list[list[Any]]) -> list[Any]:
             joined = [np.concatenate(x).reshape(shape) for x, shape in zip(pieces, shapes, strict=True)]
             returned, got = jax.tree.flatten(self.fn(*jax.tree.unflatten(structure, joined)))
-            if got != like or [np.shape(x) for x in returned] != [x.shape for x in expected]:
+            found, wanted = [np.shape(x) for x in returned], [x.shape for x in expected]
+            if got != like or found != wanted:
                 raise ValueError(
-                    f"ExternalLearner: `{_name(self.fn)}` returned {got} with shapes {[np.shape(x) for x in returned]}; "
-                    f"expected {like} with shapes {[x.shape for x in expected]}. {_REMEDY}"
+                    f"ExternalLearner: `{_name(self.fn)}` returned {got} with shapes {found}, "
+                    f"not {like} with shapes {wanted}. {_REMEDY}"
                 )
             return [np.asarray(x, to.dtype) for x, to in zip(returned, expected, strict=True)]
 
