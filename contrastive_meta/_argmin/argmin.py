@@ -186,7 +186,7 @@ def _solve(layer: _Layer, strategies: Strategies, operands: Operands) -> tuple[P
 
 
 def _solve_forward(layer: _Layer, strategies: Any, operands: Any) -> tuple[Any, Any]:
-    strategies, known = _primal(strategies), _primal(operands)
+    strategies, known = _once(_primal(strategies)), _once(_primal(operands))
     wanted = _wanted(operands)
     solution, diagnostics = _learn(layer, strategies[0], known)
     return (solution.params, diagnostics), (strategies, known, wanted, solution)
@@ -202,7 +202,7 @@ def _solve_backward(layer: _Layer, kept: Any, cotangents: Any) -> tuple[None, An
     cotangent = jax.tree.map(
         lambda v, phi: jnp.zeros_like(phi) if isinstance(v, SymbolicZero) else v, cotangent, solution.params
     )
-    grads = _pull_back(layer, strategies, operands, wanted, solution, cotangent)
+    grads = _pull_back(layer, strategies, operands, wanted, solution, _once(cotangent))
     return None, wanted.merge(grads, none, operands)
 
 
@@ -272,6 +272,26 @@ def _tell(on_failure: Callable[[Diagnostics], None], failed: Any, diagnostics: D
     # A condition in the program would not hold under vmap.
     if np.asarray(failed):
         on_failure(jax.tree.map(lambda value: np.asarray(value)[()], diagnostics))
+
+
+@jax.custom_jvp
+def _differentiated_once(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_differentiated_once.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "The gradient of an argmin cannot be differentiated again: it has first derivatives in reverse mode only. "
+        "Within the inner loss of another argmin, let that one use `ContrastiveAdjoint`, which needs no second derivatives."
+    )
+
+
+def _once(values: Any) -> Any:
+    """The values, guarded: derivatives of the backward pass would be those of its iterations, which mean nothing."""
+    return jax.tree.map(
+        lambda x: _differentiated_once(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x, values
+    )
 
 
 def _primal(marked: Any) -> Any:
