@@ -92,7 +92,7 @@ def argmin(
     _require(adjoint, "adjoint", isinstance(adjoint, Adjoint), "an instance of Adjoint, such as ContrastiveAdjoint()")
     if on_failure not in ("nan", "keep") and (isinstance(on_failure, str) or not callable(on_failure)):
         raise ValueError(f'`on_failure` must be "nan", "keep" or a function (diagnostics) -> None; got {on_failure!r}.')
-    adjoint.estimator(solver)._check_parts(_Layer(OpenLoss(inner_loss), on_failure).problem)
+    adjoint.estimator(solver)._check_parts(_Layer(OpenLoss(inner_loss), on_failure).problem(()))
     is_function = callable(init) and jax.tree.leaves(init) == [init]
 
     def solve(meta_params: MetaParams, task: Task, *, params: Params | None = None) -> Any:
@@ -139,11 +139,10 @@ class _Layer:
     loss: Callable[..., Any]
     on_failure: OnFailure
 
-    @property
-    def problem(self) -> BilevelProblem:
-        """Learning, with `(task, values)` for the task; nothing judges it."""
+    def problem(self, values: tuple[Any, ...]) -> BilevelProblem:
+        """Learning, with what the loss captured; nothing judges it."""
         return BilevelProblem(
-            lambda params, meta_params, task: self.loss(params, meta_params, *task),
+            lambda params, meta_params, task: self.loss(params, meta_params, task, values),
             lambda params, meta_params, task: jnp.zeros(()),
             lambda meta_params, task: (),
         )
@@ -214,7 +213,7 @@ def _learn(layer: _Layer, solver: InnerSolver, operands: Operands) -> tuple[Solu
     """The free phase."""
     start, meta_params, task, values = operands
     with jax.default_matmul_precision("highest"):
-        setting = _setting(layer.problem, start, meta_params, (task, values))
+        setting = _setting(layer.problem(values), start, meta_params, task)
         memory = solver.bind(meta_params).init_memory(start)
         found = setting.free_phase(solver, _state(start, memory, setting.dtype))
     diagnostics = make_diagnostics(
@@ -283,7 +282,7 @@ def _differentiated_once(x: jax.Array) -> jax.Array:
 def _refuse(primals: Any, tangents: Any) -> Any:
     raise TypeError(
         "The gradient of an argmin cannot be differentiated again: it has first derivatives in reverse mode only. "
-        "Within the inner loss of another argmin, let that one use `ContrastiveAdjoint`, which needs no second derivatives."
+        "Within the inner loss of another argmin, let that one use `ContrastiveAdjoint`: it needs no second ones."
     )
 
 
