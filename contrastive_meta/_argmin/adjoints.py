@@ -19,7 +19,8 @@ from contrastive_meta._solvers.base import InnerSolver
 class Adjoint(abc.ABC):
     """How the cotangent v of phi = argmin becomes cotangents of what the inner loss depends on.
 
-    That is the meta-gradient of the outer loss <v, phi>, so an adjoint is no more than the choice of an estimator.
+    That is the meta-gradient of the outer loss <v, phi>, so an adjoint is no more than the choice of an estimator: one
+    that works from a single free phase, since that is done. `EvolutionStrategies` and the like learn again and do not.
     Subclasses are final strategies.
 
     Example:
