@@ -114,7 +114,7 @@ def test_it_is_given_everything_as_numpy_and_answers_in_the_dtype_of_the_start()
 
     def learn(decay: Any, task: Any) -> Any:
         seen.append((decay, task))
-        return (task["y"] / (1 + decay)).tolist()
+        return np.float64(task["y"]) / (1 + decay)
 
     task = {**TASK, "y": TASK["y"].astype(jnp.float32)}
     got = jax.jit(jax.grad(functools.partial(value_of, cm.ExternalLearner(learn))))(jnp.float32(1.0), task)
