@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._problem import BilevelProblem, Diagnostics, MetaGradient, MetaParams, Status, Task
+from contrastive_meta._pytree import PyTree
 
 ValueAndMetaGrad = Callable[..., Any]
 
@@ -60,11 +61,12 @@ def value_and_meta_grad(
         num_tasks = count_tasks(tasks)
         keys = jax.random.split(jax.random.key(0) if key is None else key, num_tasks)
 
-        def one(task: Task, key: jax.Array) -> tuple[jax.Array, MetaParams, Diagnostics]:
+        def one(task: Task, key: jax.Array) -> tuple[tuple[jax.Array, MetaParams], Diagnostics]:
             result = estimator.estimate(problem, meta_params, task, key=key)
-            return result.outer_loss, result.grad, result.diagnostics
+            return (result.outer_loss, result.grad), result.diagnostics
 
-        value, grad, diagnostics = _mean_over_tasks(one, tasks, keys, num_tasks, batch_size or num_tasks)
+        total, diagnostics = sum_over_tasks(one, (tasks, keys), num_tasks, batch_size or num_tasks)
+        value, grad = tree.scale(1 / num_tasks, total)
         return ((value, diagnostics), grad) if has_aux else (value, grad)
 
     return evaluate
@@ -90,33 +92,43 @@ def count_tasks(tasks: Task) -> int:
     return int(lengths[0])
 
 
-def _mean_over_tasks(one: Any, tasks: Task, keys: jax.Array, num_tasks: int, batch_size: int) -> Any:
-    """Sum batch by batch, so that only one batch of meta-gradients exists at a time."""
+def sum_over_tasks(
+    one: Callable[..., tuple[PyTree, PyTree]], inputs: tuple[PyTree, ...], num_tasks: int, batch_size: int
+) -> tuple[PyTree, PyTree]:
+    """Sum batch by batch, so that only one batch of meta-gradients exists at a time.
+
+    Args:
+      one: from the inputs of one task to what is summed over tasks and what is kept of each.
+      inputs: its arguments, all with the same leading axis of tasks.
+      num_tasks: the length of that axis.
+      batch_size: how many tasks run at once.
+
+    Returns:
+      The sum, and what is kept along a leading axis of tasks.
+    """
     size = min(batch_size, num_tasks)
     whole = num_tasks - num_tasks % size
 
     def batch(chunk: Any) -> Any:
-        values, grads, diagnostics = jax.vmap(one)(*chunk)
-        total = jax.tree.map(lambda x: jnp.sum(x, axis=0), (values, grads))
-        return total, diagnostics
+        added, kept = jax.vmap(one)(*chunk)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), added), kept
 
     def accumulate(total: Any, chunk: Any) -> Any:
-        added, diagnostics = batch(chunk)
-        return tree.add(total, added), diagnostics
+        added, kept = batch(chunk)
+        return tree.add(total, added), kept
 
     if whole == size == num_tasks:
-        total, diagnostics = batch((tasks, keys))
+        total, kept = batch(inputs)
     else:
-        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), (tasks, keys))
+        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), inputs)
         first = jax.eval_shape(batch, jax.tree.map(lambda x: x[0], chunks))[0]
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        total, diagnostics = jax.lax.scan(accumulate, zero, chunks)
-        diagnostics = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), diagnostics)
+        total, kept = jax.lax.scan(accumulate, zero, chunks)
+        kept = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), kept)
         if whole < num_tasks:
-            total, rest = accumulate(total, jax.tree.map(lambda x: x[whole:], (tasks, keys)))
-            diagnostics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), diagnostics, rest)
-    value, grad = tree.scale(1 / num_tasks, total)
-    return value, grad, diagnostics
+            total, rest = accumulate(total, jax.tree.map(lambda x: x[whole:], inputs))
+            kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, rest)
+    return total, kept
 
 
 class EstimateError(RuntimeError):
