@@ -50,6 +50,10 @@ from contrastive_meta._nudging import four_point as four_point
 from contrastive_meta._nudging import relative as relative
 from contrastive_meta._nudging import second_order_forward as second_order_forward
 from contrastive_meta._plasticity import AnchoredSynapse as AnchoredSynapse
+from contrastive_meta._optax import MetaGradientState as MetaGradientState
+from contrastive_meta._optax import MetaOptimizerState as MetaOptimizerState
+from contrastive_meta._optax import meta_gradient as meta_gradient
+from contrastive_meta._optax import meta_optimizer as meta_optimizer
 from contrastive_meta._plasticity import Autodiff as Autodiff
 from contrastive_meta._plasticity import ByGroup as ByGroup
 from contrastive_meta._plasticity import Context as Context
