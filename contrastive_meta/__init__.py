@@ -50,10 +50,16 @@ from contrastive_meta._nudging import four_point as four_point
 from contrastive_meta._nudging import relative as relative
 from contrastive_meta._nudging import second_order_forward as second_order_forward
 from contrastive_meta._plasticity import AnchoredSynapse as AnchoredSynapse
+from contrastive_meta._optax import Alternating as Alternating
 from contrastive_meta._optax import MetaGradientState as MetaGradientState
 from contrastive_meta._optax import MetaOptimizerState as MetaOptimizerState
+from contrastive_meta._optax import SingleLoop as SingleLoop
+from contrastive_meta._optax import TuneState as TuneState
+from contrastive_meta._optax import TuningMode as TuningMode
+from contrastive_meta._optax import current_meta_params as current_meta_params
 from contrastive_meta._optax import meta_gradient as meta_gradient
 from contrastive_meta._optax import meta_optimizer as meta_optimizer
+from contrastive_meta._optax import tune_while_training as tune_while_training
 from contrastive_meta._plasticity import Autodiff as Autodiff
 from contrastive_meta._plasticity import ByGroup as ByGroup
 from contrastive_meta._plasticity import Context as Context

@@ -1,0 +1,109 @@
+"""Tuning by short runs: now and then a nudged phase and its matched control start from the parameters in training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._control import cast_like, only_if
+from contrastive_meta._estimators.contrastive import Contrastive
+from contrastive_meta._estimators.newton_krylov import NewtonKrylov
+from contrastive_meta._nudging import NudgeScheme, NudgeStrength, forward_difference, relative
+from contrastive_meta._optax.tuning_mode import Measured, Schedule, Training, TuningMode
+from contrastive_meta._problem import EstimatorState, Number, Params
+from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._solvers.base import InnerSolver
+from contrastive_meta._solvers.optax_descent import OptaxDescent
+
+# How far a nudge is to move `params`, relative to their norm, and what may be spent to find out. A short phase moves
+# them less than the pilot's Newton step would, and its own shortness is its main error.
+_DISPLACEMENT, _NUM_PILOT_STEPS = 1e-2, 2
+
+
+@strategy
+class Alternating(TuningMode):
+    """Train; every so often run a short nudged phase and its matched control, and move the meta-parameters.
+
+    The current parameters are the free phase. From them learning goes on twice, side by side, for the same number of
+    steps on the same minibatches, once with beta times the outer loss added: `Contrastive` with a free phase of no
+    steps. The runs are then thrown away. K steps answer as much of the nudge as K terms of a Neumann series: the
+    meta-gradient points the right way long before it has the right length, and is unbiased only where the phases run
+    to their end.
+
+    Args:
+      nudged_solver: the learner of both runs; None for the optimiser in training itself, with its state. One with
+        fixed coefficients, `OptaxDescent(optax.sgd(0.1, momentum=0.9), num_steps=20)`, cancels what is left to learn
+        exactly; Adam nearly so.
+      num_nudged_steps: steps of each run where it is the optimiser in training; a `nudged_solver` brings its own.
+      beta: nudging strength in the units of the outer loss, or a function of the training step; None for one at which
+        Newton's step would move the parameters by 1 % of their norm, measured every time.
+      scheme: from beta to the phases; `central_difference` costs the same and has a bias of O(beta^2), but nudges the
+        wrong way once.
+      estimate_error: see `Contrastive`; off by default, since it costs gradients.
+
+    Raises:
+      ValueError: a negative number of steps.
+
+    Reference:
+      Zucchet et al. (2022), section 3; Liu, Simonyan & Yang (2019), DARTS, for the alternation.
+
+    Example:
+      >>> import optax
+      >>> import contrastive_meta as cm
+      >>> mode = cm.Alternating(cm.OptaxDescent(optax.sgd(0.1), num_steps=20), beta=lambda step: 0.1 * 0.999**step)
+    """
+
+    nudged_solver: InnerSolver | NewtonKrylov | None = None
+    num_nudged_steps: int = static(default=5)
+    beta: Number | Schedule | None = None
+    scheme: Callable[[Number], NudgeScheme] = static(default=forward_difference)
+    estimate_error: bool = static(default=False)
+
+    def __post_init__(self) -> None:
+        """Check the number of steps."""
+        if self.num_nudged_steps < 1:
+            raise ValueError(f"`num_nudged_steps` must be at least 1; got {self.num_nudged_steps}.")
+
+    @property
+    def usual_every(self) -> int:
+        """Ten training steps, of which the runs cost about as much again twice."""
+        return 10
+
+    def init(self, optimizer: optax.GradientTransformationExtraArgs, params: Params) -> PyTree:
+        """Nothing is kept."""
+        return ()
+
+    def follow(
+        self,
+        optimizer: optax.GradientTransformationExtraArgs,
+        training: Training,
+        memory: PyTree,
+        due: jax.Array,
+        last: Measured,
+    ) -> tuple[PyTree, Measured]:
+        """See `TuningMode.follow`."""
+
+        def measure(_: Measured) -> Measured:
+            at = training
+            start = EstimatorState(at.params, at.opt_state, tree.zeros_like(at.params), jnp.zeros_like(last.outer_loss))
+            result = self._estimator(optimizer).estimate(at.problem, at.meta_params, at.batch, state=start, key=at.key)
+            return cast_like(Measured(result.grad, result.outer_loss, result.diagnostics), last)
+
+        return memory, only_if(due, measure, last)
+
+    def _estimator(self, optimizer: optax.GradientTransformationExtraArgs) -> Contrastive:
+        """A contrast whose free phase is over: the parameters are what training made of them so far."""
+
+        def steps(number: int) -> Any:
+            return OptaxDescent(optimizer, num_steps=number, carry_state=True)
+
+        nudged = self.nudged_solver or steps(self.num_nudged_steps)
+        return Contrastive(steps(0), nudged, self._strength(), estimate_error=self.estimate_error)
+
+    def _strength(self) -> NudgeStrength:
+        if self.beta is None:
+            return relative(self.scheme, _DISPLACEMENT, _NUM_PILOT_STEPS)
+        return self.scheme(self.beta)  # type: ignore[arg-type]

@@ -1,0 +1,177 @@
+"""Tuning in a single loop: nudged iterates train beside the parameters, one gradient step each per training step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._control import cast_like
+from contrastive_meta._nudging import NudgeScheme, forward_difference
+from contrastive_meta._optax._border import as_transformation
+from contrastive_meta._optax.tuning_mode import Measured, Schedule, Training, TuningMode
+from contrastive_meta._problem import MetaParams, Number, Params, Status, flag, float_dtype_of, make_diagnostics, worst
+from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._solvers._descend import one_step
+
+# As elsewhere: the nudge counts as answered when less than this fraction of it is left; and beyond this displacement,
+# relative to the parameters, a nudged iterate is somewhere else.
+_UNANSWERED, _RAN_AWAY = 1e-2, 0.5
+
+
+class NudgedIterates(NamedTuple):
+    """What `SingleLoop` keeps: every leaf has a leading axis of nudged phases.
+
+    Attributes:
+      params: the nudged iterates.
+      opt_state: states of their optimisers.
+    """
+
+    params: Params
+    opt_state: PyTree
+
+
+class _Phase(NamedTuple):
+    """One phase as it stands: where, the loss and its gradient there, and what the rule measures."""
+
+    params: Params
+    loss: jax.Array
+    residual: Params
+    statistic: MetaParams
+    outer_grad: Params
+
+
+@strategy
+class SingleLoop(TuningMode):
+    """Parameters, nudged iterates and meta-parameters all move by one step at a time.
+
+    The parameters in training are the free iterate. A nudged iterate follows the gradient of L_in + beta L_out, on the
+    same batch and by the same kind of optimiser; the contrast of what the two measure moves the meta-parameters. It
+    costs a gradient of either loss and two statistics beside the training step: about three gradients in all. Nothing
+    is truncated: where everything comes to rest, the contrast is that of two finished phases. That takes
+    meta-parameters that move more slowly than the parameters learn, and `grads` that are the gradient of `inner_loss`
+    on `task` itself: `problem.sample` is not used.
+
+    Args:
+      beta: nudging strength in the units of the outer loss, or a function of the training step; 1 / beta is the
+        penalty of F2SA. It has to change more slowly than the parameters learn.
+      optimizer: of the nudged iterates; None for the one in training.
+      scheme: from beta to the phases. A phase with strength 0 is the parameters themselves; the others are iterates in
+        the state: two of them for `central_difference`, whose bias is O(beta^2).
+
+    Reference:
+      Kwon, Kwon, Wright & Nowak (2023), F2SA, algorithm 1, its single-loop form.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> mode = cm.SingleLoop(beta=0.01)
+    """
+
+    beta: Number | Schedule
+    optimizer: optax.GradientTransformation | None = static(default=None)
+    scheme: Callable[[Number], NudgeScheme] = static(default=forward_difference)
+
+    @property
+    def usual_every(self) -> int:
+        """Meta-parameters move in every training step."""
+        return 1
+
+    def init(self, optimizer: optax.GradientTransformationExtraArgs, params: Params) -> NudgedIterates:
+        """All iterates start at the parameters."""
+        own = self._own(optimizer)
+        _, running = self._phases()
+        # New buffers, lest the parameters be donated twice.
+        stacked = jax.tree.map(lambda x: jnp.stack([x] * len(running)), params)
+        return NudgedIterates(stacked, jax.vmap(own.init)(stacked))
+
+    def follow(
+        self,
+        optimizer: optax.GradientTransformationExtraArgs,
+        training: Training,
+        memory: NudgedIterates,
+        due: jax.Array,
+        last: Measured,
+    ) -> tuple[NudgedIterates, Measured]:
+        """See `TuningMode.follow`. Iterates move in every step, so they are measured in every step."""
+        problem, meta_params, batch = training.problem, training.meta_params, training.batch
+        dtype = float_dtype_of(problem, training.params, meta_params, batch)
+        scheme, running = self._phases()
+        nudges, own = scheme.arrays(dtype)[0][jnp.array(running)], self._own(optimizer)
+        with jax.default_matmul_precision("highest"):
+            nudged = jax.vmap(lambda params, beta: _nudged_phase(training, dtype, params, beta))(memory.params, nudges)
+            measured = _contrast(scheme, running, training, dtype, nudged)
+
+            def advance(phase: _Phase, beta: jax.Array, state: PyTree) -> tuple[Params, PyTree]:
+                def loss(at: Params) -> jax.Array:
+                    return problem.nudged(at, meta_params, batch, beta)
+
+                return one_step(own, loss, phase.loss, phase.residual, phase.params, state)
+
+            moved = NudgedIterates(*jax.vmap(advance)(nudged, nudges, memory.opt_state))
+        # An iterate that is lost starts again from the parameters; the status says so.
+        kept = tree.where(
+            tree.all_finite(moved.params), cast_like(moved, memory), self.init(optimizer, training.params)
+        )
+        return kept, tree.where(due, cast_like(measured, last), last)
+
+    def _own(self, optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+        return optimizer if self.optimizer is None else as_transformation(self.optimizer, "SingleLoop.optimizer")
+
+    def _phases(self) -> tuple[NudgeScheme, list[int]]:
+        """The scheme, and which of its phases are iterates in the state."""
+        if callable(self.beta):
+            raise TypeError("A schedule of beta has a value at a step only: call `mode.at(step)` first.")
+        scheme = self.scheme(self.beta)
+        if scheme.is_complex:
+            raise TypeError(
+                "`SingleLoop` trains nudged iterates like `params`: it needs a real scheme, got a complex one."
+            )
+        return scheme, [k for k in range(len(scheme.nudges)) if k != scheme.free_phase]
+
+
+def _nudged_phase(training: Training, dtype: Any, params: Params, beta: jax.Array) -> _Phase:
+    """Both losses at a nudged iterate, with their gradients in parameters and meta-parameters."""
+    problem, meta_params, batch = training.problem, _fine(training.meta_params, dtype), training.batch
+    inner, (inner_grad, inner_meta) = jax.value_and_grad(problem.inner, argnums=(0, 1))(params, meta_params, batch)
+    outer, (outer_grad, outer_meta) = jax.value_and_grad(problem.outer, argnums=(0, 1))(params, meta_params, batch)
+    residual, statistic = tree.add_scaled((inner_grad, inner_meta), beta, (outer_grad, outer_meta))
+    return _Phase(params, inner + beta * outer, residual, statistic, outer_grad)
+
+
+def _contrast(scheme: NudgeScheme, running: list[int], training: Training, dtype: Any, nudged: _Phase) -> Measured:
+    """The contrast of what the phases measure, algorithm (8), and of where they are and what they have left."""
+    problem, batch = training.problem, training.batch
+    phases = nudged.params, nudged.residual, nudged.statistic
+    if scheme.free_phase is not None:
+        statistic = jax.grad(problem.inner, argnums=1)(training.params, _fine(training.meta_params, dtype), batch)
+        free = training.params, training.grads, statistic
+        phases = jax.tree.map(lambda xs, x: jnp.insert(xs, scheme.free_phase, x, axis=0), phases, free)
+    response, remainder, grad = scheme.contrast(phases)
+    outer_loss = problem.outer(training.params, training.meta_params, batch)
+    strength, nudge = scheme.strength(dtype), tree.norm(jax.tree.map(lambda xs: xs[0], nudged.outer_grad))
+    displacement = strength * tree.norm(response) / tree.or_one(tree.norm(training.params))
+    unanswered = tree.norm(remainder) / tree.or_one(nudge)
+    status = worst(
+        Status.APPROXIMATE,
+        flag(unanswered > _UNANSWERED, Status.NUDGED_NOT_CONVERGED),
+        flag(displacement > _RAN_AWAY, Status.UNBOUNDED_NUDGE),
+        flag(~tree.all_finite((phases, grad, outer_loss)), Status.NOT_FINITE),
+        scheme.validity(dtype),
+    )
+    diagnostics = make_diagnostics(
+        dtype,
+        beta=strength,
+        free_residual=tree.norm(training.grads),
+        nudged_residual=unanswered,
+        displacement=displacement,
+        num_gradients=len(scheme.nudges),
+        status=status,
+    )
+    return Measured(grad, outer_loss, diagnostics)
+
+
+def _fine(meta_params: MetaParams, dtype: Any) -> MetaParams:
+    """Meta-parameters no coarser than the losses: they would round what a phase measures."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), meta_params)
