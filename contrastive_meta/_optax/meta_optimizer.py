@@ -18,8 +18,8 @@ class MetaOptimizerState(NamedTuple):
     """What `meta_optimizer` keeps between updates: plain arrays, of one structure from `init` on.
 
     Attributes:
-      meta_gradient: `MetaGradientState`: the number of updates, the warm-started inner solutions, the last outer loss and
-        diagnostics.
+      meta_gradient: `MetaGradientState`: the number of updates, the warm-started inner solutions, the last outer loss
+        and diagnostics.
       optimizer: state of the wrapped optimiser.
 
     Example:
