@@ -275,9 +275,7 @@ def inside(name: str, mode: Any) -> tuple[optax.GradientTransformationExtraArgs,
         "multi_steps": lambda: (optax.MultiSteps(tx, 2).gradient_transformation(), False),
         "apply_if_finite": lambda: (optax.apply_if_finite(tx, 2), False),
         "inject_hyperparams": lambda: (
-            optax.inject_hyperparams(lambda rate, meta_rate: tune(mode, optax.adam(rate), meta_optimizer=optax.sgd(meta_rate)))(
-                rate=1e-2, meta_rate=0.1
-            ), False
+            optax.inject_hyperparams(lambda rate: tune(mode, optax.adam(rate)))(rate=1e-2), False
         ),
         "around multi_steps": lambda: (tune(mode, optax.MultiSteps(optax.adam(1e-2), 2)), False),
     }[name]()  # fmt: skip
