@@ -260,10 +260,9 @@ def test_inside_other_transformations(name: str) -> None:
     assert kinds(after) == kinds(state)
     _, grad = by_hand()(META, TASKS, key=key(0))
     anchor, decay = SCALES[name]
-    close(
-        jax.tree.map(lambda x: x[1], updates),
-        {"anchor": anchor * grad["anchor"], "log_decay": decay * grad["log_decay"]},
-    )
+    wanted = {"anchor": anchor * grad["anchor"], "log_decay": decay * grad["log_decay"]}
+    # MultiSteps accumulates in float32 unless told otherwise.
+    close(jax.tree.map(lambda x: x[1], updates), wanted, rtol=1e-7 if name == "multi_steps inside" else 1e-12)
 
 
 def test_apply_if_finite_behind_the_link() -> None:
