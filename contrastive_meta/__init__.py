@@ -49,7 +49,6 @@ from contrastive_meta._nudging import forward_difference as forward_difference
 from contrastive_meta._nudging import four_point as four_point
 from contrastive_meta._nudging import relative as relative
 from contrastive_meta._nudging import second_order_forward as second_order_forward
-from contrastive_meta._plasticity import AnchoredSynapse as AnchoredSynapse
 from contrastive_meta._optax import Alternating as Alternating
 from contrastive_meta._optax import MetaGradientState as MetaGradientState
 from contrastive_meta._optax import MetaOptimizerState as MetaOptimizerState
@@ -60,6 +59,7 @@ from contrastive_meta._optax import current_meta_params as current_meta_params
 from contrastive_meta._optax import meta_gradient as meta_gradient
 from contrastive_meta._optax import meta_optimizer as meta_optimizer
 from contrastive_meta._optax import tune_while_training as tune_while_training
+from contrastive_meta._plasticity import AnchoredSynapse as AnchoredSynapse
 from contrastive_meta._plasticity import Autodiff as Autodiff
 from contrastive_meta._plasticity import ByGroup as ByGroup
 from contrastive_meta._plasticity import Context as Context

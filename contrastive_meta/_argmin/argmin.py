@@ -215,7 +215,7 @@ def _learn(layer: _Layer, solver: InnerSolver, operands: Operands) -> tuple[Solu
     with jax.default_matmul_precision("highest"):
         setting = _setting(layer.problem(values), start, meta_params, task)
         memory = solver.bind(meta_params).init_memory(start)
-        found = setting.free_phase(solver, _state(start, memory, setting.dtype))
+        found = setting.free_phase(solver, EstimatorState.fresh(start, memory, setting.dtype))
     diagnostics = make_diagnostics(
         setting.dtype, free_residual=found.residual, num_gradients=found.num_gradients, status=found.status
     )
@@ -246,7 +246,7 @@ def _pull_back(
     learned = AlreadyLearned(solver, solution, lambda meta: merge(meta, (others,)).meta_params)
     with jax.default_matmul_precision("highest"):
         setting = _setting(problem, solution.params, differentiated, (others, cotangent))
-        result = adjoint.estimator(learned)._estimate(setting, _state(solution.params, (), setting.dtype))
+        result = adjoint.estimator(learned)._estimate(setting, EstimatorState.fresh(solution.params, (), setting.dtype))
 
     asked = jnp.any(jnp.stack([jnp.any(v != 0) for v in jax.tree.leaves(cotangent)]))
     failed = asked & (result.diagnostics.status > Status.APPROXIMATE)
@@ -261,10 +261,6 @@ def _pull_back(
 def _setting(problem: BilevelProblem, params: Params, meta_params: Any, task: Any) -> Setting:
     dtype = float_dtype_of(problem, params, meta_params, task)
     return Setting(problem, meta_params, task, jax.random.key(0), dtype)
-
-
-def _state(params: Params, memory: Any, dtype: Any) -> EstimatorState:
-    return EstimatorState(params, memory, tree.zeros_like(params), jnp.zeros((), dtype))
 
 
 def _tell(on_failure: Callable[[Diagnostics], None], failed: Any, diagnostics: Diagnostics) -> None:

@@ -64,9 +64,9 @@ def _draw_curve(found: Findings, axis: Any) -> None:
 def _draw_residuals(found: Findings, axis: Any) -> None:
     phases = found.phases
     places = list(range(len(phases)))
-    residuals = [phase.residual for phase in phases]
-    _plot(axis, places, _positive(residuals), "residual", color=_COLOURS[0], marker="o", linestyle="none")
-    _plot(axis, places, _positive([p.tolerance for p in phases]), "tolerance", color=_COLOURS[3], marker="_", linestyle="none",
+    residuals, tolerances = _positive([p.residual for p in phases]), _positive([p.tolerance for p in phases])
+    _plot(axis, places, residuals, "residual", color=_COLOURS[0], marker="o", linestyle="none")
+    _plot(axis, places, tolerances, "tolerance", color=_COLOURS[3], marker="_", linestyle="none",
           markersize=18, markeredgewidth=2)  # fmt: skip
     if 0 < found.noise < math.inf:
         axis.axhline(found.noise, color="grey", linestyle="--", label="rounding noise")

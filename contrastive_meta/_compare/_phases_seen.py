@@ -12,8 +12,7 @@ from scipy.interpolate import PchipInterpolator
 from contrastive_meta import _pytree as tree
 from contrastive_meta._compare._findings import Segment
 from contrastive_meta._estimators import Contrastive
-from contrastive_meta._estimators._free_point import NOISE_FLOOR, survey
-from contrastive_meta._estimators._phases import Nudging
+from contrastive_meta._estimators._free_point import NOISE_FLOOR
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge
 from contrastive_meta._problem import EstimatorState, Params, same_arrays
@@ -65,20 +64,10 @@ class Seen(NamedTuple):
 @jax.jit
 def look(estimator: Contrastive, setting: Setting, state: EstimatorState) -> Seen:
     """Run the free phase and the nudged ones as the estimator does, and the free one on without a nudge."""
-    free = setting.free_phase(estimator.solver, state)
-    init = setting.problem.init(setting.meta_params, setting.task)
-    setting = setting.in_dtype_of_loss()
-    flattening = tree.Flattening.of(free.params)
+    free, nudging, point, phases, fell_back = estimator._run_phases(setting, state)
+    setting, flattening = nudging.tree_setting, nudging.flattening
     flatten, unflatten = flattening.flatten, flattening.unflatten
-    flat = setting.flattened(flattening)
-    point = survey(flat, flatten(free.params), free, flatten(init))
     learner = estimator._learner(setting)
-    response = tree.scale(-1.0, flatten(state.displacement))
-    nudge = _nudge_of(estimator, learner)
-    nudging = Nudging(
-        flat, flattening, setting, estimator.scheme, nudge, estimator.rule, estimator.sequential, response
-    )
-    phases, fell_back = estimator._nudged_phases(nudging, point, learner)
     nudges, _ = phases.scheme.arrays(setting.dtype)
 
     own = (learner if isinstance(learner, InnerSolver) else estimator.solver).bind(setting.meta_params)

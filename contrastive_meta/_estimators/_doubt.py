@@ -1,5 +1,6 @@
 """How wrong a contrast is: what twice the strength, and one more step down what is left, would make of it."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,8 @@ class Untruncated(NamedTuple):
       remainder: v - H u, free of the leading truncation.
       lacking: what truncation takes from the meta-gradient.
       doubling: what twice the strength changes in the meta-gradient and in what is left of the nudge, relative to each.
-      unseen: truncation, relative to the meta-gradient, that shows in neither contrast; see `stiffening`.
+      unseen: truncation, relative to the meta-gradient, that shows in neither contrast (see `stiffening`), or noise of the
+        statistic.
     """
 
     remainder: Params
@@ -73,7 +75,11 @@ def without_truncation(nudging: Nudging, point: FreePoint, phases: Phases, grad:
     # Of the phases' gradients, what is not linear in the distance: r(2b) - 2 r(b) + r(0), twice what r(b) has of it.
     bent = jax.tree.map(lambda far, near, x: far / 2 - near + x / 2, residuals, phases.residual, phases.base_grad)
     stiffer = stiffening(nudging, point, phases.scheme, bent, phases.scheme.contrast(phases.params))
-    unseen = jnp.where(phases.at_minima, stiffer**phases.scheme.order, 0.0).astype(dtype)
+    unseen = jnp.where(phases.at_minima, stiffer**phases.scheme.order, 0.0)
+    # Where the strength was sought, noise n and truncation n / p are both in what doubling changes.
+    p = scheme.order
+    at_best = math.hypot(1, 1 / p) / math.hypot((2**p - 1) / p, math.hypot(1, 1 / 2))
+    unseen = jnp.maximum(unseen, jnp.where(phases.chosen > 0, at_best * relative[0], 0.0)).astype(dtype)
     return Untruncated(tree.add(remainder, truncation), tree.scale(-share, change), doubling, unseen)
 
 

@@ -1,6 +1,6 @@
 """The contrastive estimator: run learning twice, free and nudged, and contrast what each phase measures."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,18 @@ from contrastive_meta._problem import (
     worst,
 )
 from contrastive_meta._pytree import static, strategy
-from contrastive_meta._solvers.base import InnerSolver
+from contrastive_meta._solvers.base import InnerSolver, Solution
+
+
+class Ran(NamedTuple):
+    """What an estimate ran."""
+
+    free: Solution
+    nudging: Nudging
+    point: FreePoint
+    phases: Phases
+    fell_back: jax.Array
+
 
 # A strength is sought again where doubling it changes the contrast this many times more than when it was chosen.
 _WORN = 8.0
@@ -105,23 +116,9 @@ class Contrastive(MetaGradientEstimator):
             )
 
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
-        # Free phase: learn.
-        free = setting.free_phase(self.solver, state)
-        init = setting.problem.init(setting.meta_params, setting.task)
-        meta_params, setting = setting.meta_params, setting.in_dtype_of_loss()
-        flattening = tree.Flattening.of(free.params)
-        flat = setting.flattened(flattening)
-        point = survey(flat, flattening.flatten(free.params), free, flattening.flatten(init))
-
-        # Nudged phases: learn a little towards the outer loss.
-        response = tree.scale(-1.0, flattening.flatten(state.displacement))
-        learner = self._learner(setting)
-        nudge = self.nudge or (LossNudge() if isinstance(learner, InnerSolver) else LinearNudge())
-        nudging = Nudging(
-            flat, flattening, setting, self.scheme, nudge, self.rule, self.sequential, response, state.strength
-        )
-        goal = None if self.target_error is None else self._goal(nudging, point)
-        phases, fell_back = self._nudged_phases(nudging, point, learner, goal)
+        meta_params = setting.meta_params
+        free, nudging, point, phases, fell_back = self._run_phases(setting, state)
+        setting, flattening = nudging.tree_setting, nudging.flattening
 
         # Contrast: what the phases measured, weighted and summed, algorithm (8).
         grad = phases.scheme.contrast(phases.statistic)
@@ -153,6 +150,27 @@ class Contrastive(MetaGradientEstimator):
                 ),
             ),
         )
+
+    def _run_phases(self, setting: Setting, state: EstimatorState) -> Ran:
+        """The free phase, and the nudged ones."""
+        # Free phase: learn.
+        free = setting.free_phase(self.solver, state)
+        init = setting.problem.init(setting.meta_params, setting.task)
+        setting = setting.in_dtype_of_loss()
+        flattening = tree.Flattening.of(free.params)
+        flat = setting.flattened(flattening)
+        point = survey(flat, flattening.flatten(free.params), free, flattening.flatten(init))
+
+        # Nudged phases: learn a little towards the outer loss.
+        response = tree.scale(-1.0, flattening.flatten(state.displacement))
+        learner = self._learner(setting)
+        nudge = self.nudge or (LossNudge() if isinstance(learner, InnerSolver) else LinearNudge())
+        nudging = Nudging(
+            flat, flattening, setting, self.scheme, nudge, self.rule, self.sequential, response, state.strength
+        )
+        goal = None if self.target_error is None else self._goal(nudging, point)
+        phases, fell_back = self._nudged_phases(nudging, point, learner, goal)
+        return Ran(free, nudging, point, phases, fell_back)
 
     def _assess(self, nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams) -> tuple[Judged, Doubt]:
         """What the phases left behind, and how wrong their contrast is estimated to be."""

@@ -4,10 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators.contrastive import Contrastive
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
@@ -88,7 +86,7 @@ class Alternating(TuningMode):
 
         def measure(_: Measured) -> Measured:
             at = training
-            start = EstimatorState(at.params, at.opt_state, tree.zeros_like(at.params), jnp.zeros_like(last.outer_loss))
+            start = EstimatorState.fresh(at.params, at.opt_state, last.outer_loss.dtype)
             result = self._estimator(optimizer).estimate(at.problem, at.meta_params, at.batch, state=start, key=at.key)
             return cast_like(Measured(result.grad, result.outer_loss, result.diagnostics), last)
 
