@@ -37,8 +37,8 @@ class Untruncated(NamedTuple):
       remainder: v - H u, free of the leading truncation.
       lacking: what truncation takes from the meta-gradient.
       doubling: what twice the strength changes in the meta-gradient and in what is left of the nudge, relative to each.
-      unseen: truncation, relative to the meta-gradient, that shows in neither contrast (see `stiffening`), or noise of the
-        statistic.
+      unseen: what shows in neither contrast, relative to the meta-gradient: truncation (see `stiffening`), or noise of
+        the statistic.
     """
 
     remainder: Params
