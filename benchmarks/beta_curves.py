@@ -15,7 +15,7 @@ from benchmarks.harness import Record, Session, Vector, first_line, precision, r
 from benchmarks.tables import lay_out, scientific, wrap
 
 NAME = "beta_curves"
-ABOUT = "relative error against beta for each scheme, float32 and float64, and what `relative` chooses by itself"
+ABOUT = "relative error against beta for each scheme, float32 and float64, and what `automatic` chooses by itself"
 
 _REAL = {
     "forward": cm.forward_difference,
@@ -25,7 +25,7 @@ _REAL = {
 }
 _COMPLEX = {"complex step": cm.complex_step, "circle, 8 points": cm.circle}
 _TWICE = {"central, learner run twice": cm.central_difference}
-_CHOSEN = {"central": cm.central_difference}
+_CHOSEN = {"central": cm.automatic(order=2), "four-point": cm.automatic(order=4)}
 
 _NUM_STEPS = {RIDGE.name: 300, LOGISTIC.name: 200}
 
@@ -54,8 +54,8 @@ def _sweep(session: Session, case: Case, prepared: Prepared, betas: Vector, x64:
         if not session.smoke or kind == "real"
     }
     for name, scheme in {} if session.smoke else _CHOSEN.items():
-        estimator = cm.Contrastive(learner, scheme=cm.relative(scheme))
-        calls[f"relative({name})"] = (_estimate, (estimator, *subject))
+        estimator = cm.Contrastive(learner, scheme=scheme)
+        calls[f"automatic, {name}"] = (_estimate, (estimator, *subject))
     bits = "float64" if x64 else "float32"
     for name, outcome in session.measure(f"{case.name}: error against beta, {bits}", calls, repeats=1).items():
         common = {"case": case.name, "title": case.title, "reference_converged": prepared.converged}
@@ -70,7 +70,7 @@ def _sweep(session: Session, case: Case, prepared: Prepared, betas: Vector, x64:
             session.record(
                 x64=x64,
                 kind="chosen",
-                scheme=name.removeprefix("relative(").removesuffix(")"),
+                scheme=name.removeprefix("automatic, "),
                 beta=result.diagnostics.beta.item(),
                 error=relative_error(result.grad, prepared.reference),
                 status=cm.Status(int(result.diagnostics.status)).name,
@@ -104,7 +104,7 @@ def _over_schemes(
     task: Any,
 ) -> Any:
     def one(scheme: cm.NudgeScheme) -> Any:
-        return cm.Contrastive(learner, nudged, scheme).estimate(problem, meta_params, task).grad
+        return cm.Contrastive(learner, nudged, scheme, estimate_error=False).estimate(problem, meta_params, task).grad
 
     return jax.vmap(one)(schemes)
 

@@ -38,7 +38,7 @@ def draw_beta_curves(records: Sequence[Record], path: Path) -> Path:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     figure.suptitle(
-        "Error of contrast against the nudging strength\n(star: the default, `relative(central_difference)`)",
+        "Error of contrast against the nudging strength\n(stars: `automatic`, of order 2 by default, and 4)",
         fontsize=11,
     )
     return _save(figure, path)

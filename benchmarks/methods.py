@@ -72,20 +72,19 @@ def all_methods(tuning: Tuning) -> dict[str, Method]:
 
 
 def contrastive(tuning: Tuning) -> dict[str, Method]:
-    """Contrasts: the default, a higher order, the linear nudge, the rule as first published, the complex step."""
+    """Contrasts: the default, a higher order, the loss nudge, the rule as first published, the complex step."""
     learner, beta = tuning.learner, tuning.beta
     published = cm.forward_difference(beta, matched=False)
     return {
-        CONTRASTIVE: Method(cm.Contrastive(learner), "relative(central_difference), phases by NewtonKrylov()"),
+        CONTRASTIVE: Method(cm.Contrastive(learner), "automatic(order=2), phases by NewtonKrylov()"),
         TWICE: Method(
-            cm.Contrastive(learner, nudged_solver=learner), "relative(central_difference), phases by the learner itself"
+            cm.Contrastive(learner, nudged_solver=learner), "automatic(order=2), phases by the learner itself"
         ),
         "contrastive, four-point": Method(
-            cm.Contrastive(learner, scheme=cm.relative(cm.four_point)), "relative(four_point), phases by NewtonKrylov()"
+            cm.Contrastive(learner, scheme=cm.automatic(order=4)), "automatic(order=4), phases by NewtonKrylov()"
         ),
-        "contrastive, linear nudge": Method(
-            cm.Contrastive(learner, nudge=cm.LinearNudge()),
-            "relative(central_difference), LinearNudge, phases by NewtonKrylov()",
+        "contrastive, loss nudge": Method(
+            cm.Contrastive(learner, nudge=cm.LossNudge()), "automatic(order=2), LossNudge, phases by NewtonKrylov()"
         ),
         FORWARD: Method(
             cm.Contrastive(learner, nudged_solver=learner, scheme=published),

@@ -117,8 +117,10 @@ def _points(axis: str, size: int, instance: Instance, start: Any, smoke: bool) -
     free = cm.LBFGS(tol=0.0, max_steps=0)
     for tol in _TOLS:
         words = f"tolerance {tol:g}"
-        fast = cm.Contrastive(free, nudged_solver=cm.NewtonKrylov(tol=tol, max_steps=20_000))
-        implicit = cm.ImplicitDifferentiation(free, cm.ConjugateGradient(tol=tol, max_steps=20_000))
+        nudged, scheme = cm.NewtonKrylov(tol=tol, max_steps=20_000), cm.relative(cm.central_difference)
+        fast = cm.Contrastive(free, nudged, scheme, estimate_error=False)
+        linear = cm.ConjugateGradient(tol=tol, max_steps=20_000)
+        implicit = cm.ImplicitDifferentiation(free, linear, estimate_error=False)
         yield Point("accurate", FAST, words, function, (fast, *args))
         yield Point("accurate", IMPLICIT_CG, words, function, (implicit, *args))
     if axis == CONDITION and size <= _MOST_OF_DESCENT and not smoke:
