@@ -10,6 +10,7 @@ from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import (
     NOISE_FLOOR,
     UNANSWERED,
+    UNLEARNED,
     FreePoint,
     OuterEvaluated,
     difference_step,
@@ -71,6 +72,20 @@ class Measured(NamedTuple):
     trying: jax.Array  # what to shrink by in the next try
     num_tries: jax.Array
     running: jax.Array
+
+
+class Outcome(NamedTuple):
+    """What a search came to.
+
+    Attributes:
+      phases: on the line.
+      failed: whether the response was not found.
+      unlearned: whether the base point is still on the way to a minimum.
+    """
+
+    phases: Phases
+    failed: jax.Array
+    unlearned: jax.Array
 
 
 class Search:
@@ -147,9 +162,9 @@ class Search:
             # What one tolerance was enough for, the next is not.
             within = (before.num_passes < self.max_passes) & (before.num_steps < self.max_steps)
             found = self.run(before._replace(running=within & self._may_start(before.learned)))
-            phases, failed = self.measure(found)
-            error, spent = goal.error(phases)
-            more = ~(error <= goal.target_error) & ~failed & (before.tol > self.tol)
+            outcome = self.measure(found)
+            error, spent = goal.error(outcome.phases)
+            more = ~(error <= goal.target_error) & ~outcome.failed & (before.tol > self.tol)
             tol = jnp.maximum(0.1 * before.tol, self.tol)
             return cast_like(found._replace(tol=tol, num_gradients=found.num_gradients + spent), before), more
 
@@ -230,8 +245,8 @@ class Search:
         )
         return cast_like(after, line)
 
-    def measure(self, line: Line) -> tuple[Phases, jax.Array]:
-        """The phases at the end of the search, and whether the search failed."""
+    def measure(self, line: Line) -> Outcome:
+        """The phases at the end of the search, and what it did not find."""
         nudges, _ = line.scheme.arrays(self.dtype)
         ends = on_line(line.base, line.response, nudges)
         unmeasured = ~line.measured
@@ -245,9 +260,12 @@ class Search:
         status = jnp.zeros(nudges.shape, jnp.int32)
         spent = line.num_gradients + unmeasured * nudges.size
         at_base = line.base, line.base_grad, line.base_outer
-        return Phases(
-            line.scheme, ends, statistic, line.residuals, status, *at_base, spent, line.chosen, jnp.asarray(False)
-        ), failed
+        kind = line.chosen, jnp.asarray(False)
+        phases = Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, spent, *kind)
+        # What is left to learn, as a length, by the mean inverse curvature that the nudge met.
+        left = self._norm(line.base_grad) * self._norm(line.response) / self.nudge
+        unlearned = ~line.learned & (left > UNLEARNED * self.point.scale)
+        return Outcome(phases, failed, unlearned)
 
     def _may_start(self, learned: jax.Array) -> jax.Array:
         """Whether there is anything to search for."""

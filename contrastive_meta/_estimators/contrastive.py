@@ -229,7 +229,7 @@ class Contrastive(MetaGradientEstimator):
 
             unbounded = ran_away(point, phases) & tree.all_finite((point.params, point.outer_grad))
             return only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
-        phases, failed = learner.run(nudging, point, goal)
+        phases, failed, unlearned = learner.run(nudging, point, goal)
         # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
         own, unflatten = self.solver.bind(setting.meta_params), nudging.flattening.unflatten
         failed |= ~own.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
@@ -240,9 +240,12 @@ class Contrastive(MetaGradientEstimator):
         def again(fast: Phases) -> Phases:
             as_published = nudging._replace(sequential=True, nudge=self.nudge or LossNudge())
             slow = run_again(as_published, point, own, self.nudged_tol, goal)
-            return slow._replace(num_gradients=slow.num_gradients + fast.num_gradients)
+            # From far off a minimum either may learn further.
+            chosen: Phases = tree.where(failed | (tree.norm(slow.base_grad) < tree.norm(fast.base_grad)), slow, fast)
+            return chosen._replace(num_gradients=slow.num_gradients + fast.num_gradients)
 
-        return only_if(failed, again, phases), flag(failed, Status.FELL_BACK)
+        needed = failed | unlearned
+        return only_if(needed, again, phases), flag(needed, Status.FELL_BACK)
 
 
 def _settled(state: EstimatorState, chosen: jax.Array, doubling: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,8 +3,8 @@
 import jax
 
 from contrastive_meta._estimators._free_point import FreePoint
-from contrastive_meta._estimators._line import Search
-from contrastive_meta._estimators._phases import Goal, Nudging, Phases
+from contrastive_meta._estimators._line import Outcome, Search
+from contrastive_meta._estimators._phases import Goal, Nudging
 from contrastive_meta._pytree import static, strategy
 
 
@@ -21,8 +21,8 @@ class NewtonKrylov:
     sides of the next pass. Usually two passes do.
 
     It ends when the remainder of the nudge is below `tol`, or a pass no longer helps, or the budget is spent. Where
-    the loss curves downwards or no pass helped, the user's own learner runs the phases instead, as published, and the
-    status is `FELL_BACK`.
+    the loss curves downwards, or no pass helped, or the base point is still far from a minimum, the user's own learner
+    runs the phases instead, as published, and the status is `FELL_BACK`.
 
     Args:
       tol: norm of v - H u relative to that of v, dimensionless; by default as small as the rounding noise of the
@@ -46,11 +46,11 @@ class NewtonKrylov:
     max_passes: int | jax.Array = 8
     fall_back: bool = static(default=True)
 
-    def run(self, nudging: Nudging, point: FreePoint, goal: Goal | None = None) -> tuple[Phases, jax.Array]:
+    def run(self, nudging: Nudging, point: FreePoint, goal: Goal | None = None) -> Outcome:
         """Find the response to the nudge and the base point, and measure the phases on the line through them.
 
         Returns:
-          The phases, and whether they failed: whether another learner should run them instead.
+          The phases, and whether another learner should run them instead.
         """
         max_steps = self.max_steps if goal is None or goal.max_steps is None else goal.max_steps
         search = Search(nudging, point, self.tol, max_steps, self.max_passes)
