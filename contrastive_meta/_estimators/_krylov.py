@@ -62,6 +62,7 @@ class System(NamedTuple):
     num_steps: jax.Array
     indefinite: jax.Array
     flat: jax.Array  # whether it ended on a direction whose curvature is not told from rounding
+    least: jax.Array  # least curvature along a direction, so far
     active: jax.Array
 
 
@@ -117,6 +118,7 @@ def solve_both(
         num_steps=jnp.zeros(2, jnp.int32),
         indefinite=false,
         flat=false,
+        least=jnp.full(2, jnp.inf, dtype),
         active=active,
     )
 
@@ -160,6 +162,7 @@ def _iterate(difference: Difference, budget: jax.Array, limits: Limits, s: Syste
         num_steps=num_steps,
         indefinite=(along < -resolved) & ~s.fresh,
         flat=~upward & ~s.fresh,
+        least=jnp.where(upward, jnp.minimum(s.least, along / s.pp), s.least),
         # A first direction that leads nowhere is replaced by the remainder itself.
         active=(upward | s.fresh) & inside & ~enough & (squared > 0) & (num_steps < budget),
     )

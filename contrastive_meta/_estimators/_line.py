@@ -49,6 +49,7 @@ class Line(NamedTuple):
     shrink: jax.Array  # what strengths and difference steps are divided by
     chosen: jax.Array  # the displacement found best, relative to the length of `params`; 0 for none
     tol: jax.Array  # of the remainder, relative to the nudge
+    least: jax.Array  # least curvature met so far
     radius: jax.Array  # the longest step of the base point
     change: jax.Array  # of the response by the last pass, relative, times what the pass left of the remainder
     num_steps: jax.Array
@@ -136,6 +137,7 @@ class Search:
             shrink=one,
             chosen=self.nudging.chosen,
             tol=self.tol,
+            least=jnp.full((), jnp.inf, self.dtype),
             radius=_RADIUS * point.scale,
             change=one,
             num_steps=none,
@@ -196,15 +198,17 @@ class Search:
 
         now, base_now, noise = found.left, self._norm(base_grad), point.noise
         target = self._target(found.scheme, line.tol)
-        # What is left to learn, as a length: by the mean inverse curvature that the nudge and that learning met.
-        inverse = jnp.maximum(length / self.nudge, moved / tree.or_one(base_left))
-        learned = (base_now <= 2 * noise) | (base_now * inverse <= target * point.scale)
+        # What is left of learning lies along low curvature, and may be shorter than the noise, which does not: a
+        # gradient within the noise is learned once a pass has solved for what stands out of it in each direction.
+        least = jnp.minimum(line.least, jnp.min(systems.least))
+        deep = self.forcing * base_left <= self._resolved
+        learned = ((base_now <= 2 * noise) & deep) | (base_now <= target * point.scale * least)
         change = self._norm(more) / tree.or_one(length) * jnp.minimum(now / tree.or_one(left), 1.0)
         # Along low curvature a small remainder is much of the response: what the pass changed tells.
         answered = (now <= target * self.nudge) & (change <= 10 * target)
         sound = jnp.isfinite(base_now) & (base_now <= jnp.maximum(base_left, NOISE_FLOOR * noise))
         # A base point that learned takes its own measurement along, whatever the nudge was before.
-        learning = sound & (base_now <= 0.5 * base_left) & ~line.learned
+        learning = sound & ((base_now <= 0.5 * base_left) | deep) & ~line.learned
         better = sound & jnp.isfinite(now) & ((now <= left) | learning)
         retry = ~sound & (moved > 0) & (base_now > base_left)
         progress = (better & ((now <= 0.5 * left) | learning)) | retry
@@ -232,6 +236,7 @@ class Search:
         kept: Line = tree.where(better, cast_like(taken, line), line)
         after = kept._replace(
             radius=jnp.where(retry, 0.25 * moved, line.radius),
+            least=least,
             num_steps=num_steps,
             num_passes=num_passes,
             num_gradients=line.num_gradients
@@ -266,6 +271,12 @@ class Search:
         left = self._norm(line.base_grad) * self._norm(line.response) / self.nudge
         unlearned = ~line.learned & (left > UNLEARNED * self.point.scale)
         return Outcome(phases, failed, unlearned)
+
+    @property
+    def _resolved(self) -> jax.Array:
+        """Rounding noise of the gradient in one direction of many."""
+        size = sum(x.size for x in jax.tree.leaves(self.point.params))
+        return jnp.asarray(2 * self.point.noise / size**0.5, self.dtype)
 
     def _may_start(self, learned: jax.Array) -> jax.Array:
         """Whether there is anything to search for."""
@@ -325,7 +336,7 @@ class Search:
         limits = Limits(
             remainder=jnp.stack([
                 jnp.maximum(0.3 * target * self.nudge / units[0], self.forcing),
-                jnp.maximum(2 * point.noise / units[1], self.forcing),
+                jnp.maximum(self._resolved / units[1], self.forcing),
             ]).astype(self.dtype),
             step=jnp.stack([jnp.zeros((), self.dtype), 0.1 * target * point.scale / units[1]]),
             radius=jnp.stack([jnp.full((), jnp.inf, self.dtype), line.radius / units[1]]),
