@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._argmin.adjoints import Adjoint, ContrastiveAdjoint
 from contrastive_meta._argmin.captured import OpenLoss, hold_open
 from contrastive_meta._argmin.learned import AlreadyLearned
+from contrastive_meta._argmin.operands import Operands, Wanted, once, primal, wanted_of
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._problem import (
     BilevelProblem,
@@ -29,7 +30,6 @@ from contrastive_meta._problem import (
     float_dtype_of,
     make_diagnostics,
 )
-from contrastive_meta._pytree import static, strategy
 from contrastive_meta._solvers.base import InnerSolver, Solution
 
 Init = Params | Callable[[MetaParams, Task], Params]
@@ -111,22 +111,6 @@ def argmin(
     return solve
 
 
-class Operands(NamedTuple):
-    """All that a layer may be differentiated in.
-
-    Attributes:
-      start: where learning begins.
-      meta_params: of the problem.
-      task: of the problem.
-      values: what the inner loss captured.
-    """
-
-    start: Params
-    meta_params: MetaParams
-    task: Task
-    values: tuple[Any, ...]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Layer:
     """What is static of a layer: hashable, so that the next call finds what this one compiled.
@@ -148,33 +132,6 @@ class _Layer:
         )
 
 
-@strategy
-class Wanted:
-    """Which leaves of the operands are differentiated.
-
-    Attributes:
-      mask: a flag for each leaf.
-    """
-
-    mask: tuple[bool, ...] = static()
-
-    def split(self, operands: Operands) -> tuple[list[Any], list[Any]]:
-        """The leaves that are, and those that are not."""
-        leaves = jax.tree.leaves(operands)
-        return (
-            [leaf for leaf, wanted in zip(leaves, self.mask, strict=True) if wanted],
-            [leaf for leaf, wanted in zip(leaves, self.mask, strict=True) if not wanted],
-        )
-
-    def merge(self, differentiated: list[Any], others: list[Any], like: Operands) -> Operands:
-        """The operands that were split."""
-        a, b = iter(differentiated), iter(others)
-        operands: Operands = jax.tree.unflatten(
-            jax.tree.structure(like), [next(a) if wanted else next(b) for wanted in self.mask]
-        )
-        return operands
-
-
 Strategies = tuple[InnerSolver, Adjoint]
 
 
@@ -185,8 +142,8 @@ def _solve(layer: _Layer, strategies: Strategies, operands: Operands) -> tuple[P
 
 
 def _solve_forward(layer: _Layer, strategies: Any, operands: Any) -> tuple[Any, Any]:
-    strategies, known = _once(_primal(strategies)), _once(_primal(operands))
-    wanted = _wanted(operands)
+    strategies, known = once(primal(strategies)), once(primal(operands))
+    wanted = wanted_of(operands)
     solution, diagnostics = _learn(layer, strategies[0], known)
     return (solution.params, diagnostics), (strategies, known, wanted, solution)
 
@@ -201,7 +158,7 @@ def _solve_backward(layer: _Layer, kept: Any, cotangents: Any) -> tuple[None, An
     cotangent = jax.tree.map(
         lambda v, phi: jnp.zeros_like(phi) if isinstance(v, SymbolicZero) else v, cotangent, solution.params
     )
-    grads = _pull_back(layer, strategies, operands, wanted, solution, _once(cotangent))
+    grads = _pull_back(layer, strategies, operands, wanted, solution, once(cotangent))
     return None, wanted.merge(grads, none, operands)
 
 
@@ -267,48 +224,6 @@ def _tell(on_failure: Callable[[Diagnostics], None], failed: Any, diagnostics: D
     # A condition in the program would not hold under vmap.
     if np.asarray(failed):
         on_failure(jax.tree.map(lambda value: np.asarray(value)[()], diagnostics))
-
-
-@jax.custom_jvp
-def _differentiated_once(x: jax.Array) -> jax.Array:
-    return x
-
-
-@_differentiated_once.defjvp
-def _refuse(primals: Any, tangents: Any) -> Any:
-    raise TypeError(
-        "The gradient of an argmin cannot be differentiated again: it has first derivatives in reverse mode only. "
-        "Within the inner loss of another argmin, let that one use `ContrastiveAdjoint`: it needs no second ones."
-    )
-
-
-def _once(values: Any) -> Any:
-    """The values, guarded: derivatives of the backward pass would be those of its iterations, which mean nothing."""
-    return jax.tree.map(
-        lambda x: _differentiated_once(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x, values
-    )
-
-
-def _primal(marked: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.asarray(x.value), marked, is_leaf=_is_marked)
-
-
-def _wanted(operands: Any) -> Wanted:
-    """The real floating leaves that are differentiated."""
-    mask = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(operands, is_leaf=_is_marked):
-        dtype = jnp.result_type(leaf.value)
-        if leaf.perturbed and jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(
-                f"argmin cannot be differentiated in complex values; operands{jax.tree_util.keystr(path)} has dtype "
-                f"{dtype}. Pass its real and imaginary parts, and join them in `inner_loss`."
-            )
-        mask.append(bool(leaf.perturbed and jnp.issubdtype(dtype, jnp.floating)))
-    return Wanted(tuple(mask))
-
-
-def _is_marked(x: Any) -> bool:
-    return isinstance(x, CustomVJPPrimal)
 
 
 def _require(value: Any, name: str, holds: bool, wanted: str) -> None:
