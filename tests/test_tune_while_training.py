@@ -369,7 +369,8 @@ def test_a_task_of_nan(mode: Any, on_failure: Any) -> None:
     assert Status(int(bad.diagnostics.status)) == Status.NOT_FINITE
     assert int(bad.num_failed) == 1
     if on_failure == "keep":
-        assert np.any(np.isnan(bad.meta_params["log_decay"]))
+        # The single loop measures where its iterates are, which the NaN reaches with the step after.
+        assert np.any(np.isnan(bad.meta_params["log_decay"])) == (mode is ALTERNATING)
         return
     same((bad.meta_params, bad.meta_optimizer), (carry[1].meta_params, carry[1].meta_optimizer))
     # Nudged iterates start again from the parameters, and training goes on.

@@ -31,8 +31,9 @@ from contrastive_meta._problem import (
 )
 from contrastive_meta._pytree import PyTree, static, strategy
 
-# Training is not over, and the phases are short, by design.
-_USABLE_IN_TRAINING = (*USABLE, Status.FREE_NOT_CONVERGED, Status.NUDGED_NOT_CONVERGED)
+# Training is not over, and the phases are short, by design. Far from a minimum the phases also drift together by much
+# more than the nudge parts them, which the check for runaway phases cannot tell from running away.
+_USABLE_IN_TRAINING = (*USABLE, Status.FREE_NOT_CONVERGED, Status.NUDGED_NOT_CONVERGED, Status.UNBOUNDED_NUDGE)
 
 
 class TuneState(NamedTuple):
@@ -98,8 +99,8 @@ def tune_while_training(
       mode: `Alternating()`, the default, or `SingleLoop(beta)`.
       on_failure: what becomes of a meta-gradient whose status is neither `CONVERGED` nor in `allow`. "keep": it is
         used, the status is in the state. "skip": meta-parameters and their optimiser stay as they were.
-      allow: statuses that are no failure, besides `CONVERGED`; by default also those that say that neither training nor
-        the short phases are over.
+      allow: statuses that are no failure, besides `CONVERGED`; by default also `FREE_NOT_CONVERGED`,
+        `NUDGED_NOT_CONVERGED` and `UNBOUNDED_NUDGE`, since neither training nor the short phases are over.
       seed: of the PRNG keys that `problem.sample` draws with.
 
     Returns:
