@@ -70,7 +70,8 @@ class Limits(NamedTuple):
     """When conjugate gradients end, one set for each system, in its units."""
 
     remainder: jax.Array  # norm of the remainder
-    step: jax.Array  # length of a step
+    step: jax.Array  # length of what is left, were it all along the least curvature met
+    least: jax.Array  # least curvature met before
     radius: jax.Array  # length of x
 
 
@@ -118,7 +119,7 @@ def solve_both(
         num_steps=jnp.zeros(2, jnp.int32),
         indefinite=false,
         flat=false,
-        least=jnp.full(2, jnp.inf, dtype),
+        least=limits.least,
         active=active,
     )
 
@@ -147,7 +148,9 @@ def _iterate(difference: Difference, budget: jax.Array, limits: Limits, s: Syste
     turn = jnp.where(s.fresh, 0, squared / s.squared)
     xx = s.xx + 2 * alpha * s.xp + alpha**2 * s.pp
     enough = jnp.sqrt(squared) <= jnp.maximum(limits.remainder, difference.resolution * jnp.sqrt(xx))
-    enough |= jnp.abs(alpha) * jnp.sqrt(s.pp) < limits.step
+    # Curvature that is not told from rounding is taken for the least that would be.
+    least = jnp.maximum(jnp.where(upward, jnp.minimum(s.least, along / s.pp), s.least), difference.resolution)
+    enough |= jnp.sqrt(squared) <= limits.step * least
     num_steps = s.num_steps + 1
     new = System(
         x=tree.add_scaled(s.x, alpha, s.direction),
@@ -162,7 +165,7 @@ def _iterate(difference: Difference, budget: jax.Array, limits: Limits, s: Syste
         num_steps=num_steps,
         indefinite=(along < -resolved) & ~s.fresh,
         flat=~upward & ~s.fresh,
-        least=jnp.where(upward, jnp.minimum(s.least, along / s.pp), s.least),
+        least=least,
         # A first direction that leads nowhere is replaced by the remainder itself.
         active=(upward | s.fresh) & inside & ~enough & (squared > 0) & (num_steps < budget),
     )

@@ -198,17 +198,16 @@ class Search:
 
         now, base_now, noise = found.left, self._norm(base_grad), point.noise
         target = self._target(found.scheme, line.tol)
-        # What is left of learning lies along low curvature, and may be shorter than the noise, which does not: a
-        # gradient within the noise is learned once a pass has solved for what stands out of it in each direction.
-        least = jnp.minimum(line.least, jnp.min(systems.least))
-        deep = self.forcing * base_left <= self._resolved
-        learned = ((base_now <= 2 * noise) & deep) | (base_now <= target * point.scale * least)
+        # What is left of learning lies along low curvature, where a gradient far within the noise is a long way: it is
+        # over when a pass that looked for more in each direction did not go far.
+        least, within_noise = jnp.minimum(line.least, jnp.min(systems.least)), base_now <= 2 * noise
+        learned = (within_noise & (moved <= target * point.scale)) | (base_now <= target * point.scale * least)
         change = self._norm(more) / tree.or_one(length) * jnp.minimum(now / tree.or_one(left), 1.0)
         # Along low curvature a small remainder is much of the response: what the pass changed tells.
         answered = (now <= target * self.nudge) & (change <= 10 * target)
         sound = jnp.isfinite(base_now) & (base_now <= jnp.maximum(base_left, NOISE_FLOOR * noise))
         # A base point that learned takes its own measurement along, whatever the nudge was before.
-        learning = sound & ((base_now <= 0.5 * base_left) | deep) & ~line.learned
+        learning = sound & ((base_now <= 0.5 * base_left) | within_noise) & ~line.learned
         better = sound & jnp.isfinite(now) & ((now <= left) | learning)
         retry = ~sound & (moved > 0) & (base_now > base_left)
         progress = (better & ((now <= 0.5 * left) | learning)) | retry
@@ -267,9 +266,8 @@ class Search:
         at_base = line.base, line.base_grad, line.base_outer
         kind = line.chosen, jnp.asarray(False)
         phases = Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, spent, *kind)
-        # What is left to learn, as a length, by the mean inverse curvature that the nudge met.
-        left = self._norm(line.base_grad) * self._norm(line.response) / self.nudge
-        unlearned = ~line.learned & (left > UNLEARNED * self.point.scale)
+        # What is left to learn lies along low curvature.
+        unlearned = ~line.learned & (self._norm(line.base_grad) > UNLEARNED * self.point.scale * line.least)
         return Outcome(phases, failed, unlearned)
 
     @property
@@ -339,6 +337,7 @@ class Search:
                 jnp.maximum(self._resolved / units[1], self.forcing),
             ]).astype(self.dtype),
             step=jnp.stack([jnp.zeros((), self.dtype), 0.1 * target * point.scale / units[1]]),
+            least=jnp.stack([line.least, line.least]),
             radius=jnp.stack([jnp.full((), jnp.inf, self.dtype), line.radius / units[1]]),
         )  # fmt: skip
         rhs = tree.scale(1 / units[0], line.remainder), tree.scale(-1 / units[1], line.base_grad)
