@@ -136,7 +136,7 @@ def test_alternating_is_the_estimator_called_by_hand() -> None:
     estimator = cm.Contrastive(
         here, ALTERNATING.nudged_solver, scheme=cm.forward_difference(1e-3), estimate_error=False
     )
-    start = cm.EstimatorState(PARAMS, state.optimizer, jax.tree.map(jnp.zeros_like, PARAMS), jnp.zeros(()))
+    start = cm.EstimatorState.fresh(PARAMS, state.optimizer, jnp.float64)
     by_hand = jax.jit(lambda state: estimator.estimate(PROBLEM, META, TASK, state=state))(start)
     got = jax.tree.map(jnp.subtract, META, new.meta_params)
     # meta - (meta - grad) gives the gradient back but for the rounding of numbers near 1.
@@ -242,7 +242,7 @@ def test_minibatches_are_drawn_anew_at_every_step_and_shared_by_the_phases() -> 
     _, new = jax.jit(training_step(tx))(params, state)
     here = cm.OptaxDescent(optax.adam(1e-2), num_steps=0, carry_state=True)
     estimator = cm.Contrastive(here, ALTERNATING.nudged_solver, cm.forward_difference(1e-3), estimate_error=False)
-    start = cm.EstimatorState(params, state.optimizer, jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
+    start = cm.EstimatorState.fresh(params, state.optimizer, jnp.float64)
     grads = [
         estimator.estimate(
             problem, state.meta_params, TASK, state=start, key=jax.random.fold_in(jax.random.key(0), number)

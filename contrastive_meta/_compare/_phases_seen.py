@@ -113,9 +113,12 @@ def _nudge_of(estimator: Contrastive, learner: Any) -> Nudge:
 
 
 def nudge_used(estimator: Contrastive, setting: Setting, fell_back: bool) -> Nudge:
-    """What nudged the phases: where the fast learner failed it is the solver's, not its own."""
-    learner = estimator.solver if fell_back else estimator._learner(setting)
-    return _nudge_of(estimator, learner)
+    """What nudged the phases: where those asked for failed, it is not their own."""
+    learner = estimator._learner(setting)
+    if not fell_back:
+        return _nudge_of(estimator, learner)
+    # In place of the fast learner the solver ran with the loss nudge; in place of the loss nudge, with the linear one.
+    return estimator.nudge or (LinearNudge() if isinstance(learner, InnerSolver) else LossNudge())
 
 
 class Walk(NamedTuple):

@@ -16,7 +16,7 @@ from contrastive_meta._compare.diagnosis import Diagnosis
 from contrastive_meta._estimators import Contrastive, MetaGradientEstimator
 from contrastive_meta._estimators._free_point import UNANSWERED
 from contrastive_meta._estimators.base import Setting
-from contrastive_meta._nudging import NudgeScheme
+from contrastive_meta._nudging import LossNudge, Nudge, NudgeScheme
 from contrastive_meta._problem import (
     BilevelProblem,
     EstimatorState,
@@ -28,6 +28,7 @@ from contrastive_meta._problem import (
     float_dtype_of,
     same_structure,
 )
+from contrastive_meta._solvers.base import InnerSolver
 
 
 def diagnose(
@@ -127,11 +128,17 @@ class _Subject(NamedTuple):
     def at(self, strength: float) -> Contrastive:
         """The estimator with its own scheme at a typed strength: as an array, so that none recompiles."""
         factor = jnp.asarray(strength, self.dtype) / self.scheme.strength(self.dtype)
-        return dataclasses.replace(self.estimator, scheme=self.scheme.scaled(factor))
+        return dataclasses.replace(self.estimator, scheme=self.scheme.scaled(factor), nudge=self.nudge)
+
+    @property
+    def nudge(self) -> Nudge | None:
+        """The estimator's nudge, the same at all strengths: none takes another's place where it is too large."""
+        runs_again = isinstance(self.estimator._learner(self.setting), InnerSolver)
+        return self.estimator.nudge or (LossNudge() if runs_again else None)
 
     def as_it_is(self) -> MetaGradient:
         """The estimate to be diagnosed; that of a typed strength is one of those to come, already compiled then."""
-        if not self.estimator.scheme.adapts:
+        if not self.estimator.scheme.adapts and self.estimator.nudge is self.nudge:
             return self.estimate(float(self.scheme.strength(self.dtype)), self.state)
         return self.estimator.estimate(self.problem, self.meta_params, self.task, state=self.state, key=self.key)
 

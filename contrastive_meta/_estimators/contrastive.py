@@ -38,6 +38,8 @@ class Ran(NamedTuple):
     fell_back: jax.Array
 
 
+# Learning has ended, next to a nudge, when its residual is below this part of what the nudge adds.
+_ENDED = 1e-3
 # A strength is sought again where doubling it changes the contrast this many times more than when it was chosen.
 _WORN = 8.0
 
@@ -227,7 +229,11 @@ class Contrastive(MetaGradientEstimator):
                 phases = run_again(instead, point, own, self.nudged_tol)
                 return phases._replace(num_gradients=before.num_gradients + phases.num_gradients, chosen=before.chosen)
 
-            unbounded = ran_away(point, phases) & tree.all_finite((point.params, point.outer_grad))
+            # Phases that go on with unfinished learning may look like it.
+            strength = phases.scheme.strength(setting.dtype)
+            ended = tree.norm(point.inner_grad) < _ENDED * strength * point.nudge_norm
+            broken = jnp.any(phases.status >= Status.DIVERGED)
+            unbounded = (broken | (ended & ran_away(point, phases))) & tree.all_finite((point.params, point.outer_grad))
             return only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
         phases, failed, unlearned = learner.run(nudging, point, goal)
         # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
