@@ -13,7 +13,15 @@ from contrastive_meta._estimators._phases import Goal, Judged, Nudging, Phases, 
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
-from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStrength, automatic, is_concrete
+from contrastive_meta._nudging import (
+    AutomaticStrength,
+    LinearNudge,
+    LossNudge,
+    Nudge,
+    NudgeStrength,
+    automatic,
+    is_concrete,
+)
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
 from contrastive_meta._problem import (
     EstimatorState,
@@ -244,7 +252,9 @@ class Contrastive(MetaGradientEstimator):
 
         # One phase after another, lest what hardly ever runs decides how much memory is set aside.
         def again(fast: Phases) -> Phases:
-            as_published = nudging._replace(sequential=True, nudge=self.nudge or LossNudge())
+            # Nor is a strength sought for it: that would double what there is to compile.
+            scheme = self.scheme.default if isinstance(self.scheme, AutomaticStrength) else self.scheme
+            as_published = nudging._replace(sequential=True, nudge=self.nudge or LossNudge(), scheme=scheme)
             slow = run_again(as_published, point, own, self.nudged_tol, goal)
             # From far off a minimum either may learn further.
             chosen: Phases = tree.where(failed | (tree.norm(slow.base_grad) < tree.norm(fast.base_grad)), slow, fast)
