@@ -266,8 +266,10 @@ class Search:
         at_base = line.base, line.base_grad, line.base_outer
         kind = line.chosen, jnp.asarray(False)
         phases = Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, spent, *kind)
-        # What is left to learn lies along low curvature.
-        unlearned = ~line.learned & (self._norm(line.base_grad) > UNLEARNED * self.point.scale * line.least)
+        # What is left to learn lies along low curvature; at the dtype's floor it is noise, which nobody learns.
+        base_left = self._norm(line.base_grad)
+        unlearned = ~line.learned & (base_left > UNLEARNED * self.point.scale * line.least)
+        unlearned &= base_left > NOISE_FLOOR * self.point.noise
         return Outcome(phases, failed, unlearned)
 
     @property
