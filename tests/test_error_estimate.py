@@ -47,7 +47,7 @@ def test_the_estimate_follows_the_true_error(name, scheme, dtype):
             else:
                 ratios.append(max(told, FLOOR[dtype]) / max(true, FLOOR[dtype]))
     assert flagged <= 4
-    # Measured on the network when it starts a tenth off its minimum: 6.3 times too low. A known weakness; see choosing.md.
+    # Measured on the network when it starts a tenth off its minimum: 6.3 times too low. Known; see choosing.md.
     lowest, share = (1 / 8, 0.5) if name == "mlp" else (1 / 6, 0.6)
     assert all(lowest < ratio < 6 for ratio in ratios), np.round(ratios, 2)
     # The step of steepest descent that the estimate rests on goes further on some problems than on others.
