@@ -64,7 +64,7 @@ def without_truncation(nudging: Nudging, point: FreePoint, phases: Phases, grad:
     nudges, _ = scheme.arrays(dtype)
     ends = jax.tree.map(lambda xs, x: xs + (xs - x), phases.params, phases.base)
     nudged = nudging.nudged(phases.base, phases.base_outer[1])
-    residuals, statistic = nudging.residuals(nudged, ends, nudges), nudging.measure(nudged, ends, nudges)
+    residuals, statistic = nudging.evaluate(nudged, ends, nudges)
     share = 1 / (2**scheme.order - 1)
     remainder = phases.scheme.contrast(phases.residual)
     unanswered = tree.subtract(remainder, scheme.contrast(residuals))
@@ -120,8 +120,6 @@ def drowned_share(point: FreePoint, phases: Phases, judged: Judged) -> jax.Array
     Answers to them are wrong by as much at least: noise has more of low curvature than the nudge has, whose mean
     inverse curvature is ||u|| / ||v||. A step down the noise would not show it.
     """
-    _, weights = phases.scheme.arrays(point.noise.dtype)
-    # A pure imaginary nudge subtracts nothing.
-    gain = tree.norm(weights) if len(phases.scheme.nudges) > 1 else jnp.zeros_like(point.noise)
+    gain = phases.scheme.noise_gain(point.noise.dtype)
     share = point.noise / tree.or_one(point.nudge_norm) * jnp.hypot(gain, judged.moved / point.scale)
     return jnp.where(point.nudge_norm > 0, share, 0.0)

@@ -301,11 +301,7 @@ class Search:
             scheme = self._scheme(length, before.trying, chosen)
             nudges, _ = scheme.arrays(self.dtype)
             ends = on_line(base, response, nudges)
-            # Residual and statistic are two derivatives of one evaluation.
-            residuals, statistic = (
-                self.nudging.residuals(nudged, ends, nudges),
-                self.nudging.measure(nudged, ends, nudges),
-            )
+            residuals, statistic = self.nudging.evaluate(nudged, ends, nudges)
             remainder = scheme.contrast(residuals)
             now, num_tries = self._norm(remainder), before.num_tries + 1
             better = (now < 0.5 * before.left) | (before.num_tries == 0)
@@ -367,10 +363,7 @@ class Search:
 
     def _target(self, scheme: NudgeScheme, tol: jax.Array) -> jax.Array:
         """The remainder to reach, relative to the nudge: not below what rounding alone leaves of the contrast."""
-        _, weights = scheme.arrays(self.dtype)
-        # A pure imaginary nudge subtracts nothing.
-        gain = tree.norm(weights) if len(scheme.nudges) > 1 else 0.0
-        return jnp.maximum(tol, 3 * gain * self.point.noise / self.nudge).astype(self.dtype)
+        return jnp.maximum(tol, 3 * scheme.noise_gain(self.dtype) * self.point.noise / self.nudge).astype(self.dtype)
 
     def _norm(self, values: Params) -> jax.Array:
         return tree.norm(values).astype(self.dtype)

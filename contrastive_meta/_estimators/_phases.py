@@ -25,6 +25,8 @@ from contrastive_meta._response import Probe
 
 # The truncation error of a scheme of order p is of the order of bend^p.
 UNTRUNCATED = 1e-2
+# Learning has ended, next to a nudge, when its residual is below this part of what the nudge adds.
+ENDED = 1e-3
 
 
 class Nudging(NamedTuple):
@@ -72,6 +74,10 @@ class Nudging(NamedTuple):
             ends,
             nudges,
         )
+
+    def evaluate(self, nudged: Setting, ends: Params, nudges: jax.Array) -> tuple[Params, MetaParams]:
+        """Residual and statistic of each phase: two derivatives of one evaluation, where both are asked for."""
+        return self.residuals(nudged, ends, nudges), self.measure(nudged, ends, nudges)
 
     def over_phases(self, function: Callable[..., Any], *stacked: Any) -> Any:
         """`function` of each phase, whose values are stacked along the leading axis."""
@@ -251,7 +257,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     off_line = tree.subtract(tree.add_scaled(center, -mean_nudge, response), point.params)
     of_path = tree.norm_in(point.scale, off_line) / tree.or_one(strength * moved)
     # Before learning ends the phases drift on together, which bends nothing.
-    ended = before < 1e-3 * strength * nudge
+    ended = before < ENDED * strength * nudge
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
     spent = off_center + 2 * unlearned + (of_sought > 0)
     return Judged(
@@ -265,10 +271,7 @@ def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: Meta
     dtype, scheme = nudging.setting.dtype, phases.scheme
     nudge = tree.or_one(point.nudge_norm)
     unanswered = (judged.unanswered > UNANSWERED * nudge) | (judged.missing > UNANSWERED * judged.moved)
-    # A pure imaginary nudge is read off without subtraction: rounding is not divided by it.
-    subtracts = len(scheme.nudges) > 1
-    _, weights = scheme.arrays(dtype)
-    gain = tree.norm(weights) * subtracts
+    gain = scheme.noise_gain(dtype)
     # A response that never came leaves a zero that any noise exceeds: that is not the noise's doing.
     drowned = (point.noise * gain * NOISE_FLOOR > nudge) | (
         (statistic_noise(point, phases.statistic) * gain * NOISE_FLOOR > tree.norm(grad)) & ~unanswered

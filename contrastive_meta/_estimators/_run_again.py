@@ -90,7 +90,7 @@ def run_again(
             ended = jax.tree.map(lambda xs, x: jnp.insert(xs, skipped, x, axis=0), ended, start)
             status = jnp.insert(status, skipped, 0)
         ended = jax.vmap(flattening.flatten)(ended)
-        residual, statistic = nudging.residuals(nudged, ended, nudges), nudging.measure(nudged, ended, nudges)
+        residual, statistic = nudging.evaluate(nudged, ended, nudges)
         base = scheme.at_zero(ended)
         at_base = tree.grad(nudging.setting.inner)(base), nudging.setting.outer_value_and_grad(base)
         spent = (pilot_gradients + num_gradients + len(scheme.nudges) + 2).astype(jnp.int32)

@@ -74,7 +74,7 @@ def seek(
         scheme = default.scaled(factor)
         nudges, _ = scheme.arrays(dtype)
         ends = on_line(base, response, nudges)
-        statistic, residuals = nudging.measure(nudged, ends, nudges), nudging.residuals(nudged, ends, nudges)
+        residuals, statistic = nudging.evaluate(nudged, ends, nudges)
         contrasts = scheme.contrast((statistic, residuals))
         # Relative to the meta-gradient, to the nudge, and to the curvature without a nudge.
         units = tree.or_one(tree.norm(contrasts[0])), tree.or_one(point.nudge_norm)
@@ -84,7 +84,9 @@ def seek(
             if to_minima
             else 0.0
         )
-        noise = tree.norm(weights) * jnp.hypot(statistic_noise(point, statistic) / units[0], point.noise / units[1])
+        noise = default.noise_gain(dtype) * jnp.hypot(
+            statistic_noise(point, statistic) / units[0], point.noise / units[1]
+        )
         first = last.num_rungs == 0
         change = jnp.where(first, jnp.inf, jnp.hypot(*apart) + stiffer**order)
         # Where the losses end, truncation is large.

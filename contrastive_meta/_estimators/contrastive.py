@@ -9,7 +9,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if
 from contrastive_meta._estimators._doubt import Doubt, drowned_share, relative_error, without_truncation
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
-from contrastive_meta._estimators._phases import Goal, Judged, Nudging, Phases, judge, nudged_status, ran_away
+from contrastive_meta._estimators._phases import ENDED, Goal, Judged, Nudging, Phases, judge, nudged_status, ran_away
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
@@ -46,8 +46,6 @@ class Ran(NamedTuple):
     fell_back: jax.Array
 
 
-# Learning has ended, next to a nudge, when its residual is below this part of what the nudge adds.
-_ENDED = 1e-3
 # A strength is sought again where doubling it changes the contrast this many times more than when it was chosen.
 _WORN = 8.0
 
@@ -239,7 +237,7 @@ class Contrastive(MetaGradientEstimator):
 
             # Phases that go on with unfinished learning may look like it.
             strength = phases.scheme.strength(setting.dtype)
-            ended = tree.norm(point.inner_grad) < _ENDED * strength * point.nudge_norm
+            ended = tree.norm(point.inner_grad) < ENDED * strength * point.nudge_norm
             broken = jnp.any(phases.status >= Status.DIVERGED)
             unbounded = (broken | (ended & ran_away(point, phases))) & tree.all_finite((point.params, point.outer_grad))
             return only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)

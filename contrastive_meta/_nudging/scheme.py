@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import Number, Status, flag
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._response import Probe
@@ -126,6 +127,12 @@ class NudgeScheme(NudgeStrength):
             jnp.stack([jnp.asarray(beta, target) for beta in self.nudges]),
             jnp.stack([jnp.asarray(weight, target) for weight in self.weights]),
         )
+
+    def noise_gain(self, dtype: Any) -> jax.Array:
+        """What the contrast multiplies independent noise of its phases by; 0 for a single one, read off unsubtracted."""
+        _, weights = self.arrays(dtype)
+        gain = tree.norm(weights)
+        return gain if len(self.nudges) > 1 else jnp.zeros_like(gain)
 
     def validity(self, dtype: Any) -> jax.Array:
         """`INVALID_SCHEME` where traced weights are not those of a derivative."""
