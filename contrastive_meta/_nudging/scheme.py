@@ -129,7 +129,7 @@ class NudgeScheme(NudgeStrength):
         )
 
     def noise_gain(self, dtype: Any) -> jax.Array:
-        """What the contrast multiplies independent noise of its phases by; 0 for a single one, read off unsubtracted."""
+        """What the contrast multiplies independent noise of its phases by; 0 for a single one: no difference."""
         _, weights = self.arrays(dtype)
         gain = tree.norm(weights)
         return gain if len(self.nudges) > 1 else jnp.zeros_like(gain)
