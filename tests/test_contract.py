@@ -495,7 +495,8 @@ def test_jit_is_eager(name: str) -> None:
     # Strengths are 1e-3 and more, and rounding counts by 1e-16 over them.
     assert relative_error(eager.grad, compiled.grad) < 1e-10
     assert eager.diagnostics.status == compiled.diagnostics.status
-    assert eager.diagnostics.num_gradients == compiled.diagnostics.num_gradients
+    # This problem is solved to rounding, where one pass more or less hangs on the last bit of a residual.
+    np.testing.assert_allclose(eager.diagnostics.num_gradients, compiled.diagnostics.num_gradients, rtol=0.2)
     assert_like(eager.grad, compiled.grad)
 
 
