@@ -10,12 +10,11 @@ from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import (
     NOISE_FLOOR,
     UNANSWERED,
-    UNLEARNED,
     FreePoint,
     OuterEvaluated,
     difference_step,
 )
-from contrastive_meta._estimators._krylov import FLAT, Difference, Limits, System, solve_both
+from contrastive_meta._estimators._krylov import FLAT, LEAST, Difference, Limits, System, solve_each
 from contrastive_meta._estimators._phases import Goal, Nudging, Phases, on_line
 from contrastive_meta._estimators._seek import Found, seek
 from contrastive_meta._estimators.base import Setting
@@ -201,7 +200,8 @@ class Search:
         # What is left of learning lies along low curvature, where a gradient far within the noise is a long way: it is
         # over when a pass that looked for more in each direction did not go far.
         least, within_noise = jnp.minimum(line.least, jnp.min(systems.least)), base_now <= 2 * noise
-        learned = (within_noise & (moved <= target * point.scale)) | (base_now <= target * point.scale * least)
+        small = target * point.scale
+        learned = (within_noise & (moved <= small)) | (base_now <= small * LEAST * least)
         change = self._norm(more) / tree.or_one(length) * jnp.minimum(now / tree.or_one(left), 1.0)
         # Along low curvature a small remainder is much of the response: what the pass changed tells.
         answered = (now <= target * self.nudge) & (change <= 10 * target)
@@ -214,8 +214,7 @@ class Search:
         done = better & answered & learned
 
         # A remainder e along curvature h hides a response of length ||e|| / h.
-        least = tree.or_one(FLAT * difference.resolution)
-        hidden = left * jnp.sqrt(systems.squared[0]) / least
+        hidden = left * jnp.sqrt(systems.squared[0]) / tree.or_one(FLAT * difference.resolution)
         num_steps, num_passes = line.num_steps + jnp.max(systems.num_steps), line.num_passes + 1
         taken = line._replace(
             base=base,
@@ -266,10 +265,8 @@ class Search:
         at_base = line.base, line.base_grad, line.base_outer
         kind = line.chosen, jnp.asarray(False)
         phases = Phases(line.scheme, ends, statistic, line.residuals, status, *at_base, spent, *kind)
-        # What is left to learn lies along low curvature; at the dtype's floor it is noise, which nobody learns.
-        base_left = self._norm(line.base_grad)
-        unlearned = ~line.learned & (base_left > UNLEARNED * self.point.scale * line.least)
-        unlearned &= base_left > NOISE_FLOOR * self.point.noise
+        # At the dtype's floor what is left to learn is noise, which nobody learns.
+        unlearned = ~line.learned & (self._norm(line.base_grad) > NOISE_FLOOR * self.point.noise)
         return Outcome(phases, failed, unlearned)
 
     @property
@@ -342,7 +339,7 @@ class Search:
         guess = tree.scale(jnp.where(line.num_passes == 0, 1.0, 0.0), self.nudging.response)
         active = jnp.stack([left > 0, ~line.learned])
         budget = self.max_steps - line.num_steps
-        return solve_both(difference, rhs, guess, active, limits, budget)
+        return solve_each(difference, rhs, guess, active, limits, budget)
 
     def _seek(self, line: Line, nudged: Setting, base: Params, response: Params) -> tuple[jax.Array, jax.Array]:
         """The strength to measure the line at, as a displacement, where it is to be sought; and the gradients spent."""
