@@ -47,11 +47,10 @@ def test_the_estimate_follows_the_true_error(name, scheme, dtype):
             else:
                 ratios.append(max(told, FLOOR[dtype]) / max(true, FLOOR[dtype]))
     assert flagged <= 4
-    # Measured on the network when it starts a tenth off its minimum: 6.3 times too low. Known; see choosing.md.
-    lowest, share = (1 / 8, 0.5) if name == "mlp" else (1 / 6, 0.6)
-    assert all(lowest < ratio < 6 for ratio in ratios), np.round(ratios, 2)
-    # The step of steepest descent that the estimate rests on goes further on some problems than on others.
-    assert np.mean([1 / 3 < ratio < 3 for ratio in ratios]) >= share, np.round(ratios, 2)
+    # Where rounding rules, in float32 at tight tolerances, the estimate is of the size of an error that is drawn.
+    assert all(1 / 5 < ratio < 4 for ratio in ratios), np.round(ratios, 2)
+    assert np.mean([1 / 3 < ratio < 3 for ratio in ratios]) >= 0.75, np.round(ratios, 2)
+    assert 0.8 < np.median(ratios) < 1.5, np.round(ratios, 2)
 
 
 @pytest.mark.parametrize("name", ["logistic", "softmax", "data_cleaning"])
@@ -91,7 +90,8 @@ def test_switched_off_it_changes_no_number_and_costs_nothing():
     problem = started_at(case.problem, case.params)
     on, off = (cm.Contrastive(STILL, estimate_error=flag).estimate(problem, *case[2:4]) for flag in (True, False))
     assert jnp.isnan(off.diagnostics.error_estimate)
-    assert off.diagnostics.num_gradients == on.diagnostics.num_gradients - 6
+    # Two phases at twice the distance, their statistics and once more those; and few steps of conjugate gradients.
+    assert 6 <= on.diagnostics.num_gradients - off.diagnostics.num_gradients <= 20
     # Another program, so other rounding.
     assert relative_error(on.grad, off.grad) < 1e-8
     assert on.diagnostics.status == off.diagnostics.status == cm.Status.CONVERGED

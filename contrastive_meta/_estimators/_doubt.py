@@ -1,4 +1,4 @@
-"""How wrong a contrast is: what twice the strength, and one more step down what is left, would make of it."""
+"""How wrong a contrast is: what twice the strength, and an answer to what is left, would make of it."""
 
 import math
 from typing import NamedTuple
@@ -7,13 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators._free_point import FreePoint
-from contrastive_meta._estimators._phases import Judged, Nudging, Phases, stiffening
+from contrastive_meta._estimators._free_point import FreePoint, difference_step
+from contrastive_meta._estimators._krylov import Difference, Limits, solve_each
+from contrastive_meta._estimators._phases import Judged, Nudging, Phases, statistic_noise, stiffening
 from contrastive_meta._problem import MetaParams, Params
 
 # One step of steepest descent makes about this part of what is missing, more or less whatever the problem; chosen on
 # ridge and softmax regression.
 SHARE_OF_A_STEP = 0.5
+# Most gradients that are spent on what the response lacks.
+_MOST_STEPS = 200
+# Down to which part of what is left it is looked for; or to which part of the noise in one direction of many.
+_ANSWERED = 1e-3
+_OF_NOISE = 0.3
 
 
 class Doubt(NamedTuple):
@@ -79,24 +85,70 @@ def without_truncation(nudging: Nudging, point: FreePoint, phases: Phases, grad:
     # Where the strength was sought, noise n and truncation n / p are both in what doubling changes.
     p = scheme.order
     at_best = math.hypot(1, 1 / p) / math.hypot((2**p - 1) / p, math.hypot(1, 1 / 2))
-    unseen = jnp.maximum(unseen, jnp.where(phases.chosen > 0, at_best * relative[0], 0.0)).astype(dtype)
+    rounded = phases.scheme.noise_gain(dtype) * statistic_noise(point, phases.statistic) / tree.or_one(tree.norm(grad))
+    unseen = jnp.maximum(unseen, jnp.where(phases.chosen > 0, at_best * relative[0], rounded)).astype(dtype)
     return Untruncated(tree.add(remainder, truncation), tree.scale(-share, change), doubling, unseen)
 
 
+class Lacking(NamedTuple):
+    """What the response lacks.
+
+    Attributes:
+      response: H^-1 of what is left of the nudge.
+      num_gradients: spent on finding out.
+    """
+
+    response: Params
+    num_gradients: jax.Array
+
+
+def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged) -> Lacking:
+    """Solve for what is left of the nudge, where what is left to learn has been learned.
+
+    Along low curvature a remainder within the noise may hide much of the response, and a step down the remainder would
+    not show it. Whoever learned to noise has left as much of it as this finds.
+    """
+    setting = nudging.setting
+    sought = tree.add(judged.remainder, tree.subtract(judged.outer_grad_ahead, judged.outer_grad))
+    left = tree.norm(sought).astype(setting.dtype)
+    unit = tree.or_one(left)
+    distance, _ = difference_step(setting, point)
+    inner_grad = tree.grad(setting.inner)
+    difference = Difference(inner_grad, phases.base, phases.base_grad, distance, point.noise, setting.dtype)
+    size = sum(x.size for x in jax.tree.leaves(point.params))
+    noise = _OF_NOISE * phases.scheme.noise_gain(setting.dtype) * point.noise / size**0.5
+    none, infinite = jnp.zeros((), setting.dtype), jnp.full((), jnp.inf, setting.dtype)
+    limits = Limits(jnp.maximum(noise / unit, _ANSWERED).astype(setting.dtype), none, infinite, infinite)
+    system = solve_each(
+        difference,
+        [tree.scale(1 / unit, sought)],
+        tree.zeros_like(sought),
+        (left > 0)[None],
+        jax.tree.map(lambda x: x[None], limits),
+        jnp.int32(_MOST_STEPS),
+    )
+    (more,) = tree.unstack(system.x, 1)
+    # It is longer than a step down the remainder, by the Cauchy-Schwarz inequality.
+    solved = tree.all_finite(more) & (tree.norm(more) * unit >= tree.norm(judged.more))
+    response = tree.where(solved, tree.scale(unit, more), tree.scale(1 / SHARE_OF_A_STEP, judged.more))
+    return Lacking(response, system.num_steps[0])
+
+
 def relative_error(
-    nudging: Nudging, phases: Phases, judged: Judged, grad: MetaParams, lacking: MetaParams
+    nudging: Nudging, phases: Phases, judged: Judged, grad: MetaParams, lacking: MetaParams, response: Params
 ) -> jax.Array:
     """Estimated error of a contrast, relative to it: what it lacks by truncation, and by unfinished phases.
 
-    The latter is what one more step of steepest descent of base point and response would change, and the part of the
-    way that such a step does not go. Costs a statistic for each phase.
+    The latter is what the answer to what is left of the nudge would change, and one more step of steepest descent of
+    the base point, with the part of the way that such a step does not go. Costs a statistic for each phase.
 
     Args:
       nudging: what the phases were to be.
       phases: what they left behind.
-      judged: the steps.
+      judged: the step of the base point.
       grad: the contrast of their statistic.
       lacking: by truncation.
+      response: what it lacks.
 
     Returns:
       The error; 0 where it vanishes with the gradient, infinite where the gradient alone vanishes.
@@ -106,20 +158,9 @@ def relative_error(
     def step(ends: jax.Array, base: jax.Array, ahead: jax.Array, more: jax.Array) -> jax.Array:
         return ends + (ahead - base) - nudges.astype(ends.dtype).reshape(-1, *[1] * base.ndim) * more
 
-    ends = jax.tree.map(step, phases.params, judged.params, judged.ahead, judged.more)
+    more = tree.scale(SHARE_OF_A_STEP, response)
+    ends = jax.tree.map(step, phases.params, judged.params, judged.ahead, more)
     nudged = nudging.nudged(judged.ahead, judged.outer_grad_ahead)
     changed = phases.scheme.contrast(nudging.measure(nudged, ends, nudges))
     error = tree.norm(tree.add_scaled(lacking, 1 / SHARE_OF_A_STEP, tree.subtract(changed, grad)))
     return jnp.where(error == 0, 0.0, error / tree.norm(grad))
-
-
-def drowned_share(point: FreePoint, phases: Phases, judged: Judged) -> jax.Array:
-    """What rounding of gradients hides of response and base point, relative to each.
-
-    What is left of the nudge is known to the noise of the contrast, and what is left of learning to that of a gradient.
-    Answers to them are wrong by as much at least: noise has more of low curvature than the nudge has, whose mean
-    inverse curvature is ||u|| / ||v||. A step down the noise would not show it.
-    """
-    gain = phases.scheme.noise_gain(point.noise.dtype)
-    share = point.noise / tree.or_one(point.nudge_norm) * jnp.hypot(gain, judged.moved / point.scale)
-    return jnp.where(point.nudge_norm > 0, share, 0.0)
