@@ -61,6 +61,7 @@ from contrastive_meta._optax import meta_optimizer as meta_optimizer
 from contrastive_meta._optax import tune_while_training as tune_while_training
 from contrastive_meta._plasticity import AnchoredSynapse as AnchoredSynapse
 from contrastive_meta._plasticity import Autodiff as Autodiff
+from contrastive_meta._plasticity import BufferlessContrast as BufferlessContrast
 from contrastive_meta._plasticity import ByGroup as ByGroup
 from contrastive_meta._plasticity import Context as Context
 from contrastive_meta._plasticity import FastHead as FastHead

@@ -3,6 +3,7 @@
 from contrastive_meta._plasticity.anchored_synapse import AnchoredSynapse as AnchoredSynapse
 from contrastive_meta._plasticity.autodiff import Autodiff as Autodiff
 from contrastive_meta._plasticity.autodiff import PlasticityRule as PlasticityRule
+from contrastive_meta._plasticity.bufferless import BufferlessContrast as BufferlessContrast
 from contrastive_meta._plasticity.by_group import ByGroup as ByGroup
 from contrastive_meta._plasticity.context import Context as Context
 from contrastive_meta._plasticity.fast_head import FastHead as FastHead
