@@ -63,6 +63,17 @@ def test_unfinished_learning_is_finished(name, distance):
     assert fast.diagnostics.status == cm.Status.CONVERGED
 
 
+@pytest.mark.parametrize("name", ["logistic", "softmax", "data_cleaning"])
+@pytest.mark.parametrize("distance", [1.0, 2.0])
+def test_learning_that_hardly_began_is_finished_too(name, distance):
+    """From once and twice the length of the solution off it: by steps to a radius, which grows again."""
+    case = small_problem(name)
+    problem = started_at(case.problem, away(case.params, distance))
+    result = cm.Contrastive(STILL, cm.NewtonKrylov(fall_back=False)).estimate(problem, *case[2:4])
+    assert result.diagnostics.status == cm.Status.CONVERGED
+    assert relative_error(result.grad, case.exact.grad) < 1e-9
+
+
 def test_schemes_of_every_kind_reach_their_own_accuracy_in_float32():
     case = small_problem("logistic", jnp.float32)
     problem = started_at(case.problem, case.params)

@@ -207,7 +207,9 @@ class Search:
         answered = (now <= target * self.nudge) & (change <= 10 * target)
         sound = jnp.isfinite(base_now) & (base_now <= jnp.maximum(base_left, NOISE_FLOOR * noise))
         # A base point that learned takes its own measurement along, whatever the nudge was before.
-        learning = sound & ((base_now <= 0.5 * base_left) | within_noise) & ~line.learned
+        # Far from a minimum no step goes most of the way.
+        learning = sound & ((base_now <= 0.9 * base_left) | within_noise) & ~line.learned
+        limited = learning & (moved > 0.99 * line.radius)
         better = sound & jnp.isfinite(now) & ((now <= left) | learning)
         retry = ~sound & (moved > 0) & (base_now > base_left)
         progress = (better & ((now <= 0.5 * left) | learning)) | retry
@@ -233,7 +235,7 @@ class Search:
         )
         kept: Line = tree.where(better, cast_like(taken, line), line)
         after = kept._replace(
-            radius=jnp.where(retry, 0.25 * moved, line.radius),
+            radius=jnp.where(retry, 0.25 * moved, jnp.where(limited, 2.0, 1.0) * line.radius),
             least=least,
             num_steps=num_steps,
             num_passes=num_passes,

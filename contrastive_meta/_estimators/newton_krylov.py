@@ -43,7 +43,7 @@ class NewtonKrylov:
 
     tol: float | jax.Array | None = None
     max_steps: int | jax.Array = 1000
-    max_passes: int | jax.Array = 8
+    max_passes: int | jax.Array = 12
     fall_back: bool = static(default=True)
 
     def run(self, nudging: Nudging, point: FreePoint, goal: Goal | None = None) -> Outcome:
