@@ -30,7 +30,8 @@ def value_and_meta_grad(
       problem: the bilevel problem of one task.
       estimator: any estimator.
       batch_size: how many tasks learn at once, the rest waiting; None for all. Memory grows with it.
-      has_aux: return `((value, diagnostics), grad)`, the diagnostics of each task along a leading axis.
+      has_aux: return `((value, diagnostics), grad)`, the diagnostics of each task along a leading axis; for problems
+        with a model state `((value, (diagnostics, model_state)), grad)`, the state of each task likewise.
 
     Returns:
       `(meta_params, tasks, *, key=None) -> (value, grad)`.
@@ -61,13 +62,15 @@ def value_and_meta_grad(
         num_tasks = count_tasks(tasks)
         keys = jax.random.split(jax.random.key(0) if key is None else key, num_tasks)
 
-        def one(task: Task, key: jax.Array) -> tuple[tuple[jax.Array, MetaParams], Diagnostics]:
+        def one(task: Task, key: jax.Array) -> tuple[tuple[jax.Array, MetaParams], PyTree]:
             result = estimator.estimate(problem, meta_params, task, key=key)
-            return (result.outer_loss, result.grad), result.diagnostics
+            moved = has_aux and problem.init_model_state is not None
+            kept = (result.diagnostics, result.model_state) if moved else result.diagnostics
+            return (result.outer_loss, result.grad), kept
 
-        total, diagnostics = sum_over_tasks(one, (tasks, keys), num_tasks, batch_size or num_tasks)
+        total, kept = sum_over_tasks(one, (tasks, keys), num_tasks, batch_size or num_tasks)
         value, grad = tree.scale(1 / num_tasks, total)
-        return ((value, diagnostics), grad) if has_aux else (value, grad)
+        return ((value, kept), grad) if has_aux else (value, grad)
 
     return evaluate
 

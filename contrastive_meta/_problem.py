@@ -13,8 +13,10 @@ from contrastive_meta._pytree import PyTree, static, strategy
 Params = PyTree
 MetaParams = PyTree
 Task = PyTree
+ModelState = PyTree
 Number = float | complex | jax.Array
-Loss = Callable[[Params, MetaParams, Task], Any]
+# `(params, meta_params, task)`, and `model_state` where a problem has one.
+Loss = Callable[..., Any]
 
 
 class Status(enum.IntEnum):
@@ -157,6 +159,8 @@ class EstimatorState(NamedTuple):
       strength: the displacement, relative to the length of `params`, that `automatic` found to be best; 0 where none
         has been sought.
       doubling: how much twice that strength changed the contrasts then, relative to them: the truncation allowed.
+      model_state: the model state at the end of the last free phase, where the next one starts; () for problems
+        without one.
 
     Example:
       >>> import jax
@@ -180,12 +184,13 @@ class EstimatorState(NamedTuple):
     beta: jax.Array
     strength: jax.Array
     doubling: jax.Array
+    model_state: ModelState = ()
 
     @classmethod
-    def fresh(cls, params: Params, memory: PyTree, dtype: Any) -> "EstimatorState":
+    def fresh(cls, params: Params, memory: PyTree, dtype: Any, model_state: ModelState = ()) -> "EstimatorState":
         """The state of a problem that has not been estimated yet."""
         zero = jnp.zeros((), dtype)
-        return cls(params, memory, tree.zeros_like(params), zero, zero, zero)
+        return cls(params, memory, tree.zeros_like(params), zero, zero, zero, model_state)
 
 
 @strategy
@@ -224,6 +229,11 @@ class MetaGradient:
     aux: Any = None
     unseen: tuple[str, ...] = static(default=())
 
+    @property
+    def model_state(self) -> ModelState:
+        """The model state as the free phase left it; () for problems without one."""
+        return self.state.model_state
+
 
 @strategy
 class BilevelProblem:
@@ -231,6 +241,12 @@ class BilevelProblem:
 
     All three functions take `task` last: any pytree of arrays, with support and query data, targets and PRNG
     keys. Nothing a task needs is captured by closure, so that tasks can be batched.
+
+    A model may have a state of its own that no gradient moves: running averages, counters. With `init_model_state` both
+    losses take it as a fourth argument. The forward pass of every step of the free phase moves it once, as in ordinary
+    training; whatever comes after reads it as the free phase left it. The meta-gradient holds it fixed, but for
+    estimators that differentiate, or repeat, the whole of learning (`BackpropThroughLearning`, `FiniteDifference`,
+    `EvolutionStrategies`).
 
     Args:
       inner_loss: `(params, meta_params, task) -> scalar`, minimised over `params` by learning.
@@ -240,6 +256,9 @@ class BilevelProblem:
       sample: `(key, task, step) -> task`, the minibatch (and dropout key) of inner step number `step`. `key` is
         already folded with the step. Every phase sees the same sequence, so the sampling noise cancels in the
         contrast. Residuals, statistics and the reported loss use the whole `task`.
+      init_model_state: `(meta_params, task) -> model_state`, any pytree of arrays, integers included. Then
+        `inner_loss(params, meta_params, task, model_state) -> (scalar, new_model_state)`, with `has_aux` or without, and
+        `outer_loss(params, meta_params, task, model_state) -> scalar`, or `(scalar, aux)` with `has_aux`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -256,10 +275,53 @@ class BilevelProblem:
     init_params: Callable[[MetaParams, Task], Params] = static()
     has_aux: bool = static(default=False)
     sample: Callable[[jax.Array, Task, jax.Array], Task] | None = static(default=None)
+    init_model_state: Callable[[MetaParams, Task], ModelState] | None = static(default=None)
+
+    def at(self, model_state: ModelState) -> "BilevelProblem":
+        """The problem with its model state held fixed: an ordinary problem, without one.
+
+        Args:
+          model_state: such as `result.model_state`; () for problems without one, which are returned as they are.
+
+        Raises:
+          ValueError: a model state for a problem that has none.
+        """
+        if self.init_model_state is None:
+            if jax.tree.leaves(model_state):
+                raise ValueError("This problem has no model state to be held: give it one by `init_model_state=`.")
+            return self
+
+        def inner(params: Params, meta_params: MetaParams, task: Task) -> Any:
+            value, moved = self._forward(params, meta_params, task, model_state)
+            return (value, moved) if self.has_aux else value
+
+        def outer(params: Params, meta_params: MetaParams, task: Task) -> Any:
+            return self.outer_loss(params, meta_params, task, model_state)
+
+        return BilevelProblem(inner, outer, self.init_params, has_aux=self.has_aux, sample=self.sample)
+
+    def at_start(self, meta_params: MetaParams, task: Task) -> "BilevelProblem":
+        """The problem at the model state with which learning starts."""
+        return self.at(self.first_model_state(meta_params, task))
+
+    def first_model_state(self, meta_params: MetaParams, task: Task) -> ModelState:
+        """The model state with which learning starts, stripped of weak types; () without one."""
+        return () if self.init_model_state is None else strongly_typed(self.init_model_state(meta_params, task))
+
+    def moved(
+        self, params: Params, meta_params: MetaParams, task: Task, model_state: ModelState
+    ) -> tuple[jax.Array, ModelState]:
+        """One forward pass of the inner loss: its value, and the model state that it leaves behind."""
+        value, moved = self._forward(params, meta_params, task, model_state)
+        check_same_structure(
+            moved, model_state, "The model state that `inner_loss` returned",
+            "It must have the structure, shapes and dtypes of what `init_model_state` returns.",
+        )  # fmt: skip
+        return value, strongly_typed(moved)
 
     def inner(self, params: Params, meta_params: MetaParams, task: Task) -> jax.Array:
         """The inner loss alone, checked to be a real or complex floating scalar."""
-        return self._split(self.inner_loss, "inner_loss", params, meta_params, task)[0]
+        return self._evaluate(self.inner_loss, "inner_loss", params, meta_params, task)[0]
 
     def outer(self, params: Params, meta_params: MetaParams, task: Task) -> jax.Array:
         """The outer loss alone, checked likewise."""
@@ -267,7 +329,7 @@ class BilevelProblem:
 
     def outer_with_aux(self, params: Params, meta_params: MetaParams, task: Task) -> tuple[jax.Array, Any]:
         """The outer loss and its aux (None without `has_aux`)."""
-        return self._split(self.outer_loss, "outer_loss", params, meta_params, task)
+        return self._evaluate(self.outer_loss, "outer_loss", params, meta_params, task)
 
     def nudged(self, params: Params, meta_params: MetaParams, task: Task, beta: Any) -> jax.Array:
         """The nudged loss L_in + beta L_out, algorithm (5)."""
@@ -283,25 +345,51 @@ class BilevelProblem:
         """The task that inner step `step` sees."""
         return task if self.sample is None else self.sample(jax.random.fold_in(key, step), task, step)
 
-    def _split(
+    def _forward(
+        self, params: Params, meta_params: MetaParams, task: Task, model_state: ModelState
+    ) -> tuple[jax.Array, ModelState]:
+        return _split(self.inner_loss(params, meta_params, task, model_state), "inner_loss", "new_model_state")
+
+    def _evaluate(
         self, loss: Loss, name: str, params: Params, meta_params: MetaParams, task: Task
     ) -> tuple[jax.Array, Any]:
-        returned = loss(params, meta_params, task)
-        if self.has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
-            raise TypeError(f"`{name}` must return `(scalar, aux)` when `has_aux=True`; got {type(returned).__name__}.")
-        value, aux = returned if self.has_aux else (returned, None)
-        if isinstance(value, tuple):
+        if self.init_model_state is not None:
             raise TypeError(
-                f"`{name}` must return a scalar; got a tuple of {len(value)}. "
-                "Losses that return `(scalar, aux)` need `BilevelProblem(..., has_aux=True)`."
+                "This problem has a model state (`init_model_state`), and its losses were not told which one to read. "
+                "Hold one first: `problem.at(model_state)`, with `result.model_state` for that of the free phase."
             )
-        value = jnp.asarray(value)
-        if value.ndim != 0 or not jnp.issubdtype(value.dtype, jnp.inexact):
-            raise TypeError(
-                f"`{name}` must return a floating scalar; got shape {value.shape}, dtype {value.dtype}. "
-                "Reduce it with `jnp.sum` or `jnp.mean`."
-            )
-        return value, aux
+        return _split(loss(params, meta_params, task), name, "aux" if self.has_aux else None)
+
+
+def _split(returned: Any, name: str, second: str | None) -> tuple[jax.Array, Any]:
+    """What a loss returned as `(scalar, second)`, checked; None for the second where there is to be none."""
+    if second is not None and not (isinstance(returned, tuple) and len(returned) == 2):
+        cause = "has_aux=True" if second == "aux" else "init_model_state"
+        raise TypeError(f"`{name}` must return `(scalar, {second})` with `{cause}`; got {type(returned).__name__}.")
+    value, other = returned if second is not None else (returned, None)
+    if isinstance(value, tuple):
+        raise TypeError(
+            f"`{name}` must return a scalar; got a tuple of {len(value)}. Losses that return `(scalar, aux)` need "
+            "`BilevelProblem(..., has_aux=True)`; an inner loss that returns `(scalar, new_model_state)` needs "
+            "`init_model_state=`."
+        )
+    value = jnp.asarray(value)
+    if value.ndim != 0 or not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise TypeError(
+            f"`{name}` must return a floating scalar; got shape {value.shape}, dtype {value.dtype}. "
+            "Reduce it with `jnp.sum` or `jnp.mean`."
+        )
+    return value, other
+
+
+def strongly_typed(values: PyTree) -> PyTree:
+    """Strip weak types, so that a state has one type from the first call on."""
+
+    def strong(x: Any) -> jax.Array:
+        array = jnp.asarray(x)
+        return array if jnp.issubdtype(array.dtype, jax.dtypes.extended) else jnp.asarray(array, dtype=array.dtype)
+
+    return jax.tree.map(strong, values)
 
 
 def as_float_arrays(values: PyTree, name: str, what: str) -> PyTree:
@@ -356,5 +444,8 @@ def same_arrays(a: PyTree, b: PyTree) -> bool:
 
 def float_dtype_of(problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> Any:
     """The real dtype in which the problem's inner loss is computed."""
-    loss = jax.eval_shape(problem.inner, params, meta_params, task)
-    return tree.float_dtype(loss)
+
+    def inner(params: Params, meta_params: MetaParams, task: Task) -> jax.Array:
+        return problem.at_start(meta_params, task).inner(params, meta_params, task)
+
+    return tree.float_dtype(jax.eval_shape(inner, params, meta_params, task))

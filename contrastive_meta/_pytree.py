@@ -159,6 +159,11 @@ def all_finite(a: PyTree) -> jax.Array:
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
 
 
+def floating(a: PyTree) -> list[jax.Array]:
+    """The leaves that are floating numbers, not integers or keys."""
+    return [x for x in jax.tree.leaves(a) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
 def float_dtype(a: PyTree) -> Any:
     """The real floating dtype that the leaves of `a` promote to."""
     leaves = jax.tree.leaves(a)
@@ -171,13 +176,15 @@ def coarsest_eps(dtype: Any, a: PyTree) -> float:
     return max(float(jnp.finfo(kind).eps) for kind in (dtype, *(jnp.real(x).dtype for x in jax.tree.leaves(a))))
 
 
-def value_and_grad(function: Callable[..., jax.Array], argnums: int | tuple[int, ...] = 0) -> Callable[..., Any]:
+def value_and_grad(
+    function: Callable[..., Any], argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False
+) -> Callable[..., Any]:
     """`jax.value_and_grad` that takes the holomorphic derivative when the first differentiated argument is complex."""
     first = argnums if isinstance(argnums, int) else argnums[0]
 
     def evaluate(*args: Any) -> Any:
         holomorphic = is_complex(args[first])
-        return jax.value_and_grad(function, argnums=argnums, holomorphic=holomorphic)(*args)
+        return jax.value_and_grad(function, argnums=argnums, has_aux=has_aux, holomorphic=holomorphic)(*args)
 
     return evaluate
 

@@ -143,8 +143,9 @@ def _learn_along(
         meta = unravel(flat + offset.astype(flat.dtype) * direction)
         init = problem.init(meta, task)
         setting = Setting(problem, meta, task, key, float_dtype_of(problem, init, meta, task))
-        fresh = EstimatorState.fresh(init, solver.bind(meta).init_memory(init), setting.dtype)
-        solution = setting.free_phase(solver, fresh)
+        memory, first = solver.bind(meta).init_memory(init), problem.first_model_state(meta, task)
+        solution = setting.free_phase(solver, EstimatorState.fresh(init, memory, setting.dtype, first))
+        setting = setting.at(solution.model_state)
         moved = jnp.vdot(ravel_pytree(meta)[0] - flat, direction)
         return setting.outer(solution.params), moved, solution.status
 

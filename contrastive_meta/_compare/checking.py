@@ -48,7 +48,9 @@ def check(
     meta-parameters, along the coordinates where there are up to 5 of them, else along 5 random directions (and 5 more
     for meta-parameters that some estimator cannot see), at 5 step sizes, from which their own noise is estimated. They
     differentiate the learner as it is, so a solver that stops at a loose tolerance shows in them. What is wrong in a
-    part of the gradient that is smaller than `tolerance` times the whole goes unnoticed.
+    part of the gradient that is smaller than `tolerance` times the whole goes unnoticed. A model state moves with
+    learning in the differences and in backprop, while the others hold it fixed; `check(problem.at(model_state), ...)`
+    asks all of them at a fixed one.
 
     Args:
       problem: the bilevel problem.
@@ -108,7 +110,15 @@ def check(
     evidence = Evidence(answers, slopes, groups, leaves, tolerance)
     # An estimator of ours that refuses at trace time does not apply; anything else that raises has failed.
     failed = {n: e for n, e in errors.items() if estimators is not None or not isinstance(e, TypeError | ValueError)}
-    return _report(evidence, errors, failed)
+    remark = _HELD if problem.init_model_state is not None and not evidence.agreement() else ""
+    return _report(evidence, errors, failed, remark)
+
+
+# What contrast and implicit differentiation leave out is no fault of theirs.
+_HELD = (
+    "The problem has a model state, which finite differences and backprop move with learning and the others hold fixed: "
+    "`check(problem.at(result.model_state), ...)` asks all of them at a fixed one."
+)
 
 
 def _applicable(solver: InnerSolver, size: int) -> dict[str, MetaGradientEstimator]:
@@ -144,8 +154,10 @@ def _answer(result: MetaGradient) -> Answer:
     return Answer(flatten(result.grad), status_of(result), float(result.diagnostics.free_residual), result.unseen)
 
 
-def _report(evidence: Evidence, errors: Mapping[str, Exception], failed: Mapping[str, Exception]) -> CheckReport:
-    said = sentences(evidence)
+def _report(
+    evidence: Evidence, errors: Mapping[str, Exception], failed: Mapping[str, Exception], remark: str
+) -> CheckReport:
+    said = [*sentences(evidence), *([remark] if remark else [])]
     said += [f"{name} raised {first_line(error)}" for name, error in failed.items()]
     names = evidence.names
     rows = []

@@ -240,7 +240,9 @@ def _distance(end: Any, base: Vector) -> float:
 def _drift(subject: _Subject, seen: Seen, result: MetaGradient) -> Drift:
     beta = float(np.min(np.abs(np.asarray(seen.nudges)[np.asarray(seen.nudges) != 0]), initial=np.inf))
     moved = beta * norm(flatten(seen.response))
-    on = subject.estimate(beta, result.state._replace(params=seen.on))
+    # On from where learning ended its model state stays.
+    held = subject._replace(problem=subject.problem.at(result.model_state))
+    on = held.estimate(beta, result.state._replace(params=seen.on, model_state=()))
     drift = float(seen.drift)
     before, after = flatten(result.grad), flatten(on.grad)
     return Drift(
@@ -254,6 +256,7 @@ def _drift(subject: _Subject, seen: Seen, result: MetaGradient) -> Drift:
 def _segments(subject: _Subject, seen: Seen, result: MetaGradient) -> tuple[Segment, ...]:
     nudge = nudge_used(subject.estimator, subject.setting, int(seen.fell_back) == Status.FELL_BACK)
     nudges, base = np.asarray(seen.nudges), jax.device_get(result.params)
+    setting = subject.setting.at(result.model_state)
     if np.iscomplexobj(nudges):
         # Complex phases have no loss to climb: the way is that of a real nudge of the same modulus.
         beta = float(np.min(np.abs(nudges)))
@@ -264,7 +267,7 @@ def _segments(subject: _Subject, seen: Seen, result: MetaGradient) -> tuple[Segm
 
     def one(beta: float, end: Any) -> Segment:
         strength = jnp.asarray(beta, subject.dtype)
-        return make_segment(walk(subject.setting, nudge, result.params, end, strength), beta, float(seen.noise))
+        return make_segment(walk(setting, nudge, result.params, end, strength), beta, float(seen.noise))
 
     return tuple(one(*each) for each in ends)
 

@@ -24,7 +24,7 @@ def result_of_learning(
     """A meta-gradient judged by the free phase's own report, and by whether its numbers are finite.
 
     Args:
-      setting: the problem.
+      setting: the problem, its model state held.
       state: the state that came in.
       free: where learning ended.
       grad: the estimate.
@@ -37,7 +37,7 @@ def result_of_learning(
         grad=grad,
         outer_loss=outer_loss,
         params=free.params,
-        state=state._replace(params=free.params, memory=free.memory),
+        state=state._replace(params=free.params, memory=free.memory, model_state=free.model_state),
         aux=aux,
         diagnostics=make_diagnostics(
             setting.dtype,

@@ -1,23 +1,40 @@
 """Which meta-parameters an estimator can see: what the losses, the start of learning and the learner depend on."""
 
+import jax
+
 from contrastive_meta._dependence import used_leaves
 from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
+from contrastive_meta._pytree import PyTree
 from contrastive_meta._solvers.base import InnerSolver
 
 
 def seen_in_inner_loss(problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
     """For each leaf of `meta_params`, whether the inner loss depends on it."""
-    return used_leaves(lambda meta: problem.inner(params, meta, task), meta_params)
+    held = problem.at_start(meta_params, task)
+    return used_leaves(lambda meta: held.inner(params, meta, task), meta_params)
 
 
 def seen_in_outer_loss(problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
     """For each leaf, whether the outer loss depends on it directly."""
-    return used_leaves(lambda meta: problem.outer(params, meta, task), meta_params)
+    held = problem.at_start(meta_params, task)
+    return used_leaves(lambda meta: held.outer(params, meta, task), meta_params)
 
 
 def seen_in_start(problem: BilevelProblem, meta_params: MetaParams, task: Task) -> list[bool]:
     """For each leaf, whether the initialisation depends on it."""
     return used_leaves(lambda meta: problem.init(meta, task), meta_params)
+
+
+def seen_in_model_state(problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
+    """For each leaf, whether the model state depends on it, at the start or after a step."""
+    if problem.init_model_state is None:
+        return [False] * len(jax.tree.leaves(meta_params))
+
+    def states(meta: MetaParams) -> PyTree:
+        first = problem.first_model_state(meta, task)
+        return first, problem.moved(params, meta, task, first)[1]
+
+    return used_leaves(states, meta_params)
 
 
 def seen_in_settings(solver: InnerSolver, params: Params, meta_params: MetaParams) -> list[bool]:

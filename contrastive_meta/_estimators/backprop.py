@@ -7,13 +7,19 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators._visibility import any_of, seen_in_settings, seen_in_start
+from contrastive_meta._estimators._visibility import (
+    any_of,
+    seen_in_model_state,
+    seen_in_settings,
+    seen_in_start,
+)
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._problem import (
     BilevelProblem,
     EstimatorState,
     MetaGradient,
     MetaParams,
+    ModelState,
     Params,
     Status,
     Task,
@@ -30,7 +36,7 @@ class BackpropThroughLearning(MetaGradientEstimator):
     """The exact derivative of the outer loss after the steps that the solver takes, whether or not they converge.
 
     It alone sees the initialisation (through `init_params`) and the optimiser's settings (through
-    `OptaxDescent(lambda meta_params: ...)`). Reverse mode keeps every iterate: memory grows with the number of steps.
+    `OptaxDescent(lambda meta_params: ...)`), and how a model state follows from learning. Reverse mode keeps every iterate: memory grows with the number of steps.
     Learning always starts from `init_params`, whatever `state` holds, because the start is differentiated.
 
     Args:
@@ -78,16 +84,20 @@ class BackpropThroughLearning(MetaGradientEstimator):
             raise ValueError(f"`truncate` must be at least 1 step; got {self.truncate}.")
 
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
-        def learned(meta_params: MetaParams) -> tuple[jax.Array, tuple[Params, Any]]:
-            params = self._learn(setting, meta_params)
-            outer_loss, aux = setting.problem.outer_with_aux(params, meta_params, setting.task)
-            return outer_loss, (params, aux)
+        def learned(meta_params: MetaParams) -> tuple[jax.Array, tuple[Params, ModelState, Any]]:
+            params, model_state = self._learn(setting, meta_params)
+            held = setting.problem.at(model_state)
+            outer_loss, aux = held.outer_with_aux(params, meta_params, setting.task)
+            return outer_loss, (params, model_state, aux)
 
         if self.forward_mode:
-            (outer_loss, (params, aux)), grad = _forward_value_and_grad(learned, setting.meta_params)
+            (outer_loss, (params, model_state, aux)), grad = _forward_value_and_grad(learned, setting.meta_params)
         else:
-            (outer_loss, (params, aux)), grad = jax.value_and_grad(learned, has_aux=True)(setting.meta_params)
+            (outer_loss, (params, model_state, aux)), grad = jax.value_and_grad(learned, has_aux=True)(
+                setting.meta_params
+            )
 
+        setting = setting.at(model_state)
         init = setting.problem.init(setting.meta_params, setting.task)
         first_loss, first_grad = tree.value_and_grad(setting.inner)(init)
         loss, inner_grad = tree.value_and_grad(setting.inner)(params)
@@ -98,7 +108,7 @@ class BackpropThroughLearning(MetaGradientEstimator):
             grad=grad,
             outer_loss=outer_loss,
             params=params,
-            state=state._replace(params=params),
+            state=state._replace(params=params, model_state=model_state),
             aux=aux,
             diagnostics=make_diagnostics(
                 setting.dtype,
@@ -113,22 +123,29 @@ class BackpropThroughLearning(MetaGradientEstimator):
             ),
         )
 
-    def _learn(self, setting: Setting, meta_params: MetaParams) -> Params:
-        """Learning as a function of the meta-parameters."""
+    def _learn(self, setting: Setting, meta_params: MetaParams) -> tuple[Params, ModelState]:
+        """Learning, the model state with it, as a function of the meta-parameters."""
         solver = self.solver.bind(meta_params)
         here = Setting(setting.problem, meta_params, setting.task, setting.key, setting.dtype)
         fixed = Setting(setting.problem, jax.lax.stop_gradient(meta_params), setting.task, setting.key, setting.dtype)
         init = setting.problem.init(meta_params, setting.task)
+        if setting.problem.init_model_state is not None:
+            first = setting.problem.first_model_state(meta_params, setting.task)
+            if self.forward_mode:
+                solution = solver.solve_with_state(here.moving_losses(), init, first)
+                return solution.params, solution.model_state
+            both = here.moving_losses(), fixed.moving_losses()
+            return solver.unroll_with_state(*both, init, first, truncate=self.truncate, checkpoint=self.checkpoint)
         stochastic = setting.problem.sample is not None
         if self.forward_mode:
             minibatch = here.inner_minibatch if stochastic else None
-            return solver.solve(here.inner, init, minibatch_loss=minibatch).params
+            return solver.solve(here.inner, init, minibatch_loss=minibatch).params, ()
         losses = UnrolledLosses(
             loss=here.inner,
             minibatch_loss=here.inner_minibatch if stochastic else None,
             detached=fixed.inner_minibatch,
         )
-        return solver.unroll(losses, init, truncate=self.truncate, checkpoint=self.checkpoint)
+        return solver.unroll(losses, init, truncate=self.truncate, checkpoint=self.checkpoint), ()
 
     def _num_gradients(self, num_steps: int | None) -> int:
         """Gradients of the forward pass; checkpointing repeats it."""
@@ -136,12 +153,13 @@ class BackpropThroughLearning(MetaGradientEstimator):
         return 2 * steps if self.checkpoint else steps
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
-        """What any loss, the initialisation or the optimiser's settings depend on."""
+        """What any loss, the initialisation, the model state or the optimiser's settings depend on."""
         by_loss = super()._sees(problem, params, meta_params, task)
         by_settings = seen_in_settings(self.solver, params, meta_params)
+        by_state = seen_in_model_state(problem, params, meta_params, task)
         if self.truncate is not None:
-            return any_of(by_loss, by_settings)
-        return any_of(by_loss, by_settings, seen_in_start(problem, meta_params, task))
+            return any_of(by_loss, by_settings, by_state)
+        return any_of(by_loss, by_settings, by_state, seen_in_start(problem, meta_params, task))
 
 
 def _forward_value_and_grad(function: Any, at: MetaParams) -> Any:

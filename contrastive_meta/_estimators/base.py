@@ -16,15 +16,17 @@ from contrastive_meta._problem import (
     EstimatorState,
     MetaGradient,
     MetaParams,
+    ModelState,
     Params,
     Task,
     as_float_arrays,
     check_same_structure,
     float_dtype_of,
     same_arrays,
+    strongly_typed,
 )
 from contrastive_meta._pytree import static, strategy
-from contrastive_meta._solvers.base import InnerSolver, Solution
+from contrastive_meta._solvers.base import InnerSolver, MovingLosses, Solution
 
 
 @strategy
@@ -48,6 +50,10 @@ class Setting:
     def replace_problem(self, problem: BilevelProblem) -> "Setting":
         """The same setting with other losses."""
         return Setting(problem, self.meta_params, self.task, self.key, self.dtype)
+
+    def at(self, model_state: ModelState) -> "Setting":
+        """The same setting, the model state held where the free phase left it: what comes after cannot move it."""
+        return self.replace_problem(self.problem.at(model_state))
 
     def in_dtype_of_loss(self) -> "Setting":
         """The same setting, no meta-parameter coarser than the losses: it would round what a phase measures."""
@@ -96,12 +102,32 @@ class Setting:
         """The inner loss on the minibatch of a step."""
         return self.problem.inner(params, self.meta_params, self.problem.minibatch(self.key, self.task, step))
 
+    def moving_losses(self) -> MovingLosses:
+        """The inner loss as it moves the model state."""
+
+        def loss(params: Params, model_state: ModelState) -> tuple[jax.Array, ModelState]:
+            return self.problem.moved(params, self.meta_params, self.task, model_state)
+
+        def on_minibatch(params: Params, model_state: ModelState, step: Any) -> tuple[jax.Array, ModelState]:
+            task = self.problem.minibatch(self.key, self.task, step)
+            return self.problem.moved(params, self.meta_params, task, model_state)
+
+        return MovingLosses(loss, None if self.problem.sample is None else on_minibatch)
+
     def free_phase(self, solver: InnerSolver, state: EstimatorState) -> Solution:
-        """Learn: minimise the inner loss from where `state` stands."""
-        minibatch = self.inner_minibatch if self.problem.sample is not None else None
-        solution = solver.solve_free(
-            self.inner, state.params, self.meta_params, self.task, minibatch_loss=minibatch, memory=state.memory
-        )
+        """Learn: minimise the inner loss from where `state` stands.
+
+        Where the problem has a model state, `solution.model_state` is what to hold from then on: `setting.at(...)`.
+        """
+        if self.problem.init_model_state is None:
+            minibatch = self.inner_minibatch if self.problem.sample is not None else None
+            solution = solver.solve_free(
+                self.inner, state.params, self.meta_params, self.task, minibatch_loss=minibatch, memory=state.memory
+            )
+        else:
+            solution = solver.bind(self.meta_params).solve_with_state(
+                self.moving_losses(), state.params, state.model_state, memory=state.memory
+            )
         check_same_structure(
             solution.params,
             state.params,
@@ -142,8 +168,8 @@ class MetaGradientEstimator(abc.ABC):
           problem: the bilevel problem.
           meta_params: pytree of real floating arrays.
           task: a single task: pytree of arrays.
-          state: `result.state` of an earlier call, or `init_state(...)`: learning starts from its solution, with its
-            memory if it was the same solver's.
+          state: `result.state` of an earlier call, or `init_state(...)`: learning starts from its solution and its model
+            state, with its memory if it was the same solver's.
           key: PRNG key of the minibatch sequence and of sampling estimators; `jax.random.key(0)` by default.
 
         Returns:
@@ -175,7 +201,8 @@ class MetaGradientEstimator(abc.ABC):
         params = problem.init(meta_params, task)
         memory = self.solver.bind(meta_params).init_memory(params)
         dtype = float_dtype_of(problem, params, meta_params, task)
-        fresh: EstimatorState = _strong(EstimatorState.fresh(params, memory, dtype))
+        model_state = problem.first_model_state(meta_params, task)
+        fresh: EstimatorState = strongly_typed(EstimatorState.fresh(params, memory, dtype, model_state))
         return fresh
 
     def _check_parts(self, problem: Any) -> None:
@@ -229,14 +256,22 @@ def _estimate(
     check_same_structure(
         state.params, fresh.params, "`state.params`", "Pass the state of an earlier estimate of the same problem."
     )
+    check_same_structure(
+        state.model_state,
+        fresh.model_state,
+        "`state.model_state`",
+        "Pass what `init_model_state` returns, moved or not.",
+    )
     if not same_arrays(state.memory, fresh.memory):
         # The memory of another solver, or of other settings: its solution is still a good start.
         state = state._replace(memory=fresh.memory)
     # One task of NaN must not spoil the tasks after it.
-    start, memory = tree.where(
-        tree.all_finite(state.params), (state.params, state.memory), (fresh.params, fresh.memory)
+    start, memory, model_state = tree.where(
+        tree.all_finite((state.params, tree.floating(state.model_state))),
+        (state.params, state.memory, state.model_state),
+        (fresh.params, fresh.memory, fresh.model_state),
     )
-    state = state._replace(params=start, memory=memory)
+    state = state._replace(params=start, memory=memory, model_state=model_state)
     dtype = float_dtype_of(problem, state.params, meta_params, task)
     unseen = _unseen(estimator, problem, state.params, meta_params, task)
     result = estimator._estimate(Setting(problem, meta_params, task, key, dtype), state)
@@ -253,7 +288,7 @@ def _estimate(
         grad=grad,
         outer_loss=_differentiable(result.outer_loss, grad, meta_params_outside),
         params=result.params,
-        state=_strong(result.state),
+        state=strongly_typed(result.state),
         diagnostics=result.diagnostics,
         aux=result.aux,
         unseen=unseen,
@@ -300,13 +335,3 @@ def _unseen(
 
 def _kind(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
-
-
-def _strong(values: Any) -> Any:
-    """Strip weak types, so that a state has one type from the first call on."""
-
-    def strong(x: Any) -> jax.Array:
-        array = jnp.asarray(x)
-        return jnp.asarray(array, dtype=array.dtype)
-
-    return jax.tree.map(strong, values)

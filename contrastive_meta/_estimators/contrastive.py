@@ -141,7 +141,14 @@ class Contrastive(MetaGradientEstimator):
             grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), grad, meta_params),
             outer_loss=judged.outer_loss,
             params=params,
-            state=EstimatorState(params, free.memory, response, beta, *_settled(state, phases.chosen, doubt.doubling)),
+            state=EstimatorState(
+                params,
+                free.memory,
+                response,
+                beta,
+                *_settled(state, phases.chosen, doubt.doubling),
+                free.model_state,
+            ),
             aux=judged.aux,
             diagnostics=make_diagnostics(
                 setting.dtype,
@@ -164,6 +171,7 @@ class Contrastive(MetaGradientEstimator):
         """The free phase, and the nudged ones."""
         # Free phase: learn.
         free = setting.free_phase(self.solver, state)
+        setting = setting.at(free.model_state)
         init = setting.problem.init(setting.meta_params, setting.task)
         setting = setting.in_dtype_of_loss()
         flattening = tree.Flattening.of(free.params)

@@ -53,6 +53,7 @@ class FirstOrder(MetaGradientEstimator):
 
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
         _, init_vjp, free = _learn_from_start(self.solver, setting, state)
+        setting = setting.at(free.model_state)
         outer_grad = tree.grad(setting.outer)(free.params)
         direct = tree.grad(lambda meta: setting.problem.outer(free.params, meta, setting.task))(setting.meta_params)
         (through_start,) = init_vjp(outer_grad)
@@ -105,7 +106,12 @@ class Reptile(MetaGradientEstimator):
         init, init_vjp, free = _learn_from_start(self.solver, setting, state)
         (grad,) = init_vjp(tree.scale(self.scale, tree.subtract(init, free.params)))
         return result_of_learning(
-            setting, state, free, grad, num_gradients=free.num_gradients, status=Status.APPROXIMATE
+            setting.at(free.model_state),
+            state,
+            free,
+            grad,
+            num_gradients=free.num_gradients,
+            status=Status.APPROXIMATE,
         )
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
@@ -116,4 +122,6 @@ class Reptile(MetaGradientEstimator):
 def _learn_from_start(solver: InnerSolver, setting: Setting, state: EstimatorState) -> tuple[Params, Any, Solution]:
     init, init_vjp = jax.vjp(lambda meta: setting.problem.init(meta, setting.task), setting.meta_params)
     memory = solver.bind(setting.meta_params).init_memory(init)
-    return init, init_vjp, setting.free_phase(solver, state._replace(params=init, memory=memory))
+    model_state = setting.problem.first_model_state(setting.meta_params, setting.task)
+    start = state._replace(params=init, memory=memory, model_state=model_state)
+    return init, init_vjp, setting.free_phase(solver, start)

@@ -73,6 +73,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
 
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
         free = setting.free_phase(self.solver, state)
+        setting = setting.at(free.model_state)
         point = survey(setting, free.params, free, setting.problem.init(setting.meta_params, setting.task))
 
         # Linearising once keeps what the products share; each then costs one forward-over-reverse pass.
@@ -114,7 +115,10 @@ class ImplicitDifferentiation(MetaGradientEstimator):
             outer_loss=point.outer_loss,
             params=point.params,
             state=state._replace(
-                params=point.params, memory=free.memory, displacement=tree.scale(-1.0, adjoint.solution)
+                params=point.params,
+                memory=free.memory,
+                displacement=tree.scale(-1.0, adjoint.solution),
+                model_state=free.model_state,
             ),
             aux=point.aux,
             diagnostics=make_diagnostics(

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta._estimators._learned import result_of_learning
-from contrastive_meta._estimators._visibility import any_of, seen_in_settings, seen_in_start
+from contrastive_meta._estimators._visibility import (
+    any_of,
+    seen_in_model_state,
+    seen_in_settings,
+    seen_in_start,
+)
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._problem import (
     BilevelProblem,
@@ -154,12 +159,13 @@ def _learn_fully(solver: InnerSolver, setting: Setting, meta_params: MetaParams,
     here = Setting(setting.problem, meta_params, setting.task, setting.key, setting.dtype)
     init = setting.problem.init(meta_params, setting.task)
     memory = solver.bind(meta_params).init_memory(init)
-    return here.free_phase(solver, state._replace(params=init, memory=memory))
+    model_state = setting.problem.first_model_state(meta_params, setting.task)
+    return here.free_phase(solver, state._replace(params=init, memory=memory, model_state=model_state))
 
 
 def _learn(solver: InnerSolver, setting: Setting, meta_params: MetaParams, state: EstimatorState) -> _Learned:
     solution = _learn_fully(solver, setting, meta_params, state)
-    outer_loss = setting.problem.outer(solution.params, meta_params, setting.task)
+    outer_loss = setting.problem.at(solution.model_state).outer(solution.params, meta_params, setting.task)
     return _Learned(outer_loss, solution.num_gradients, solution.status)
 
 
@@ -174,7 +180,7 @@ def _result(
 ) -> MetaGradient:
     free = _learn_fully(solver, setting, setting.meta_params, state)
     return result_of_learning(
-        setting,
+        setting.at(free.model_state),
         state,
         free,
         grad,
@@ -187,4 +193,8 @@ def _result(
 def _sees_beyond_losses(
     solver: InnerSolver, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task
 ) -> list[list[bool]]:
-    return [seen_in_start(problem, meta_params, task), seen_in_settings(solver, params, meta_params)]
+    return [
+        seen_in_start(problem, meta_params, task),
+        seen_in_model_state(problem, params, meta_params, task),
+        seen_in_settings(solver, params, meta_params),
+    ]

@@ -31,7 +31,7 @@ class MetaGradientState(NamedTuple):
     Attributes:
       num_updates: updates made, int32; the PRNG key of an update follows from it.
       inner: `EstimatorState` of each task along a leading axis (solution, learner's memory, response, nudging
-        strength), where the next update starts; () without `warm_start`.
+        strength, model state), where the next update starts; () without `warm_start`.
       outer_loss: mean outer loss of the last update; NaN before the first.
       diagnostics: of the last update over all tasks: gradients and products added up, of everything else the largest.
       num_failed: tasks of the last update whose status is neither `CONVERGED` nor allowed, int32.

@@ -23,6 +23,7 @@ from contrastive_meta._problem import (
     BilevelProblem,
     Diagnostics,
     MetaParams,
+    ModelState,
     Params,
     Status,
     Task,
@@ -86,13 +87,14 @@ def tune_while_training(
     `updates, state = tx.update(grads, state, params, task=batch)`: the updates are those of `optimizer`, untouched;
     the meta-parameters in the state take a step every so often. `current_meta_params(state)` reads the values that the
     next gradient is to be taken with. `task` holds what both losses look at: a training batch and a validation batch.
-    Other extra arguments: `unmasked`, all parameters, where `optax.masked` or `optax.multi_transform` show a part; the
-    rest goes to `optimizer`.
+    Other extra arguments: `unmasked`, all parameters, where `optax.masked` or `optax.multi_transform` show a part;
+    `model_state`, for problems with one, as `grads` were taken with it: the training loop moves it, and the phases read
+    it; the rest goes to `optimizer`.
 
     Args:
       optimizer: of the parameters; any optax transformation.
       meta_optimizer: of the meta-parameters; any optax transformation.
-      problem: the losses. `init_params` is not called: training starts where it starts.
+      problem: the losses. `init_params` and `init_model_state` are not called: training starts where it starts.
       init_meta_params: pytree of real floating arrays.
       every: training steps from one meta-step to the next, or a function of the training step; by default 10 for
         `Alternating` and 1 for `SingleLoop`.
@@ -108,7 +110,8 @@ def tune_while_training(
 
     Raises:
       TypeError: an argument that is not of its kind.
-      ValueError: an unknown `on_failure`, an `every` below 1; and by `update`: no `task`, no parameters.
+      ValueError: an unknown `on_failure`, an `every` below 1; and by `update`: no `task`, no parameters, no model state
+        for a problem with one.
 
     Example:
       >>> import jax
@@ -149,6 +152,12 @@ def tune_while_training(
         seed,
     )
 
+    def held(model_state: ModelState | None) -> ModelState:
+        if problem.init_model_state is None:
+            return ()
+        remedy = "The problem has one: pass the state that `grads` were taken with; it is read, and not moved."
+        return required(model_state, "model_state", remedy)
+
     def init(params: Params) -> TuneState:
         return tuner.init(mode.at(jnp.int32(0)), as_float_arrays(params, "params", "params must be"), init_meta_params)
 
@@ -159,12 +168,13 @@ def tune_while_training(
         *,
         task: Task | None = None,
         unmasked: Params | None = None,
+        model_state: ModelState | None = None,
         **extra: Any,
     ) -> tuple[Params, TuneState]:
         params = required(params, "params", "Pass the parameters as the third argument.")
         task = required(task, "task", "Pass what the losses look at, `tx.update(grads, state, params, task=batch)`.")
         check_same_structure(updates, params, "The gradient passed to `update`", "It must be a pytree like `params`.")
-        batch = Batch(task, params, completed(params, unmasked, "params"))
+        batch = Batch(task, params, completed(params, unmasked, "params"), held(model_state))
         due = state.waited + 1 >= (every(state.step) if callable(every) else every)
         # The state as it was is what the phases start from.
         tuned = _meta_step(tuner, mode.at(state.step), due, updates, state, batch)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta._optax._border import fill
-from contrastive_meta._problem import BilevelProblem, Diagnostics, Loss, MetaParams, Number, Params, Task
+from contrastive_meta._problem import BilevelProblem, Diagnostics, MetaParams, ModelState, Number, Params, Task
 from contrastive_meta._pytree import PyTree
 
 Mode = TypeVar("Mode", bound="TuningMode")
@@ -110,18 +110,21 @@ class Batch(NamedTuple):
       task: the user's.
       params: where the inner problem starts: the parameters in training.
       unmasked: all parameters where a mask hides some, else the same as `params`.
+      model_state: as training has it; () for problems without one.
     """
 
     task: Task
     params: Params
     unmasked: Params
+    model_state: ModelState = ()
 
 
 def on_visible(problem: BilevelProblem) -> BilevelProblem:
-    """The problem whose `params` are what a mask leaves of them, and whose task is a `Batch`."""
+    """The problem whose `params` are what a mask leaves of them, and whose task is a `Batch`, its model state held."""
+    losses = dataclasses.replace(problem, init_params=_start, sample=None)
     return BilevelProblem(
-        _OnVisible(problem.inner_loss),
-        _OnVisible(problem.outer_loss),
+        _InnerOnVisible(losses),
+        _OuterOnVisible(losses),
         _start,
         has_aux=problem.has_aux,
         sample=None if problem.sample is None else _OfTask(problem.sample),
@@ -130,11 +133,21 @@ def on_visible(problem: BilevelProblem) -> BilevelProblem:
 
 # Instances with equal fields are equal, so that a transformation made anew compiles nothing anew.
 @dataclasses.dataclass(frozen=True)
-class _OnVisible:
-    loss: Loss
+class _InnerOnVisible:
+    losses: BilevelProblem
 
     def __call__(self, params: Params, meta_params: MetaParams, batch: Batch) -> Any:
-        return self.loss(fill(params, batch.unmasked), meta_params, batch.task)
+        held = self.losses.at(batch.model_state)
+        return held.inner_loss(fill(params, batch.unmasked), meta_params, batch.task)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OuterOnVisible:
+    losses: BilevelProblem
+
+    def __call__(self, params: Params, meta_params: MetaParams, batch: Batch) -> Any:
+        held = self.losses.at(batch.model_state)
+        return held.outer_loss(fill(params, batch.unmasked), meta_params, batch.task)
 
 
 @dataclasses.dataclass(frozen=True)

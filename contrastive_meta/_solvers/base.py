@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import MetaParams, Params, Status, Task, flag, worst
+from contrastive_meta._problem import MetaParams, ModelState, Params, Status, Task, flag, worst
 from contrastive_meta._pytree import PyTree
 
 InnerLoss = Callable[[Params], jax.Array]
@@ -47,6 +47,7 @@ class Solution(NamedTuple):
       num_steps: steps taken, int32.
       status: value of a `Status`.
       memory: what `solve(..., memory=)` takes to go on from here; () for solvers without any.
+      model_state: as `solve_with_state` left it; else ().
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,6 +63,7 @@ class Solution(NamedTuple):
     num_steps: jax.Array
     status: jax.Array
     memory: PyTree
+    model_state: ModelState = ()
 
 
 class UnrolledLosses(NamedTuple):
@@ -76,6 +78,35 @@ class UnrolledLosses(NamedTuple):
     loss: InnerLoss
     minibatch_loss: MinibatchLoss | None
     detached: MinibatchLoss
+
+
+class MovingLosses(NamedTuple):
+    """The inner loss of a model with state, which every forward pass moves.
+
+    Attributes:
+      loss: `(params, model_state) -> (scalar, model_state)`, the whole loss.
+      minibatch_loss: `(params, model_state, step) -> (scalar, model_state)`, or None.
+    """
+
+    loss: Callable[[Params, ModelState], tuple[jax.Array, ModelState]]
+    minibatch_loss: Callable[[Params, ModelState, jax.Array], tuple[jax.Array, ModelState]] | None
+
+    @classmethod
+    def without_state(cls, loss: InnerLoss, minibatch_loss: MinibatchLoss | None) -> "MovingLosses":
+        """Losses of a model whose state is ()."""
+        if minibatch_loss is None:
+            return cls(lambda params, _: (loss(params), ()), None)
+        return cls(lambda params, _: (loss(params), ()), lambda params, _, step: (minibatch_loss(params, step), ()))
+
+    def of_step(self, params: Params, model_state: ModelState, step: jax.Array) -> tuple[jax.Array, ModelState]:
+        """What the step of this number descends."""
+        if self.minibatch_loss is None:
+            return self.loss(params, model_state)
+        return self.minibatch_loss(params, model_state, step)
+
+    def held(self, model_state: ModelState) -> InnerLoss:
+        """The whole loss at a fixed model state."""
+        return lambda params: self.loss(params, model_state)[0]
 
 
 class InnerSolver(abc.ABC):
@@ -133,6 +164,31 @@ class InnerSolver(abc.ABC):
         """
         return self.bind(meta_params).solve(loss, init, minibatch_loss=minibatch_loss, memory=memory)
 
+    def solve_with_state(
+        self, losses: "MovingLosses", init: Params, model_state: ModelState, *, memory: PyTree = ()
+    ) -> Solution:
+        """The free phase of a model with state: as `solve`, the forward pass of every step taken moving the state once.
+
+        What else the learner evaluates, line searches and residuals, reads the state and leaves it as it is.
+
+        Args:
+          losses: what to minimise.
+          init: as for `solve`.
+          model_state: with which learning starts.
+          memory: as for `solve`.
+
+        Raises:
+          TypeError: the learner has no steps of which each moves the state once.
+        """
+        raise self._cannot_move_state()
+
+    def _cannot_move_state(self) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__} cannot move a model state (`init_model_state`): none of its evaluations of the loss is "
+            "the forward pass of a step. Learn with `OptaxDescent(...)`; or hold the state, `problem.at(model_state)`, "
+            "which makes an ordinary problem for any learner."
+        )
+
     @property
     def takes_losses(self) -> bool:
         """Whether `solve` minimises the loss it is given, a nudged one for instance."""
@@ -184,11 +240,39 @@ class InnerSolver(abc.ABC):
         Raises:
           TypeError: the solver cannot be unrolled.
         """
-        raise TypeError(
+        raise self._cannot_unroll()
+
+    def _cannot_unroll(self) -> TypeError:
+        return TypeError(
             f"{type(self).__name__} cannot be differentiated in reverse through its steps. "
             "Use `OptaxDescent(optimizer, num_steps=...)` or a differentiable `CallableSolver`; "
             "solvers that stop at a tolerance can be differentiated by `Contrastive` or `ImplicitDifferentiation`."
         )
+
+    def unroll_with_state(
+        self,
+        losses: "MovingLosses",
+        detached: "MovingLosses",
+        init: Params,
+        model_state: ModelState,
+        *,
+        truncate: int | None,
+        checkpoint: bool,
+    ) -> tuple[Params, ModelState]:
+        """As `unroll`, for a model with state: solution and state, both to be differentiated through.
+
+        Args:
+          losses: the losses to follow.
+          detached: the same without derivative in the meta-parameters.
+          init: where learning starts.
+          model_state: with which it starts.
+          truncate: as for `unroll`.
+          checkpoint: as for `unroll`.
+
+        Raises:
+          TypeError: the solver cannot be unrolled, or cannot move a state.
+        """
+        raise self._cannot_move_state()
 
     def check_holomorphic(self, params: Params) -> None:
         """Return if the solver's own operations are holomorphic, as complex phases need.

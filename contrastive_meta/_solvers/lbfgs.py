@@ -1,5 +1,7 @@
 """Limited-memory BFGS (optax's) as the learner, with its curvature pairs handed from phase to phase."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,7 +10,15 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import Params, Status, flag, worst
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._solvers._descend import steps_to_tolerance
-from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop, judge
+from contrastive_meta._solvers.base import (
+    InnerLoss,
+    InnerSolver,
+    MinibatchLoss,
+    MovingLosses,
+    Solution,
+    Stop,
+    judge,
+)
 
 
 @strategy
@@ -62,21 +72,22 @@ class LBFGS(InnerSolver):
         state = _continue_on(memory, grads) if jax.tree.leaves(memory) else self._optimizer().init(init)
         tol = jnp.asarray(self.tol, tree.float_dtype(value))
 
-        def evaluate(params: Params, state: PyTree) -> tuple[jax.Array, Params]:
+        def evaluate(params: Params, state: PyTree, _: Any) -> Any:
             # The line search ended at `params` and kept what it saw there.
-            return state[-1].value.astype(value.dtype), state[-1].grad
+            return (state[-1].value.astype(value.dtype), ()), state[-1].grad
 
         end = steps_to_tolerance(
             self._optimizer(),
-            loss,
+            MovingLosses.without_state(loss, None),
             init,
             state,
+            (),
             tol=tol,
             max_steps=self.max_steps,
             stop=stop,
             evaluate=evaluate,
             stop_when_stuck=True,
-            start=(value, grads),
+            start=((value, ()), grads),
         )
         residual = tree.norm(end.grads)
         limit = tol if stop.tol is None else stop.tol

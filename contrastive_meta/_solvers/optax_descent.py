@@ -9,13 +9,14 @@ import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._holomorphic import require_holomorphic
-from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
+from contrastive_meta._problem import MetaParams, ModelState, Params, Status, flag, worst
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._solvers._descend import fixed_steps, one_step, steps_to_tolerance
 from contrastive_meta._solvers.base import (
     InnerLoss,
     InnerSolver,
     MinibatchLoss,
+    MovingLosses,
     Solution,
     Stop,
     UnrolledLosses,
@@ -117,20 +118,27 @@ class OptaxDescent(InnerSolver):
         stop: Stop = Stop(),
     ) -> Solution:
         """See `InnerSolver.solve`. With `num_steps` the `stop` argument changes nothing."""
+        return self._solve(MovingLosses.without_state(loss, minibatch_loss), init, (), memory, stop)
+
+    def solve_with_state(
+        self, losses: MovingLosses, init: Params, model_state: ModelState, *, memory: PyTree = ()
+    ) -> Solution:
+        """See `InnerSolver.solve_with_state`."""
+        return self._solve(losses, init, model_state, memory, Stop())
+
+    def _solve(
+        self, losses: MovingLosses, init: Params, model_state: ModelState, memory: PyTree, stop: Stop
+    ) -> Solution:
         optimizer = self._bound_optimizer()
         opt_state = memory if jax.tree.leaves(memory) else optimizer.init(init)
         if self.num_steps is None:
-            return self._solve_to_tolerance(optimizer, loss, init, minibatch_loss, opt_state, stop)
-        params, opt_state, first_loss, first_residual, searched = fixed_steps(
-            optimizer,
-            minibatch_loss or (lambda params, step: loss(params)),
-            init,
-            opt_state,
-            first_step=0,
-            num_steps=self.num_steps,
+            return self._solve_to_tolerance(optimizer, losses, init, opt_state, model_state, stop)
+        params, opt_state, model_state, first_loss, first_residual, searched = fixed_steps(
+            optimizer, losses, init, opt_state, model_state, first_step=0, num_steps=self.num_steps
         )
         # The residual only measures: it must not enter the derivative of a run that is being unrolled.
-        value, grads = tree.value_and_grad(loss)(jax.lax.stop_gradient(params))
+        end, held = jax.lax.stop_gradient((params, model_state))
+        value, grads = tree.value_and_grad(losses.held(held))(end)
         residual = tree.norm(grads)
         return Solution(
             params=params,
@@ -139,6 +147,7 @@ class OptaxDescent(InnerSolver):
             num_steps=jnp.int32(self.num_steps),
             status=judge(first_loss, first_residual, params, value, residual),
             memory=opt_state if self.carry_state else (),
+            model_state=model_state,
         )
 
     def init_memory(self, params: Params) -> PyTree:
@@ -159,19 +168,38 @@ class OptaxDescent(InnerSolver):
         """See `InnerSolver.unroll`."""
         if self.num_steps is None:
             return super().unroll(losses, init, truncate=truncate, checkpoint=checkpoint)
+        return self.unroll_with_state(
+            MovingLosses.without_state(losses.loss, losses.minibatch_loss),
+            MovingLosses.without_state(losses.loss, losses.detached),
+            init,
+            (),
+            truncate=truncate,
+            checkpoint=checkpoint,
+        )[0]
+
+    def unroll_with_state(
+        self,
+        losses: MovingLosses,
+        detached: MovingLosses,
+        init: Params,
+        model_state: ModelState,
+        *,
+        truncate: int | None,
+        checkpoint: bool,
+    ) -> tuple[Params, ModelState]:
+        """See `InnerSolver.unroll_with_state`."""
+        if self.num_steps is None:
+            raise self._cannot_unroll()
         optimizer = self._bound_optimizer()
         kept = self.num_steps if truncate is None else min(truncate, self.num_steps)
-        params, opt_state = init, optimizer.init(init)
+        at = init, optimizer.init(init), model_state
         skipped = self.num_steps - kept
         if skipped:
-            start = jax.lax.stop_gradient((params, opt_state))
-            before = fixed_steps(optimizer, losses.detached, *start, first_step=0, num_steps=skipped)
-            params, opt_state = jax.lax.stop_gradient(before[:2])
-        step_loss = losses.minibatch_loss or (lambda params, step: losses.loss(params))
-        after = fixed_steps(
-            optimizer, step_loss, params, opt_state, first_step=skipped, num_steps=kept, checkpoint=checkpoint
-        )
-        return after[0]
+            start = jax.lax.stop_gradient(at)
+            before = fixed_steps(optimizer, detached, *start, first_step=0, num_steps=skipped)
+            at = jax.lax.stop_gradient(before[:3])
+        after = fixed_steps(optimizer, losses, *at, first_step=skipped, num_steps=kept, checkpoint=checkpoint)
+        return after[0], after[2]
 
     def check_holomorphic(self, params: Params) -> None:
         """Trace one update on complex parameters and look for operations that are not holomorphic."""
@@ -194,25 +222,32 @@ class OptaxDescent(InnerSolver):
         )
 
     def _solve_to_tolerance(
-        self, optimizer: Any, loss: InnerLoss, init: Params, minibatch_loss: Any, opt_state: PyTree, stop: Stop
+        self,
+        optimizer: Any,
+        losses: MovingLosses,
+        init: Params,
+        opt_state: PyTree,
+        model_state: ModelState,
+        stop: Stop,
     ) -> Solution:
-        if minibatch_loss is not None:
+        if losses.minibatch_loss is not None:
             raise ValueError(
                 "OptaxDescent(tol=...) was given a problem with minibatches (`sample`): their gradient norm does not "
                 "go to zero, so it cannot say when to stop. Use `OptaxDescent(optimizer, num_steps=...)`."
             )
-        evaluate = tree.value_and_grad(loss)
-        start = evaluate(init)
-        tol = jnp.asarray(self.tol, tree.float_dtype(start[0]))
+        evaluate = tree.value_and_grad(losses.loss, has_aux=True)
+        start = evaluate(init, model_state)
+        tol = jnp.asarray(self.tol, tree.float_dtype(start[0][0]))
         end = steps_to_tolerance(
             optimizer,
-            loss,
+            losses,
             init,
             opt_state,
+            model_state,
             tol=tol,
             max_steps=self.max_steps,
             stop=stop,
-            evaluate=lambda params, state: evaluate(params),
+            evaluate=lambda params, _, held: evaluate(params, held),
             stop_when_stuck=False,
             start=start,
         )
@@ -220,5 +255,12 @@ class OptaxDescent(InnerSolver):
         limit = tol if stop.tol is None else stop.tol
         unfinished = flag(~(residual <= limit), Status.FREE_NOT_CONVERGED)
         health = judge(jnp.real(end.first_loss), end.first_residual, end.params, end.loss, residual)
-        memory = end.opt_state if self.carry_state else ()
-        return Solution(end.params, residual, end.num_gradients, end.num_steps, worst(unfinished, health), memory)
+        return Solution(
+            end.params,
+            residual,
+            end.num_gradients,
+            end.num_steps,
+            worst(unfinished, health),
+            end.opt_state if self.carry_state else (),
+            end.model_state,
+        )
