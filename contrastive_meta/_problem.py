@@ -256,8 +256,8 @@ class BilevelProblem:
       sample: `(key, task, step) -> task`, the minibatch (and dropout key) of inner step number `step`. `key` is
         already folded with the step. Every phase sees the same sequence, so the sampling noise cancels in the
         contrast. Residuals, statistics and the reported loss use the whole `task`.
-      init_model_state: `(meta_params, task) -> model_state`, any pytree of arrays, integers included. Then
-        `inner_loss(params, meta_params, task, model_state) -> (scalar, new_model_state)`, with `has_aux` or without, and
+      init_model_state: `(meta_params, task) -> model_state`, any pytree of arrays, integers included. Then the losses
+        are `inner_loss(params, meta_params, task, model_state) -> (scalar, new_model_state)`, whatever `has_aux`, and
         `outer_loss(params, meta_params, task, model_state) -> scalar`, or `(scalar, aux)` with `has_aux`.
 
     Example:

@@ -116,8 +116,8 @@ def check(
 
 # What contrast and implicit differentiation leave out is no fault of theirs.
 _HELD = (
-    "The problem has a model state, which finite differences and backprop move with learning and the others hold fixed: "
-    "`check(problem.at(result.model_state), ...)` asks all of them at a fixed one."
+    "The problem has a model state, which finite differences and backprop move with learning and the others hold "
+    "fixed: `check(problem.at(result.model_state), ...)` asks all of them at a fixed one."
 )
 
 

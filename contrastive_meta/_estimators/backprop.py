@@ -35,9 +35,10 @@ from contrastive_meta._solvers.base import InnerSolver, UnrolledLosses, judge
 class BackpropThroughLearning(MetaGradientEstimator):
     """The exact derivative of the outer loss after the steps that the solver takes, whether or not they converge.
 
-    It alone sees the initialisation (through `init_params`) and the optimiser's settings (through
-    `OptaxDescent(lambda meta_params: ...)`), and how a model state follows from learning. Reverse mode keeps every iterate: memory grows with the number of steps.
-    Learning always starts from `init_params`, whatever `state` holds, because the start is differentiated.
+    It alone sees the initialisation (through `init_params`), the optimiser's settings (through
+    `OptaxDescent(lambda meta_params: ...)`), and what learning makes of a model state, through which it differentiates.
+    Reverse mode keeps every iterate: memory grows with the number of steps. Learning always starts from `init_params`
+    and `init_model_state`, whatever `state` holds, because the start is differentiated.
 
     Args:
       solver: a learner with a fixed number of steps, or a differentiable `CallableSolver`; in forward mode any solver

@@ -168,7 +168,7 @@ class MetaGradientEstimator(abc.ABC):
           problem: the bilevel problem.
           meta_params: pytree of real floating arrays.
           task: a single task: pytree of arrays.
-          state: `result.state` of an earlier call, or `init_state(...)`: learning starts from its solution and its model
+          state: `result.state` of an earlier call, or `init_state(...)`: learning starts from its solution and model
             state, with its memory if it was the same solver's.
           key: PRNG key of the minibatch sequence and of sampling estimators; `jax.random.key(0)` by default.
 

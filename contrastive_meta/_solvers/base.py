@@ -184,9 +184,9 @@ class InnerSolver(abc.ABC):
 
     def _cannot_move_state(self) -> TypeError:
         return TypeError(
-            f"{type(self).__name__} cannot move a model state (`init_model_state`): none of its evaluations of the loss is "
-            "the forward pass of a step. Learn with `OptaxDescent(...)`; or hold the state, `problem.at(model_state)`, "
-            "which makes an ordinary problem for any learner."
+            f"{type(self).__name__} cannot move a model state (`init_model_state`): none of its evaluations of the "
+            "loss is the forward pass of a step. Learn with `OptaxDescent(...)`; or hold the state, "
+            "`problem.at(model_state)`, which makes an ordinary problem for any learner."
         )
 
     @property
