@@ -239,8 +239,8 @@ class MetaGradient:
 class BilevelProblem:
     """Meta-parameters shape a learning process whose outcome is judged: algorithm (1) and (2).
 
-    All three functions take `task` last: any pytree of arrays, with support and query data, targets and PRNG
-    keys. Nothing a task needs is captured by closure, so that tasks can be batched.
+    All three functions take `task` last, but for a model state: any pytree of arrays, with support and query data,
+    targets and PRNG keys. Nothing a task needs is captured by closure, so that tasks can be batched.
 
     A model may have a state of its own that no gradient moves: running averages, counters. With `init_model_state` both
     losses take it as a fourth argument. The forward pass of every step of the free phase moves it once, as in ordinary
@@ -262,12 +262,26 @@ class BilevelProblem:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import optax
       >>> import contrastive_meta as cm
       >>> problem = cm.BilevelProblem(
       ...     inner_loss=lambda w, log_decay, task: jnp.sum((w - task) ** 2) + jnp.exp(log_decay) * jnp.sum(w**2),
       ...     outer_loss=lambda w, log_decay, task: jnp.sum((w - 1.0) ** 2),
       ...     init_params=lambda log_decay, task: jnp.zeros_like(task),
       ... )
+
+      With a model state, here a running average of `w` by which it is judged:
+
+      >>> averaged = cm.BilevelProblem(
+      ...     inner_loss=lambda w, pull, task, mean: (0.5 * (w - task) ** 2 + 0.5 * pull * w**2, 0.9 * mean + 0.1 * w),
+      ...     outer_loss=lambda w, pull, task, mean: 0.5 * (w - mean) ** 2 + w,
+      ...     init_params=lambda pull, task: jnp.zeros(()),
+      ...     init_model_state=lambda pull, task: jnp.zeros(()),
+      ... )
+      >>> estimator = cm.Contrastive(cm.OptaxDescent(optax.sgd(0.4), num_steps=200))
+      >>> result = estimator.estimate(averaged, jnp.array(1.0), jnp.array(2.0))
+      >>> round(float(result.model_state), 3), round(float(result.grad), 3)  # w = 2 / (1 + pull), dw/dpull = -1/2
+      (1.0, -0.5)
     """
 
     inner_loss: Loss = static()

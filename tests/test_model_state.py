@@ -1,5 +1,6 @@
 """Model state: the steps of the free phase move it as a training loop does, and nothing else moves it by a bit."""
 
+import dataclasses
 import functools
 
 import jax
@@ -380,6 +381,44 @@ def test_aux_is_the_outer_loss_and_a_state_may_hold_keys_and_single_precision():
     assert result.grad.dtype == jnp.float32
     again = estimator.estimate(problem, META.astype(jnp.float32), None, state=result.state)
     assert jax.tree.structure(again.state) == jax.tree.structure(result.state)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlainDescent(cm.InnerSolver):
+    """A learner of the user's, which moves a state as the documentation says."""
+
+    def solve(self, loss, init, *, minibatch_loss=None, memory=(), stop=cm.Stop()):
+        raise AssertionError("a problem with a state is not learned by `solve`")
+
+    def solve_with_state(self, losses, init, model_state, *, memory=()):
+        params = init
+        for step in range(20):
+            grads, moved = jax.grad(losses.of_step, has_aux=True)(params, model_state, jnp.int32(step))
+            params, model_state = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), moved
+        residual = jnp.linalg.norm(jax.grad(losses.held(model_state))(params))
+        return cm.Solution(params, residual, jnp.int32(21), jnp.int32(20), jnp.int32(0), (), model_state)
+
+
+def test_a_learner_of_the_users_may_move_a_state():
+    problem = counting(quadratic)
+    result, expected = (
+        cm.ImplicitDifferentiation(solver).estimate(problem, META, DATA) for solver in (PlainDescent(), short())
+    )
+    assert int(result.model_state["count"]) == 20
+    # Steps written out are rounded apart from steps of a loop: the last bits.
+    assert relative_error(result.model_state, expected.model_state) < 1e-13
+    assert relative_error(result.grad, expected.grad) < 1e-12
+
+
+def test_complex_phases_read_a_real_state():
+    problem = counting(quadratic)
+    solver = cm.OptaxDescent(optax.sgd(0.2), num_steps=100)
+    scheme = cm.relative(cm.complex_step)
+    result = cm.Contrastive(solver, scheme=scheme, estimate_error=False).estimate(problem, META, DATA)
+    expected = cm.ImplicitDifferentiation(solver, cm.DenseInverse()).estimate(problem, META, DATA)
+    assert_same_bits(result.model_state, expected.model_state)
+    assert relative_error(result.grad, expected.grad) < 1e-9
 
 
 def fitted(meta_params, task):
