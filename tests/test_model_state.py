@@ -274,10 +274,13 @@ def test_a_warm_start_goes_on_with_the_state_under_scan():
     assert_same_bits(state.model_state, expected)
 
 
-def test_first_order_and_backprop_start_the_state_afresh():
-    estimator, problem = cm.BackpropThroughLearning(short()), counting(quadratic)
-    first = estimator.estimate(problem, META, DATA)
-    assert_same_bits(estimator.estimate(problem, META, DATA, state=first.state).model_state, first.model_state)
+@pytest.mark.parametrize("kind", [cm.BackpropThroughLearning, cm.FirstOrder, cm.FiniteDifference])
+def test_estimators_that_start_afresh_start_the_state_afresh(kind):
+    meta_params, task = network()
+    estimate_from = jax.jit(lambda state: kind(short()).estimate(PROBLEM, meta_params, task, state=state).state)
+    first = estimate_from(kind(short()).init_state(PROBLEM, meta_params, task))
+    assert int(first.model_state["count"]) == 20
+    assert_same_bits(estimate_from(first).model_state, first.model_state)
 
 
 def test_a_state_of_nan_is_not_carried_on():
