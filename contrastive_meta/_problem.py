@@ -378,8 +378,8 @@ class BilevelProblem:
 def _split(returned: Any, name: str, second: str | None) -> tuple[jax.Array, Any]:
     """What a loss returned as `(scalar, second)`, checked; None for the second where there is to be none."""
     if second is not None and not (isinstance(returned, tuple) and len(returned) == 2):
-        cause = "has_aux=True" if second == "aux" else "init_model_state"
-        raise TypeError(f"`{name}` must return `(scalar, {second})` with `{cause}`; got {type(returned).__name__}.")
+        cause = "has_aux=True" if second == "aux" else "init_model_state="
+        raise TypeError(f"`{name}` must return `(scalar, {second})` when `{cause}`; got {type(returned).__name__}.")
     value, other = returned if second is not None else (returned, None)
     if isinstance(value, tuple):
         raise TypeError(

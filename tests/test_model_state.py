@@ -457,7 +457,7 @@ def test_mistakes_are_named_at_trace_time():
             estimator.estimate(problem, meta_params, task, **options)
 
     only_loss = replaced(inner_loss=lambda *args: inner_loss(*args)[0])
-    fails(only_loss, TypeError, r"`inner_loss` must return `\(scalar, new_model_state\)` with `init_model_state`")
+    fails(only_loss, TypeError, r"`inner_loss` must return `\(scalar, new_model_state\)` when `init_model_state=`")
     widened = replaced(
         inner_loss=lambda *args: (inner_loss(*args)[0], {**inner_loss(*args)[1], "count": args[3]["count"] + 0.5})
     )
