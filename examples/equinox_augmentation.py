@@ -1,0 +1,63 @@
+"""How far to shift images in training, learned while an Equinox network trains on augmented data."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.scipy.ndimage import map_coordinates
+from sklearn.datasets import load_digits
+
+import contrastive_meta as cm
+
+images, labels = load_digits(return_X_y=True)
+images, labels = jnp.asarray(images, jnp.float32).reshape(-1, 8, 8) / 16, jnp.asarray(labels)
+
+
+@jax.vmap
+def shifted(image, by):  # in pixels, down and to the right; differentiable in `by`
+    rows, columns = jnp.meshgrid(jnp.arange(8.0), jnp.arange(8.0), indexing="ij")
+    return map_coordinates(image, [rows - by[0], columns - by[1]], order=1)
+
+
+# Seen later, but not in training: digits moved sideways, 1 pixel in the root of the mean square.
+seen_later = shifted(images, jnp.array([0.0, 1.0]) * jax.random.normal(jax.random.key(0), (len(images), 2)))
+val, test = ({"x": seen_later[at], "y": labels[at]} for at in (slice(200, 600), slice(600, None)))
+model = eqx.nn.MLP(64, 10, width_size=64, depth=1, activation=jax.nn.gelu, key=jax.random.key(1))
+init_params, static = eqx.partition(model, eqx.is_inexact_array)  # the arrays are `params`
+
+
+def loss(params, data):
+    logits = jax.vmap(eqx.combine(params, static))(data["x"].reshape(-1, 64))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, data["y"]).mean()
+
+
+def inner_loss(params, log_strength, batch):
+    augmented = shifted(images[:200], jnp.exp(log_strength) * batch["normal"])
+    return loss(params, {"x": augmented, "y": labels[:200]}) + 1e-3 * optax.tree.norm(params, squared=True)
+
+
+problem = cm.BilevelProblem(inner_loss, lambda params, _, batch: loss(params, val), lambda *_: init_params)
+
+
+@jax.jit
+def trained(every):
+    optimizers = {"optimizer": optax.sgd(0.2, momentum=0.9), "meta_optimizer": optax.adam(0.05)}
+    start = jnp.log(jnp.array([0.2, 0.2]))  # strength of shifts along rows and columns
+    tx = cm.tune_while_training(**optimizers, problem=problem, init_meta_params=start, every=lambda step: every)
+
+    def step(i, carry):
+        (params, state), batch = (
+            carry,
+            {"normal": jax.random.normal(jax.random.fold_in(jax.random.key(2), i), (200, 2))},
+        )
+        grads = jax.grad(inner_loss)(params, cm.current_meta_params(state), batch)
+        updates, state = tx.update(grads, state, params, task=batch)
+        return optax.apply_updates(params, updates), state
+
+    params, state = jax.lax.fori_loop(0, 600, step, (init_params, tx.init(init_params)))
+    return loss(params, test), jnp.exp(cm.current_meta_params(state))
+
+
+(fixed, _), (tuned, (down, sideways)) = trained(every=1000), trained(every=10)
+print(f"test loss {fixed:.2f} at shifts of 0.2 pixels, {tuned:.2f} at {down:.2f} down and {sideways:.2f} sideways")
+assert tuned < 0.8 * fixed and sideways > 2 * down
