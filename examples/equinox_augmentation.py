@@ -15,8 +15,7 @@ images, labels = jnp.asarray(images, jnp.float32).reshape(-1, 8, 8) / 16, jnp.as
 
 @jax.vmap
 def shifted(image, by):  # in pixels, down and to the right; differentiable in `by`
-    rows, columns = jnp.meshgrid(jnp.arange(8.0), jnp.arange(8.0), indexing="ij")
-    return map_coordinates(image, [rows - by[0], columns - by[1]], order=1)
+    return map_coordinates(image, list(jnp.indices((8, 8)) - by[:, None, None]), order=1)
 
 
 # Seen later, but not in training: digits moved sideways, 1 pixel in the root of the mean square.
@@ -32,29 +31,28 @@ def loss(params, data):
 
 
 def inner_loss(params, log_strength, batch):
-    augmented = shifted(images[:200], jnp.exp(log_strength) * batch["normal"])
-    return loss(params, {"x": augmented, "y": labels[:200]}) + 1e-3 * optax.tree.norm(params, squared=True)
+    augmented = {"x": shifted(images[:200], jnp.exp(log_strength) * batch["normal"]), "y": labels[:200]}
+    return loss(params, augmented) + 1e-3 * optax.tree.norm(params, squared=True)
 
 
 problem = cm.BilevelProblem(inner_loss, lambda params, _, batch: loss(params, val), lambda *_: init_params)
+log_strength = jnp.log(jnp.array([0.2, 0.2]))  # of shifts down and sideways
 
 
 @jax.jit
 def trained(every):
-    optimizers = {"optimizer": optax.sgd(0.2, momentum=0.9), "meta_optimizer": optax.adam(0.05)}
-    start = jnp.log(jnp.array([0.2, 0.2]))  # strength of shifts along rows and columns
-    tx = cm.tune_while_training(**optimizers, problem=problem, init_meta_params=start, every=lambda step: every)
+    settings = {"problem": problem, "init_meta_params": log_strength, "every": lambda step: every}
+    tx = cm.tune_while_training(optax.sgd(0.2, momentum=0.9), meta_optimizer=optax.adam(0.05), **settings)
 
-    def step(i, carry):
-        (params, state), batch = (
-            carry,
-            {"normal": jax.random.normal(jax.random.fold_in(jax.random.key(2), i), (200, 2))},
-        )
+    def step(_, carry):
+        params, state, key = carry
+        batch, key = {"normal": jax.random.normal(key, (200, 2))}, jax.random.fold_in(key, 0)
         grads = jax.grad(inner_loss)(params, cm.current_meta_params(state), batch)
         updates, state = tx.update(grads, state, params, task=batch)
-        return optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, updates), state, key
 
-    params, state = jax.lax.fori_loop(0, 600, step, (init_params, tx.init(init_params)))
+    carry = init_params, tx.init(init_params), jax.random.key(2)
+    params, state, _ = jax.lax.fori_loop(0, 600, step, carry)
     return loss(params, test), jnp.exp(cm.current_meta_params(state))
 
 

@@ -10,8 +10,8 @@ import contrastive_meta as cm
 
 images, labels = load_digits(return_X_y=True)
 images, labels = jnp.asarray(images, jnp.float32).reshape(-1, 8, 8, 1) / 16, jnp.asarray(labels)
-train, val, test = ({"x": images[at], "y": labels[at]} for at in (slice(100), slice(100, 400), slice(400, None)))
-batch = {"train": train, "val": val}
+parts = {"train": slice(100), "val": slice(100, 400), "test": slice(400, None)}
+data = {name: {"x": images[at], "y": labels[at]} for name, at in parts.items()}
 
 
 class CNN(nnx.Module):
@@ -27,9 +27,8 @@ class CNN(nnx.Module):
 graphdef, init_params = nnx.split(CNN(nnx.Rngs(0)))  # the arrays are `params`; the rest is code
 
 
-def loss(params, data):
-    logits = nnx.merge(graphdef, params)(data["x"])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, data["y"]).mean()
+def loss(params, part):
+    return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graphdef, params)(part["x"]), part["y"]).mean()
 
 
 def inner_loss(params, log_decay, batch):
@@ -38,22 +37,25 @@ def inner_loss(params, log_decay, batch):
 
 
 problem = cm.BilevelProblem(inner_loss, lambda params, _, batch: loss(params, batch["val"]), lambda *_: init_params)
-log_decay = {name: jnp.log(1e-4) for name in ("conv1", "conv2", "head")}
 
 
 @jax.jit
 def trained(every):
-    optimizers = {"optimizer": optax.sgd(0.1, momentum=0.9), "meta_optimizer": optax.adam(0.2)}
-    tx = cm.tune_while_training(**optimizers, problem=problem, init_meta_params=log_decay, every=lambda step: every)
+    settings = {
+        "problem": problem,
+        "init_meta_params": dict.fromkeys(init_params, jnp.log(1e-4)),
+        "every": lambda step: every,
+    }
+    tx = cm.tune_while_training(optax.sgd(0.1, momentum=0.9), meta_optimizer=optax.adam(0.2), **settings)
 
     def step(_, carry):
         params, state = carry
-        grads = jax.grad(inner_loss)(params, cm.current_meta_params(state), batch)
-        updates, state = tx.update(grads, state, params, task=batch)
+        grads = jax.grad(inner_loss)(params, cm.current_meta_params(state), data)
+        updates, state = tx.update(grads, state, params, task=data)
         return optax.apply_updates(params, updates), state
 
     params, state = jax.lax.fori_loop(0, 400, step, (init_params, tx.init(init_params)))
-    return loss(params, test), jax.tree.map(jnp.exp, cm.current_meta_params(state))
+    return loss(params, data["test"]), jax.tree.map(jnp.exp, cm.current_meta_params(state))
 
 
 (fixed, _), (tuned, decays) = trained(every=1000), trained(every=10)

@@ -9,17 +9,13 @@ from sklearn.datasets import load_digits
 
 import contrastive_meta as cm
 
-NUM_TRAIN = 300
 images, labels = load_digits(return_X_y=True)
 rng = np.random.default_rng(0)
-noisy = rng.random(NUM_TRAIN) < 0.5  # these get a label drawn at random, a tenth of them the right one
-given = np.where(noisy, rng.integers(10, size=NUM_TRAIN), labels[:NUM_TRAIN])
-wrong, images = given != labels[:NUM_TRAIN], jnp.asarray(images, jnp.float32) / 16
-train = {"x": images[:NUM_TRAIN], "y": jnp.asarray(given)}
-val, test = ({"x": images[at], "y": jnp.asarray(labels[at])} for at in (slice(300, 400), slice(400, None)))
-batch = {"train": train, "val": val}
-
-network = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([64, 10], activation=jax.nn.tanh)(x)))
+wrong = rng.random(300) < 0.5
+labels[:300] = np.where(wrong, (labels[:300] + rng.integers(1, 10, size=300)) % 10, labels[:300])
+images, labels = jnp.asarray(images, jnp.float32) / 16, jnp.asarray(labels)
+train, val, test = ({"x": images[at], "y": labels[at]} for at in (slice(300), slice(300, 400), slice(400, None)))
+network = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([64, 10], activation=jax.nn.tanh)(2 * x - 1)))
 init_params = network.init(jax.random.key(0), train["x"])  # a dict of dicts of arrays: `params`
 
 
@@ -28,27 +24,22 @@ def losses(params, data):
 
 
 def inner_loss(params, logits, batch):
-    decay = 1e-3 * optax.tree.norm(params, squared=True)
-    return jnp.mean(jax.nn.sigmoid(logits) * losses(params, batch["train"])) + decay
+    weighted = jax.nn.sigmoid(logits) * losses(params, batch)
+    return jnp.mean(weighted) + 1e-3 * optax.tree.norm(params, squared=True)
 
 
-def outer_loss(params, logits, batch):
-    return losses(params, batch["val"]).mean()
-
-
-problem = cm.BilevelProblem(inner_loss, outer_loss, lambda *_: init_params)
+problem = cm.BilevelProblem(inner_loss, lambda params, _, batch: losses(params, val).mean(), lambda *_: init_params)
 
 
 @jax.jit
 def trained(every):
-    optimizers = {"optimizer": optax.sgd(0.2, momentum=0.9), "meta_optimizer": optax.adam(0.1)}
-    start = jnp.zeros(NUM_TRAIN)
-    tx = cm.tune_while_training(**optimizers, problem=problem, init_meta_params=start, every=lambda step: every)
+    settings = {"problem": problem, "init_meta_params": jnp.zeros(300), "every": lambda step: every}
+    tx = cm.tune_while_training(optax.sgd(0.2, momentum=0.9), meta_optimizer=optax.adam(0.1), **settings)
 
     def step(_, carry):
         params, state = carry
-        grads = jax.grad(inner_loss)(params, cm.current_meta_params(state), batch)
-        updates, state = tx.update(grads, state, params, task=batch)
+        grads = jax.grad(inner_loss)(params, cm.current_meta_params(state), train)
+        updates, state = tx.update(grads, state, params, task=train)
         return optax.apply_updates(params, updates), state
 
     params, state = jax.lax.fori_loop(0, 1000, step, (init_params, tx.init(init_params)))
