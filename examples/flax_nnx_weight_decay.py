@@ -8,8 +8,7 @@ from sklearn.datasets import load_digits
 
 import contrastive_meta as cm
 
-images, labels = load_digits(return_X_y=True)
-images, labels = jnp.asarray(images, jnp.float32).reshape(-1, 8, 8, 1) / 16, jnp.asarray(labels)
+images, labels = jnp.asarray(load_digits().images[..., None] / 16), jnp.asarray(load_digits().target)
 parts = {"train": slice(100), "val": slice(100, 400), "test": slice(400, None)}
 data = {name: {"x": images[at], "y": labels[at]} for name, at in parts.items()}
 
@@ -36,16 +35,13 @@ def inner_loss(params, log_decay, batch):
     return loss(params, batch["train"]) + penalty / 2
 
 
+log_decay = dict.fromkeys(("conv1", "conv2", "head"), jnp.log(1e-4))
 problem = cm.BilevelProblem(inner_loss, lambda params, _, batch: loss(params, batch["val"]), lambda *_: init_params)
 
 
 @jax.jit
 def trained(every):
-    settings = {
-        "problem": problem,
-        "init_meta_params": dict.fromkeys(init_params, jnp.log(1e-4)),
-        "every": lambda step: every,
-    }
+    settings = {"problem": problem, "init_meta_params": log_decay, "every": lambda step: every}
     tx = cm.tune_while_training(optax.sgd(0.1, momentum=0.9), meta_optimizer=optax.adam(0.2), **settings)
 
     def step(_, carry):

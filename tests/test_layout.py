@@ -144,8 +144,13 @@ def test_imports_go_one_way_and_reach_only_the_dependencies(path: Path) -> None:
 
 def outside_files() -> list[Path]:
     """Code and pages that stand where a user stands."""
-    scripts = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
-    return [*scripts, *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+    scripts = [path for folder in ("tests", "benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [
+        *scripts,
+        *sorted(ROOT.glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
+        *sorted((ROOT / "examples").glob("*.md")),
+    ]
 
 
 @pytest.mark.parametrize("path", outside_files(), ids=lambda path: str(path.relative_to(ROOT)))
