@@ -110,7 +110,8 @@ def sum_over_tasks(
       The sum, and what is kept along a leading axis of tasks.
     """
     size = min(batch_size, num_tasks)
-    whole = num_tasks - num_tasks % size
+    num_batches = num_tasks // size
+    whole = num_batches * size
 
     def batch(chunk: Any) -> Any:
         added, kept = jax.vmap(one)(*chunk)
@@ -120,17 +121,23 @@ def sum_over_tasks(
         added, kept = batch(chunk)
         return tree.add(total, added), kept
 
-    if whole == size == num_tasks:
-        total, kept = batch(inputs)
-    else:
-        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), inputs)
-        first = jax.eval_shape(batch, jax.tree.map(lambda x: x[0], chunks))[0]
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        total, kept = jax.lax.scan(accumulate, zero, chunks)
-        kept = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), kept)
-        if whole < num_tasks:
-            total, rest = accumulate(total, jax.tree.map(lambda x: x[whole:], inputs))
-            kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, rest)
+    if num_batches == 1 and whole == num_tasks:
+        return batch(inputs)
+
+    # Batch k takes every num_batches-th task, from number k on: where tasks are spread over devices, each device then
+    # has its share of every batch, and no task has to travel.
+    columns = jax.tree.map(lambda x: x[:whole].reshape(size, num_batches, *x.shape[1:]), inputs)
+
+    def column(k: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, axis=1, keepdims=False), columns)
+
+    first = jax.eval_shape(lambda: batch(column(0)))[0]
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    total, kept = jax.lax.scan(lambda total, k: accumulate(total, column(k)), zero, jnp.arange(num_batches))
+    kept = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(whole, *x.shape[2:]), kept)
+    if whole < num_tasks:
+        total, rest = accumulate(total, jax.tree.map(lambda x: x[whole:], inputs))
+        kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, rest)
     return total, kept
 
 
