@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators.base import MetaGradientEstimator
+from contrastive_meta._layout import along_tasks, as_laid_out, copied, leave_to_compiler
 from contrastive_meta._problem import BilevelProblem, Diagnostics, MetaGradient, MetaParams, Status, Task
 from contrastive_meta._pytree import PyTree
 
@@ -29,7 +30,8 @@ def value_and_meta_grad(
     Args:
       problem: the bilevel problem of one task.
       estimator: any estimator.
-      batch_size: how many tasks learn at once, the rest waiting; None for all. Memory grows with it.
+      batch_size: how many tasks learn at once, the rest waiting; None for all. Memory grows with it. Where tasks are
+        laid out over devices, a multiple of their number, lest tasks travel.
       has_aux: return `((value, diagnostics), grad)`, the diagnostics of each task along a leading axis; for problems
         with a model state `((value, (diagnostics, model_state)), grad)`, the state of each task likewise.
 
@@ -59,8 +61,16 @@ def value_and_meta_grad(
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
 
     def evaluate(meta_params: MetaParams, tasks: Task, *, key: jax.Array | None = None) -> Any:
+        def layout(mesh: Any) -> PyTree:
+            value = (copied(mesh), along_tasks(tasks, mesh)) if has_aux else copied(mesh)
+            return value, as_laid_out(meta_params, mesh)
+
+        key = jax.random.key(0) if key is None else key
+        return leave_to_compiler(over_tasks, (meta_params, tasks, key), layout)
+
+    def over_tasks(meta_params: MetaParams, tasks: Task, key: jax.Array) -> Any:
         num_tasks = count_tasks(tasks)
-        keys = jax.random.split(jax.random.key(0) if key is None else key, num_tasks)
+        keys = jax.random.split(key, num_tasks)
 
         def one(task: Task, key: jax.Array) -> tuple[tuple[jax.Array, MetaParams], PyTree]:
             result = estimator.estimate(problem, meta_params, task, key=key)
@@ -99,6 +109,8 @@ def sum_over_tasks(
     one: Callable[..., tuple[PyTree, PyTree]], inputs: tuple[PyTree, ...], num_tasks: int, batch_size: int
 ) -> tuple[PyTree, PyTree]:
     """Sum batch by batch, so that only one batch of meta-gradients exists at a time.
+
+    Tasks spread over devices stay where they are if `batch_size` and the number of tasks are multiples of theirs.
 
     Args:
       one: from the inputs of one task to what is summed over tasks and what is kept of each.

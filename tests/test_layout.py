@@ -32,6 +32,7 @@ ORDER = (
     "_inverse_hessian",
     "_estimators",
     "_argmin",
+    "_layout",
     "_front",
     "_optax",
     "_compare",

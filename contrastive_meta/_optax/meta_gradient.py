@@ -11,6 +11,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._front import count_tasks, sum_over_tasks
+from contrastive_meta._layout import along_tasks, as_laid_out, leave_to_compiler
 from contrastive_meta._optax._border import USABLE, completed, failed, hides, no_diagnostics, required, show, summary
 from contrastive_meta._problem import (
     BilevelProblem,
@@ -161,7 +162,11 @@ class _Batch:
                     "put `optax.masked` or `optax.multi_transform` around the wrapped optimizer instead."
                 )
             count_tasks(warm_start)
-            inner = jax.vmap(lambda task: self.estimator.init_state(self.problem, meta_params, task))(warm_start)
+
+            def fresh(meta_params: MetaParams, tasks: Task) -> EstimatorState:
+                return jax.vmap(lambda task: self.estimator.init_state(self.problem, meta_params, task))(tasks)
+
+            inner = leave_to_compiler(fresh, (meta_params, warm_start), lambda mesh: along_tasks(warm_start, mesh))
         return MetaGradientState(jnp.int32(0), inner, nothing, diagnostics, jnp.int32(0))
 
     def one(
@@ -179,6 +184,13 @@ class _Batch:
 
 @functools.partial(jax.jit, inline=True)
 def _update(
+    batch: _Batch, meta_params: MetaParams, tasks: Task, state: MetaGradientState, key: jax.Array | None
+) -> tuple[MetaParams, MetaGradientState]:
+    everything = batch, meta_params, tasks, state, key
+    return leave_to_compiler(_over_tasks, everything, lambda mesh: as_laid_out((meta_params, state), mesh))
+
+
+def _over_tasks(
     batch: _Batch, meta_params: MetaParams, tasks: Task, state: MetaGradientState, key: jax.Array | None
 ) -> tuple[MetaParams, MetaGradientState]:
     num_tasks = count_tasks(tasks)
