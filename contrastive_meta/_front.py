@@ -134,7 +134,8 @@ def sum_over_tasks(
         return tree.add(total, added), kept
 
     if num_batches == 1 and whole == num_tasks:
-        return batch(inputs)
+        total, kept = batch(inputs)
+        return total, kept
 
     # Batch k takes every num_batches-th task, from number k on: where tasks are spread over devices, each device then
     # has its share of every batch, and no task has to travel.
