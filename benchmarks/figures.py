@@ -100,6 +100,33 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def draw_tuning(records: Sequence[Record], path: Path) -> Path:
+    """Test accuracy along the training run: the mean over seeds, and their range."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    for index, name in enumerate(dict.fromkeys(record["case"] for record in records)):
+        here = [record for record in records if record["case"] == name]
+        runs = [[100 * value for value in record["accuracies"]] for record in here]
+        num = len(runs[0])
+        steps = [here[0]["setting"]["num_steps"] * (k + 1) / num for k in range(num)]
+        at_a_step = list(zip(*runs, strict=True))
+        style: dict[str, Any] = {
+            "color": _COLOURS[index % len(_COLOURS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": "-" if index < len(_COLOURS) else "--",
+        }
+        means = [sum(values) / len(values) for values in at_a_step]
+        axis.plot(steps, means, label=name, markersize=3.2, linewidth=1.2, **style)
+        low, high = ([pick(values) for values in at_a_step] for pick in (min, max))
+        axis.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    axis.set_xlabel("training steps")
+    axis.set_ylabel("test accuracy (%)")
+    axis.set_title("Half of the training labels are wrong: one training run", fontsize=11)
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

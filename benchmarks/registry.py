@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import beta_curves, estimators, scaling_steps, speed, speed_scaling, trust
+from benchmarks import beta_curves, estimators, scaling_steps, speed, speed_scaling, trust, tuning
 from benchmarks.harness import Record, Session
 
 
@@ -44,5 +44,6 @@ BENCHMARKS = {
             main_job=False,
         ),
         Benchmark(trust.NAME, trust.ABOUT, trust.run, trust.show, trust.draw, main_job=False),
+        Benchmark(tuning.NAME, tuning.ABOUT, tuning.run, tuning.show, tuning.draw, main_job=False),
     )
 }
