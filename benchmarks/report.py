@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import estimators, scaling_steps, speed, speed_scaling, speed_tables
+from benchmarks import estimators, scaling_steps, speed, speed_scaling, speed_tables, tuning
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE
 from benchmarks.registry import BENCHMARKS, Benchmark
@@ -26,6 +26,8 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
     pages = {PACKAGE_FOLDER.parent / "README.md": render_readme_block(records)}
     if newest_runs(records, speed.NAME):
         pages[PACKAGE_FOLDER.parent / "docs" / "performance.md"] = render_speed_block(records)
+    if newest_runs(records, tuning.NAME):
+        pages[PACKAGE_FOLDER.parent / "docs" / "optax.md"] = render_tuning_block(records)
     if check:
         return max(_check(page, block) for page, block in pages.items())
     for benchmark in BENCHMARKS.values():
@@ -105,7 +107,7 @@ def render_readme_block(records: Sequence[Record]) -> str:
         parts.append(_errors_table(rows))
     for rows in newest_runs(records, scaling_steps.NAME)[:1]:
         parts.append(scaling_steps.read(rows))
-    rest = [record for record in records if record["benchmark"] not in (speed.NAME, speed_scaling.NAME)]
+    rest = [record for record in records if record["benchmark"] not in (speed.NAME, speed_scaling.NAME, tuning.NAME)]
     parts.append(_provenance(rest, "python -m benchmarks"))
     return "\n\n".join(parts)
 
@@ -119,6 +121,13 @@ def render_speed_block(records: Sequence[Record]) -> str:
         parts.append(f"In {rows[0]['precision']}, seeds {seeds[0]} to {seeds[-1]}:\n\n```text\n{text}\n```")
     speed_records = [record for record in records if record["benchmark"] == speed.NAME]
     return "\n\n".join([*parts, _provenance(speed_records, "python -m benchmarks run speed")])
+
+
+def render_tuning_block(records: Sequence[Record]) -> str:
+    """What the tuning records come to, as Markdown."""
+    parts = [f"```text\n{tuning.show(rows)}\n```" for rows in newest_runs(records, tuning.NAME)]
+    tuning_records = [record for record in records if record["benchmark"] == tuning.NAME]
+    return "\n\n".join([*parts, _provenance(tuning_records, "python -m benchmarks run tuning")])
 
 
 def _errors_table(rows: Sequence[Record]) -> str:

@@ -30,7 +30,7 @@ SINGLE, ALTERNATING, DARTS, WINDOW = "single loop", "alternating", "unrolled, 1 
 _TUNED: dict[str, tuple[Callable[[Setting], Tuned], Choices]] = {
     SINGLE: (tuned, Choices(rate=0.02, every=1, mode=cm.SingleLoop(beta=1.0))),
     ALTERNATING: (tuned, Choices(rate=0.1, every=10, mode=cm.Alternating(beta=1.0))),
-    DARTS: (lambda setting: unrolled(setting, 1, 0.05), Choices(rate=0.1, every=10)),
+    DARTS: (lambda setting: unrolled(setting, 1, 0.05), Choices(rate=0.05, every=2)),
     WINDOW: (lambda setting: unrolled(setting, 5, 0.05), Choices(rate=0.1, every=10)),
 }
 CASES = (PLAIN, ORACLE, CLEAN, *_TUNED, SEARCH)
