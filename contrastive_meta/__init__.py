@@ -1,6 +1,7 @@
 """Meta-gradients by running learning twice: a free phase, a nudged phase, and their contrast."""
 
 from contrastive_meta import architectures as architectures
+from contrastive_meta import local_learners as local_learners
 from contrastive_meta import problems as problems
 from contrastive_meta._argmin import Adjoint as Adjoint
 from contrastive_meta._argmin import BackpropAdjoint as BackpropAdjoint

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import contrastive_meta as cm
-from contrastive_meta import architectures, problems
+from contrastive_meta import architectures, local_learners, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "contrastive_meta"
@@ -38,6 +38,7 @@ ORDER = (
     "_compare",
     "problems",
     "architectures",
+    "local_learners",
 )
 # Problems are examples of what a user writes, so they get no more of the package than a user has.
 SEEN_BY_PROBLEMS = {"_pytree", "_problem", "problems"}
@@ -99,7 +100,12 @@ def python_in_markdown(text: str) -> Iterator[ast.AST]:
 
 def public_names() -> Iterator[tuple[str, Any]]:
     """What `import contrastive_meta` and `contrastive_meta.problems` offer, by the name a user types."""
-    for prefix, module in (("", cm), ("problems.", problems), ("architectures.", architectures)):
+    for prefix, module in (
+        ("", cm),
+        ("problems.", problems),
+        ("architectures.", architectures),
+        ("local_learners.", local_learners),
+    ):
         syntax = ast.parse(Path(inspect.getfile(module)).read_text())
         for node in ast.walk(syntax):
             if isinstance(node, ast.ImportFrom):
