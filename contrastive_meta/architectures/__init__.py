@@ -1,5 +1,7 @@
 """Ways to split a network into what learns each task and what is meta-learned, each with its plasticity rule."""
 
+from contrastive_meta.architectures._cnn import cnn as cnn
+from contrastive_meta.architectures._cnn import cnn_params as cnn_params
 from contrastive_meta.architectures._mlp import mlp as mlp
 from contrastive_meta.architectures._mlp import mlp_params as mlp_params
 from contrastive_meta.architectures._mlp import with_context as with_context

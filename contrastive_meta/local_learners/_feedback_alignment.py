@@ -67,7 +67,7 @@ class FeedbackAlignment:
         _check(self.feedback, params, names)
         for name in names:
             layer = params[name]
-            sent = jax.lax.stop_gradient(x) if name in self.feedback else x
+            sent = _one_way(x) if name in self.feedback else x
             affine = transmit(sent, layer["kernel"], layer["bias"])
             if name in self.feedback:
                 affine += self._delivered(name, x, affine)
@@ -84,7 +84,9 @@ class FeedbackAlignment:
                 f"FeedbackAlignment: feedback of {name} must have the shape of its kernel, {expected}; got "
                 f"{jnp.shape(feedback)}. `random_feedback(key, params)` draws it."
             )
-        return _feedback(x, jax.lax.stop_gradient(feedback))
+        # A constant: no reason for a coarser network to become finer.
+        fixed = jax.lax.stop_gradient(jnp.asarray(feedback, affine.dtype))
+        return _feedback(x.astype(affine.dtype), fixed)
 
 
 def random_feedback(key: jax.Array, params: PyTree) -> dict[str, jax.Array]:
@@ -124,6 +126,11 @@ def _check(feedback: Any, params: Any, names: list[str]) -> None:
             f"FeedbackAlignment: expected feedback for every layer but the first, {names[1:]}; got {sorted(feedback)}. "
             "`random_feedback(key, params)` draws it."
         )
+
+
+# Not `stop_gradient`: the update depends on activities, and so do second derivatives, which are those of the update.
+_one_way: Callable[[jax.Array], jax.Array] = jax.custom_vjp(lambda x: x)
+_one_way.defvjp(lambda x: (x, None), lambda _, error: (jnp.zeros_like(error),))  # type: ignore[attr-defined]
 
 
 def _feedback_forward(x: jax.Array, feedback: jax.Array) -> tuple[jax.Array, Any]:

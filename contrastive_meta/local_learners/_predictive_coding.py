@@ -20,10 +20,10 @@ class PredictiveCoding:
 
         F(s) = 1/2 sum_l p_l |e_l|^2,   e_l = s_l - act(s_{l-1} W_l + b_l),   s_0 = x,   without act for the outputs
 
-    with p_l = 1 but for the outputs, whose p is `precision`. `apply` gives the outputs of the network run forwards,
-    where all e_l are 0. Its derivative is predictive coding: the outputs are clamped to out - v, with v the error that
-    arrives at them, the derivative of any loss; hidden units descend F, each moved by its own e_l and by what comes back
-    of e_{l+1}; and
+    with p_l = 1, but `precision` for the outputs. `apply` gives the outputs of the network run forwards, where all e_l
+    are 0. Its derivative is predictive coding: the outputs are clamped to out - v, with v the error that arrives at
+    them, the derivative of any loss; hidden units descend F, each moved by its own e_l and by what comes back of
+    e_{l+1}; and
 
         dL/dW_l = dF/dW_l / precision = -s_{l-1} (p_l e_l act') / precision
 
