@@ -438,7 +438,7 @@ def test_relaxation_to_a_tolerance():
     params, (x, y) = network(0), data(2)
     fixed = local_learners.EquilibriumPropagation(1e-3, SETTLED)
     exact = jax.grad(lambda w: squared_error(fixed.equilibrium(w, x).states[-1], y))(params)
-    # The nudge is far below the tolerance of activities: it is a tolerance in units of the nudge, or nothing would move.
+    # The nudge is far below the tolerance of activities: its tolerance is in units of it, or nothing would move.
     loose = local_learners.EquilibriumPropagation(1e-3, local_learners.Relaxation(tol=1e-2, num_steps=500))
     update = jax.jit(jax.grad(lambda w: squared_error(loose.apply(w, x), y)))(params)
     assert relative_error(update, exact) < 0.1
