@@ -17,6 +17,7 @@ from benchmarks import (
     beta_curves,
     estimators,
     figures,
+    plasticity,
     report,
     speed_figures,
     speed_problems,
@@ -39,6 +40,7 @@ from benchmarks.data import (
     newsgroups,
 )
 from benchmarks.harness import Progress, Session, plain, precision
+from benchmarks.plasticity_learners import equilibrium_digits
 from benchmarks.registry import BENCHMARKS
 from benchmarks.speed_measure import Programs, measure
 from benchmarks.speed_methods import FAST, FREE_PHASE, IMPLICIT_CG, Outcome, Point
@@ -363,3 +365,31 @@ def test_speed_in_small(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     assert max(errors.values()) < 3e-3
     assert {row["precision"] for row in rows} == {"float32"}
     assert f"contrast, {'fast'}" in capsys.readouterr().out
+
+
+def test_plasticity_draws_tasks_that_meta_learning_never_sees() -> None:
+    """Earlier code learned on what it was judged by: held-out images are others, and none is twice in a task."""
+    course = equilibrium_digits(_session())
+    tasks, held_out = course.draw(jax.random.key(0), 3), course.held_out(jax.random.key(0), 3)
+    images = [{leaf.tobytes() for part in (t.x_train, t.x_val) for leaf in np.asarray(part).reshape(-1, 64)}
+              for t in (tasks, held_out)]  # fmt: skip
+    assert not images[0] & images[1]
+    one = [leaf.tobytes() for part in (tasks.x_train, tasks.x_val) for leaf in np.asarray(part[0])]
+    assert len(set(one)) == len(one)
+    assert sorted(np.asarray(tasks.y_train[0]).tolist()) == sorted([*range(5)] * 5)
+
+
+def test_plasticity_shows_and_draws_records(tmp_path: Path) -> None:
+    pictures = [
+        {"kind": "images", "rows": np.zeros((2, 8, 8)).tolist(), "names": ["pixels", "noise"]},
+        {"kind": "layers", "rows": [0.1, 0.2], "names": ["a", "b"]},
+        {"kind": "tasks", "rows": [[0.0, 1.0], [1.0, 0.0]], "names": ["tasks"]},
+    ]
+    common = {"score": "error", "before": 1.0, "after": 0.5, "number": 0.5, "says": "x"}
+    rows = [_record(case=picture["kind"], picture=picture, **common) for picture in pictures]
+    rows.append(_record(case="e-prop RSNN", threshold=0.6, **common))
+    rows.append(_record(case="EP in EP", **{**common, "score": "accuracy"}))
+    text = plasticity.show(rows)
+    assert "4 of 5 are better" in text and "error is below 0.6" in text
+    (path,) = plasticity.draw(rows, tmp_path)
+    assert path.stat().st_size > 10_000

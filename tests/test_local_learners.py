@@ -295,22 +295,19 @@ def test_both_levels_by_equilibrium_propagation():
     assert abs(np.log2(errors[0] / errors[1]) - 2) < 0.15
 
 
-@pytest.mark.parametrize("name", ["equilibrium propagation", "predictive coding"])
-def test_other_estimators_take_them_as_they_are(name):
-    """Nobody knows what learns: updates are near a gradient's, so all agree to about their distance from it."""
-    split, task = small_split(name), small_task(3)
+def test_other_estimators_take_them_as_they_are():
+    """Nobody knows what learns: the update is near a gradient, so all agree to about its distance from one."""
+    split, task = small_split("equilibrium propagation"), small_task(3)
     at = split.problem, split.meta_params, task
     published = as_published(split, cm.central_difference(1e-3)).estimate(*at)
-    others = [
-        cm.Contrastive(LEARNER, rule=split.rule, estimate_error=False),
-        cm.ImplicitDifferentiation(LEARNER),
-        cm.BackpropThroughLearning(LEARNER),
-    ]
-    # Of predictive coding at precision 0.1 the Jacobian is not symmetric: 4 %, measured. Backprop also differentiates
-    # through what the inner contrast leaves out.
-    tolerance = 5e-3 if name == "equilibrium propagation" else 0.06
-    for estimator in others:
-        assert relative_error(estimator.estimate(*at).grad, published.grad) < tolerance
+    default = cm.Contrastive(LEARNER, rule=split.rule, estimate_error=False).estimate(*at)
+    implicit = cm.ImplicitDifferentiation(LEARNER, estimate_error=False).estimate(*at)
+    backprop = cm.BackpropThroughLearning(LEARNER).estimate(*at)
+    # The first two are contrasts and Hessians of the same update: truncation of the former, 7e-7, measured.
+    assert relative_error(default.grad, published.grad) < 1e-5
+    assert relative_error(implicit.grad, published.grad) < 1e-5
+    # Backprop has the transpose of the update's Jacobian: 2e-3, by the square of the inner beta.
+    assert relative_error(backprop.grad, published.grad) < 1e-2
 
 
 def test_what_is_estimated_where_the_update_is_no_gradient():
@@ -331,10 +328,9 @@ def test_what_is_estimated_where_the_update_is_no_gradient():
     assert relative_error(got, exact_form) > 0.02  # which the test can tell apart
 
 
-@pytest.mark.parametrize("name", LEARNERS)
-def test_the_negative_nudge_is_not_dropped(name):
+def test_the_negative_nudge_is_not_dropped():
     """Earlier code dropped it and so got half of the forward estimate from the symmetric one."""
-    split, task = small_split(name), small_task(3)
+    split, task = small_split("predictive coding"), small_task(3)
     forward, central = (
         as_published(split, scheme).estimate(split.problem, split.meta_params, task).grad
         for scheme in (cm.forward_difference(1e-3), cm.central_difference(1e-3))
@@ -381,7 +377,7 @@ def test_eprop_with_a_readout_that_learns_has_a_closed_form():
 
 def test_a_batch_is_the_mean_and_phases_measure_where_they_ended():
     """Earlier code updated by the last task's gradient over the number of tasks, and measured before the last step."""
-    split, tasks = small_split("equilibrium propagation"), [small_task(3), small_task(13)]
+    split, tasks = small_split("feedback alignment"), [small_task(3), small_task(13)]
     estimator = as_published(split, cm.central_difference(1e-2))
     single = [estimator.estimate(split.problem, split.meta_params, task) for task in tasks]
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
@@ -391,9 +387,9 @@ def test_a_batch_is_the_mean_and_phases_measure_where_they_ended():
     assert np.isclose(float(value), sum(float(r.outer_loss) for r in single) / 2, rtol=1e-12)
 
     # The contrast, phase by phase by hand, with the statistic at the very end of each.
+    @jax.jit
     def end(beta, start):
-        loss = lambda w: split.problem.nudged(w, split.meta_params, tasks[0], beta)  # noqa: E731
-        return LEARNER.solve(loss, start).params
+        return LEARNER.solve(lambda w: split.problem.nudged(w, split.meta_params, tasks[0], beta), start).params
 
     free = end(0.0, split.meta_params["anchor"])
     plus, minus = end(1e-2, free), end(-1e-2, free)
