@@ -28,25 +28,36 @@ EPROP_THRESHOLD = 0.6
 
 
 def run(session: Session) -> None:
-    """Every rule, then both local learners; float32."""
+    """Every rule, then both local learners, or those of `--cases` (rules, equilibrium, eprop); float32."""
+    parts = {"rules": _rules, "equilibrium": _equilibrium, "eprop": _eprop}
     with precision(False):
-        for case in [] if session.cases and "rules" not in session.cases else cases(session):
-            before, after, meta_params, tasks = _taught(session, case.name, case.course)
-            picture = case.look(meta_params, tasks)
-            _record(session, case.name, case.score, before, after, picture=picture._asdict())
-        if not session.cases or "learners" in session.cases:
-            _learners(session)
+        for name, part in parts.items():
+            if not session.cases or name in session.cases:
+                part(session)
 
 
-def _learners(session: Session) -> None:
+def _rules(session: Session) -> None:
+    for case in cases(session):
+        before, after, meta_params, tasks = _taught(session, case.name, case.course)
+        picture = case.look(meta_params, tasks)
+        common = {"number": picture.number, "says": picture.says, "picture": picture._asdict()}
+        _record(session, case.name, case.score, before, after, **common)
+
+
+def _equilibrium(session: Session) -> None:
     course = equilibrium_digits(session)
     before, after, meta_params, tasks = _taught(session, "EP in EP", course)
     cosines = _cosines(session, course, meta_params, tasks)
-    _record(session, "EP in EP", "accuracy", before, after, number=float(np.median(cosines)), cosines=cosines,
-            says="cosine to backprop's exact meta-gradient")  # fmt: skip
+    says = "cosine to the exact meta-gradient"
+    _record(
+        session, "EP in EP", "accuracy", before, after, number=float(np.median(cosines)), says=says, cosines=cosines
+    )
+
+
+def _eprop(session: Session) -> None:
     before, after, _, _ = _taught(session, "e-prop RSNN", eprop_sinusoids(session))
-    _record(session, "e-prop RSNN", "error", before, after, number=after / before, threshold=EPROP_THRESHOLD,
-            says="error after / before")  # fmt: skip
+    known = {"number": after / before, "threshold": EPROP_THRESHOLD, "says": "error after / before"}
+    _record(session, "e-prop RSNN", "error", before, after, **known)
 
 
 def _taught(session: Session, name: str, course: Course) -> tuple[float, float, Any, Any]:
@@ -72,9 +83,7 @@ def _cosines(session: Session, course: Course, meta_params: Any, tasks: Any) -> 
 
 
 def _record(session: Session, case: str, score: str, before: float, after: float, **fields: Any) -> None:
-    picture = fields.get("picture")
-    numbers = {} if picture is None else {"number": picture["number"], "says": picture["says"]}
-    session.record(x64=False, case=case, score=score, before=before, after=after, **numbers, **fields)
+    session.record(x64=False, case=case, score=score, before=before, after=after, **fields)
 
 
 def show(records: Sequence[Record]) -> str:

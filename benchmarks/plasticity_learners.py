@@ -109,7 +109,7 @@ def converged(course: Course, beta: float) -> cm.Contrastive:
     return published_estimator(course.split, beta, 400, 400, 0.02)
 
 
-def eprop_sinusoids(session: Session, beta: float = 0.3, num_steps: int = 150) -> Course:
+def eprop_sinusoids(session: Session, beta: float = 0.3, num_steps: int = 100) -> Course:
     """Sinusoids from ten points, seen by a population and learned by a recurrent spiking network."""
     num_inputs, num_units, num_time = 32, 32, 20
     network = cm.local_learners.EProp()
