@@ -77,27 +77,27 @@ def judge(course: Course, meta_params: Any, key: jax.Array) -> float:
 def equilibrium_digits(session: Session) -> Course:
     """Five of ten digits under new names, five images each: a Hopfield network learns them, its anchors all of them."""
     ways, shots, queries = 5, 5, 8
-    images = data.digits(session.seed, 900, 897)
-    network = cm.local_learners.EquilibriumPropagation(0.1, cm.local_learners.Relaxation(0.5, 20))
+    steps, images = 10 if session.smoke else 40, data.digits(session.seed, 900, 897)
+    network = cm.local_learners.EquilibriumPropagation(0.1, cm.local_learners.Relaxation(0.5, 12))
     first = cm.architectures.mlp_params(jax.random.key(session.seed), (64, 32, ways), jnp.float32)
     split = cm.architectures.learned_initialisation(network.apply, cross_entropy, first, strength=0.1)
     return Course(
         split,
-        published_estimator(split, 0.1, 20 if session.smoke else 60, 20 if session.smoke else 60, 0.02),
-        shrinking_steps(20 if session.smoke else 60, 0.02),
+        published_estimator(split, 0.1, steps, steps, 0.03),
+        shrinking_steps(steps, 0.03),
         _drawing(images.x_train, images.y_train, ways, shots, queries),
         _drawing(images.x_val, images.y_val, ways, shots, queries),
         lambda params, meta_params, task: jnp.mean(jnp.argmax(network.apply(params, task.x_val), -1) == task.y_val),
-        optax.adam(3e-3),
-        num_steps=2 if session.smoke else 60,
-        batch=2 if session.smoke else 4,
+        optax.adam(5e-3),
+        num_steps=2 if session.smoke else 100,
+        batch=2 if session.smoke else 8,
         num_judged=4 if session.smoke else 100,
     )
 
 
 def exact_anchors_gradient(meta_params: Any, task: Any, strength: float = 0.1) -> cm.MetaGradient:
     """The meta-gradient of the same network by backprop: through its relaxation, and by the inverse Hessian."""
-    network = cm.local_learners.EquilibriumPropagation(0.1, cm.local_learners.Relaxation(0.5, 20))
+    network = cm.local_learners.EquilibriumPropagation(0.1, cm.local_learners.Relaxation(0.5, 12))
     split = cm.architectures.learned_initialisation(
         lambda w, x: network.equilibrium(w, x).states[-1], cross_entropy, meta_params["anchor"], strength
     )

@@ -483,3 +483,10 @@ def test_what_does_not_fit_is_said_at_trace_time():
         local_learners.EProp().apply({**weights, "input": weights["input"].T}, spikes)
     with pytest.raises(ValueError, match="feedback of the shape of the readout"):
         local_learners.EProp(feedback=jnp.ones((2, 5))).apply(weights, spikes)
+    with pytest.raises(TypeError, match="inputs of a floating dtype; got bool"):
+        local_learners.EProp().apply(weights, spikes > 0)
+    # A rule that listens hears nothing in a network that does not transmit, and is told so.
+    split = architectures.fast_head(hopfield.apply, squared_error, params)
+    at = split.problem, split.problem.init_params(split.meta_params, SplitData(x, y, x, y)), split.meta_params
+    with pytest.raises(TypeError, match="hears only what goes through `transmit`"):
+        split.rule.statistic(*at, SplitData(x, y, x, y), 0.1)

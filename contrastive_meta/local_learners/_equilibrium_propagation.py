@@ -152,7 +152,8 @@ def _backward(saved: Any, error: jax.Array) -> Any:
     learner, params, x, free = saved
     size = jnp.max(jnp.abs(error), axis=-1, keepdims=True)
     force = learner.beta * error / tree.or_one(size)
-    plus, minus = (learner.nudged(params, x, free, -sign * force).states for sign in (1.0, -1.0))
+    both = jax.vmap(lambda nudge: learner.nudged(params, x, free, nudge).states)(jnp.stack([-force, force]))
+    plus, minus = tree.unstack(both, 2)
     weight = size[..., 0] / (2 * learner.beta)
 
     def contrast(params: PyTree, x: jax.Array) -> jax.Array:

@@ -13,9 +13,11 @@ def layers_of(params: Any, x: jax.Array, learner: str) -> list[Layer]:
     """Kernel and bias of each layer, the readout last.
 
     Raises:
+      TypeError: `x` is not floating.
       ValueError: other entries than "hidden_0", "hidden_1", .. and "readout", or than "kernel" and "bias" in each of
         them; shapes that do not follow on one another or on `x`.
     """
+    require_floating(x, learner)
     entries = dict(params) if isinstance(params, Mapping) else {}
     names = [*(f"hidden_{number}" for number in range(len(entries) - 1)), "readout"]
     if set(entries) != set(names) or any(
@@ -35,6 +37,16 @@ def layers_of(params: Any, x: jax.Array, learner: str) -> list[Layer]:
             )
         size = kernel.shape[1]
     return layers
+
+
+def require_floating(x: Any, learner: str) -> None:
+    """What has a derivative.
+
+    Raises:
+      TypeError: `x` has none.
+    """
+    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        raise TypeError(f"{learner}: expected inputs of a floating dtype; got {jnp.result_type(x)}. Convert them.")
 
 
 def _describe(params: Any) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._pytree import PyTree, strategy
+from contrastive_meta.local_learners._layers import require_floating
 
 
 class Spiking(NamedTuple):
@@ -117,6 +118,7 @@ class EProp:
 
         Raises:
           ValueError: parameters, inputs or feedback that do not fit together.
+          TypeError: `x` is not floating.
         """
         self._check(params, x)
         return _spiking(jax.lax.stop_gradient(self), params, x)
@@ -149,6 +151,7 @@ class EProp:
         return Spiking(*(jnp.moveaxis(values, 0, -2) for values in (outputs, spikes))), potentials
 
     def _check(self, params: PyTree, x: jax.Array) -> None:
+        require_floating(x, type(self).__name__)
         units = jnp.shape(params["recurrent"])[-1:]
         shapes = {name: jnp.shape(leaf) for name, leaf in params.items()}
         outputs = shapes.get("readout", ())[-1:]
