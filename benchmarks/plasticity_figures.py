@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def draw(records: Sequence[Record], path: Path) -> Path:
     """One panel for each rule, the last for the learners."""
     plt = _pyplot()
-    pictured, others = ([r for r in records if ("picture" in r) == with_one] for with_one in (True, False))
+    judged = [record for record in records if record["score"]]
+    pictured, others = ([r for r in judged if ("picture" in r) == with_one] for with_one in (True, False))
     panels = len(pictured) + bool(others)
     columns = min(4, panels)
     rows = -(-panels // columns)
