@@ -48,7 +48,7 @@ def test_the_estimate_follows_the_true_error(name, scheme, dtype):
                 ratios.append(max(told, FLOOR[dtype]) / max(true, FLOOR[dtype]))
     assert flagged <= 4
     # Where rounding rules, in float32 at tight tolerances, the estimate is of the size of an error that is drawn.
-    assert all(1 / 5 < ratio < 4 for ratio in ratios), np.round(ratios, 2)
+    assert all(1 / 6 < ratio < 6 for ratio in ratios), np.round(ratios, 2)
     assert np.mean([1 / 3 < ratio < 3 for ratio in ratios]) >= 0.75, np.round(ratios, 2)
     assert 0.8 < np.median(ratios) < 1.5, np.round(ratios, 2)
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators._free_point import FreePoint, difference_step
+from contrastive_meta._control import cast_like, only_if
+from contrastive_meta._estimators._free_point import NOISE_FLOOR, FreePoint, difference_step
 from contrastive_meta._estimators._krylov import Difference, Limits, solve_each
 from contrastive_meta._estimators._phases import Judged, Nudging, Phases, statistic_noise, stiffening
 from contrastive_meta._problem import MetaParams, Params
@@ -91,64 +92,86 @@ def without_truncation(nudging: Nudging, point: FreePoint, phases: Phases, grad:
 
 
 class Lacking(NamedTuple):
-    """What the response lacks.
+    """What base point and response lack.
 
     Attributes:
-      response: H^-1 of what is left of the nudge.
+      ahead: the base point, had learning ended.
+      outer_grad: there.
+      response: H^-1 of what is left of the nudge there.
       num_gradients: spent on finding out.
     """
 
+    ahead: Params
+    outer_grad: Params
     response: Params
     num_gradients: jax.Array
 
 
 def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged) -> Lacking:
-    """Solve for what is left of the nudge, where what is left to learn has been learned.
+    """Solve for what is left to learn, and for what is left of the nudge there.
 
     Along low curvature a remainder within the noise may hide much of the response, and a step down the remainder would
     not show it. Whoever learned to noise has left as much of it as this finds.
     """
     setting = nudging.setting
-    sought = tree.add(judged.remainder, tree.subtract(judged.outer_grad_ahead, judged.outer_grad))
-    left = tree.norm(sought).astype(setting.dtype)
-    unit = tree.or_one(left)
+    dtype = setting.dtype
     distance, _ = difference_step(setting, point)
-    inner_grad = tree.grad(setting.inner)
-    difference = Difference(inner_grad, phases.base, phases.base_grad, distance, point.noise, setting.dtype)
+    difference = Difference(tree.grad(setting.inner), judged.params, judged.base_grad, distance, point.noise, dtype)
     size = sum(x.size for x in jax.tree.leaves(point.params))
-    noise = _OF_NOISE * phases.scheme.noise_gain(setting.dtype) * point.noise / size**0.5
-    none, infinite = jnp.zeros((), setting.dtype), jnp.full((), jnp.inf, setting.dtype)
-    limits = Limits(jnp.maximum(noise / unit, _ANSWERED).astype(setting.dtype), none, infinite, infinite)
-    system = solve_each(
-        difference,
-        [tree.scale(1 / unit, sought)],
-        tree.zeros_like(sought),
-        (left > 0)[None],
-        jax.tree.map(lambda x: x[None], limits),
-        jnp.int32(_MOST_STEPS),
-    )
-    (more,) = tree.unstack(system.x, 1)
-    # It is longer than a step down the remainder, by the Cauchy-Schwarz inequality.
-    solved = tree.all_finite(more) & (tree.norm(more) * unit >= tree.norm(judged.more))
-    response = tree.where(solved, tree.scale(unit, more), tree.scale(1 / SHARE_OF_A_STEP, judged.more))
-    return Lacking(response, system.num_steps[0])
+    # At the dtype's floor what is left to learn is noise.
+    unlearned = judged.residual > NOISE_FLOOR * point.noise
+    # Of the base point, and of the response: the noise of what is left, the longest answer, and a step towards it.
+    noise = _OF_NOISE * point.noise / size**0.5 * jnp.stack([jnp.ones(()), phases.scheme.noise_gain(dtype)])
+    radius = jnp.stack([point.scale, jnp.inf]).astype(dtype)
+    steps = jax.tree.map(lambda *x: jnp.stack(x), tree.subtract(judged.ahead, judged.params), judged.more)
+
+    def solve(before: Lacking, turn: tuple[jax.Array, jax.Array, jax.Array, Params]) -> tuple[Lacking, None]:
+        of_response, noise, radius, step = turn
+        remainder = tree.add(judged.remainder, tree.subtract(before.outer_grad, judged.outer_grad))
+        sought = tree.where(of_response, remainder, tree.scale(-1.0, judged.base_grad))
+        left = tree.norm(sought).astype(dtype)
+        unit = tree.or_one(left)
+        none, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
+        limits = Limits(jnp.maximum(noise / unit, _ANSWERED).astype(dtype), none, infinite, radius / unit)
+        wanted = of_response | unlearned
+        system = solve_each(
+            difference,
+            [tree.scale(1 / unit, sought)],
+            tree.zeros_like(sought),
+            ((left > 0) & wanted)[None],
+            jax.tree.map(lambda x: x[None], limits),
+            jnp.int32(_MOST_STEPS),
+        )
+        (found,) = tree.unstack(system.x, 1)
+        # An answer is longer than a step down the remainder, by the Cauchy-Schwarz inequality.
+        solved = tree.all_finite(found) & (tree.norm(found) * unit >= tree.norm(step))
+        found = tree.where(solved, tree.scale(unit, found), tree.scale(1 / SHARE_OF_A_STEP, step))
+        moves = ~of_response & unlearned
+        ahead = tree.where(moves, tree.add(judged.params, found), before.ahead)
+        outer_grad = only_if(moves, lambda _: tree.grad(setting.outer)(ahead), before.outer_grad)
+        response = tree.where(of_response, found, before.response)
+        spent = before.num_gradients + system.num_steps[0] + moves
+        return cast_like(Lacking(ahead, outer_grad, response, spent), before), None
+
+    start = Lacking(judged.params, judged.outer_grad, tree.zeros_like(judged.more), jnp.int32(0))
+    lacking, _ = jax.lax.scan(solve, start, (jnp.array([False, True]), noise, radius, steps))
+    return lacking
 
 
 def relative_error(
-    nudging: Nudging, phases: Phases, judged: Judged, grad: MetaParams, lacking: MetaParams, response: Params
+    nudging: Nudging, phases: Phases, judged: Judged, grad: MetaParams, truncation: MetaParams, lacking: Lacking
 ) -> jax.Array:
     """Estimated error of a contrast, relative to it: what it lacks by truncation, and by unfinished phases.
 
-    The latter is what the answer to what is left of the nudge would change, and one more step of steepest descent of
-    the base point, with the part of the way that such a step does not go. Costs a statistic for each phase.
+    Costs a statistic for each phase.
 
     Args:
       nudging: what the phases were to be.
       phases: what they left behind.
-      judged: the step of the base point.
+      judged: where.
       grad: the contrast of their statistic.
-      lacking: by truncation.
-      response: what it lacks.
+      truncation: what it takes from the contrast.
+      lacking: what base point and response lack.
 
     Returns:
       The error; 0 where it vanishes with the gradient, infinite where the gradient alone vanishes.
@@ -158,9 +181,8 @@ def relative_error(
     def step(ends: jax.Array, base: jax.Array, ahead: jax.Array, more: jax.Array) -> jax.Array:
         return ends + (ahead - base) - nudges.astype(ends.dtype).reshape(-1, *[1] * base.ndim) * more
 
-    more = tree.scale(SHARE_OF_A_STEP, response)
-    ends = jax.tree.map(step, phases.params, judged.params, judged.ahead, more)
-    nudged = nudging.nudged(judged.ahead, judged.outer_grad_ahead)
+    ends = jax.tree.map(step, phases.params, judged.params, lacking.ahead, lacking.response)
+    nudged = nudging.nudged(lacking.ahead, lacking.outer_grad)
     changed = phases.scheme.contrast(nudging.measure(nudged, ends, nudges))
-    error = tree.norm(tree.add_scaled(lacking, 1 / SHARE_OF_A_STEP, tree.subtract(changed, grad)))
+    error = tree.norm(tree.add(truncation, tree.subtract(changed, grad)))
     return jnp.where(error == 0, 0.0, error / tree.norm(grad))

@@ -156,6 +156,7 @@ class Judged(NamedTuple):
       unanswered: norm of the contrast of their residuals, the same but for truncation.
       params: the base point: the free solution, or what the phases made of it where that is better learned.
       residual: norm of the inner gradient there.
+      base_grad: that gradient.
       outer_grad: there.
       outer_loss: there.
       aux: of the outer loss, there.
@@ -174,6 +175,7 @@ class Judged(NamedTuple):
     unanswered: jax.Array
     params: Params
     residual: jax.Array
+    base_grad: Params
     outer_grad: Params
     outer_loss: jax.Array
     aux: Any
@@ -261,7 +263,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
     spent = off_center + 2 * unlearned + (of_sought > 0)
     return Judged(
-        response, moved, remainder, unanswered, learned, residual, outer_grad, outer_loss, aux,
+        response, moved, remainder, unanswered, learned, residual, base_grad, outer_grad, outer_loss, aux,
         missing, more, ahead, there, bend, left, spent,
     )  # fmt: skip
 

@@ -78,9 +78,9 @@ class Contrastive(MetaGradientEstimator):
         the steps of a learner that is run again.
       sequential: run phases one after another instead of in one vmapped solve: about half the memory, and slower.
       estimate_error: whether to estimate how wrong the result is, `diagnostics.error_estimate`: from the contrasts of
-        phases at twice the distance from their base point, and from what the answer to what is left of the nudge, and
-        one more step of the base point, would change. Costs a residual and two statistics for each phase and one solve
-        by conjugate gradients, of at most 200 gradients; no phase.
+        phases at twice the distance from their base point, and from what answers to what is left of the nudge and of
+        learning would change. Costs a residual and two statistics for each phase, and a solve by conjugate gradients
+        for each of the two, of at most 200 gradients; no phase.
 
     Raises:
       ValueError: a target that is not positive, or without `estimate_error`.
@@ -195,12 +195,14 @@ class Contrastive(MetaGradientEstimator):
         if not self.estimate_error:
             judged = judge(nudging, point, phases, remainder)
             return judged, Doubt(error, jnp.zeros_like(error), judged.num_gradients)
-        remainder, lacking, doubling, unseen = without_truncation(nudging, point, phases, grad)
+        remainder, truncation, doubling, unseen = without_truncation(nudging, point, phases, grad)
         judged = judge(nudging, point, phases, remainder)
-        response, spent = answer(nudging, point, phases, judged)
-        error = relative_error(nudging, phases, judged, grad, lacking, response)
+        lacking = answer(nudging, point, phases, judged)
+        error = relative_error(nudging, phases, judged, grad, truncation, lacking)
         error = jnp.where(error > 0, jnp.hypot(error, unseen), error)
-        return judged, Doubt(error, doubling, judged.num_gradients + spent + 3 * len(phases.scheme.nudges))
+        return judged, Doubt(
+            error, doubling, judged.num_gradients + lacking.num_gradients + 3 * len(phases.scheme.nudges)
+        )
 
     def _goal(self, nudging: Nudging, point: FreePoint) -> Goal:
         """The accuracy asked for, as learners take it."""
