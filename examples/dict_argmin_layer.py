@@ -28,8 +28,11 @@ def network(params, noisy):  # from the neighbourhood of each gap to its stiffne
     return hidden @ params["w2"] + params["b2"]
 
 
+learner = cm.OptaxDescent(optax.sgd(0.02, momentum=0.64), num_steps=80)
+
+
 def loss(params, data, adjoint):
-    solve = cm.argmin(energy, cm.LBFGS(tol=1e-4), init=lambda logits, noisy: noisy, adjoint=adjoint)
+    solve = cm.argmin(energy, learner, init=lambda logits, noisy: noisy, adjoint=adjoint)
     return jnp.mean((jax.vmap(lambda noisy: solve(network(params, noisy), noisy))(data[0]) - data[1]) ** 2)
 
 

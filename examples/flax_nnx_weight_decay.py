@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 import contrastive_meta as cm
 
 images, labels = jnp.asarray(load_digits().images[..., None] / 16), jnp.asarray(load_digits().target)
-parts = {"train": slice(100), "val": slice(100, 400), "test": slice(400, None)}
+parts = {"train": slice(100), "val": slice(100, 300), "test": slice(300, None)}
 data = {name: {"x": images[at], "y": labels[at]} for name, at in parts.items()}
 
 
@@ -42,7 +42,7 @@ problem = cm.BilevelProblem(inner_loss, lambda params, _, batch: loss(params, ba
 @jax.jit
 def trained(every):
     settings = {"problem": problem, "init_meta_params": log_decay, "every": lambda step: every}
-    tx = cm.tune_while_training(optax.sgd(0.1, momentum=0.9), meta_optimizer=optax.adam(0.2), **settings)
+    tx = cm.tune_while_training(optax.sgd(0.1, momentum=0.9), meta_optimizer=optax.adam(0.3), **settings)
 
     def step(_, carry):
         params, state = carry
@@ -50,7 +50,7 @@ def trained(every):
         updates, state = tx.update(grads, state, params, task=data)
         return optax.apply_updates(params, updates), state
 
-    params, state = jax.lax.fori_loop(0, 400, step, (init_params, tx.init(init_params)))
+    params, state = jax.lax.fori_loop(0, 250, step, (init_params, tx.init(init_params)))
     return loss(params, data["test"]), jax.tree.map(jnp.exp, cm.current_meta_params(state))
 
 
