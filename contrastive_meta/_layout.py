@@ -57,7 +57,7 @@ def as_laid_out(values: PyTree, mesh: Any) -> PyTree:
 
 def along_tasks(tasks: PyTree, mesh: Any) -> Any:
     """The layout of what has a leading axis of tasks."""
-    return NamedSharding(mesh, PartitionSpec(_layout(jax.tree.leaves(tasks)[0]).spec[0]))
+    return NamedSharding(mesh, PartitionSpec(*tuple(_layout(jax.tree.leaves(tasks)[0]).spec)[:1]))
 
 
 def copied(mesh: Any) -> Any:
