@@ -138,7 +138,7 @@ def _auc(scores: npt.NDArray[Any], right: npt.NDArray[np.bool_]) -> float:
 
 def show(records: Sequence[Record]) -> str:
     """For each method its accuracy, how much of the gap it closes, and what it costs."""
-    header = ["method", "test accuracy (%)", "range", "gap closed (%)", "gradients, times", "AUC", "failed"]
+    header = ["method", "seeds", "test accuracy (%)", "range", "gap closed (%)", "gradients, times", "AUC", "failed"]
     rows = []
     for name in [case for case in CASES if any(record["case"] == case for record in records)]:
         here = [record for record in records if record["case"] == name]
@@ -147,6 +147,7 @@ def show(records: Sequence[Record]) -> str:
         rows.append(
             [
                 name,
+                str(len(here)),
                 f"{np.mean(accuracies):.1f}",
                 f"{min(accuracies):.1f}-{max(accuracies):.1f}",
                 "-" if not closed else f"{100 * np.mean(closed):.0f} ({100 * min(closed):.0f}-{100 * max(closed):.0f})",
