@@ -51,8 +51,8 @@ class EquilibriumPropagation:
     phase adds is not bent by the learner's own. The update is the gradient of the loss at equilibrium but for O(beta^2)
     and for rounding over beta, where the equilibria have settled; `equilibrium(params, x).residual` says whether.
 
-    Strong weights act both ways, and then there are many equilibria, or none that the relaxation finds, and learning does
-    not end: start from weaker ones than in a feedforward network, and hold them.
+    Strong weights act both ways, and then there are many equilibria, or none that the relaxation finds, and learning
+    does not end: start from weaker ones than in a feedforward network, and hold them.
 
     To learn by it in all phases of `Contrastive`, give `nudged_solver=solver`. Second derivatives are those of the
     contrast, taken through the steps of the relaxation; reverse mode needs a fixed number of them.
