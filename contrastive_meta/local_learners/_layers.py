@@ -27,13 +27,13 @@ def layers_of(params: Any, x: jax.Array, learner: str) -> list[Layer]:
             f"{learner}: expected params like those of `architectures.mlp_params`, layers hidden_0, hidden_1, .. and "
             f'readout, each with "kernel" and "bias" and nothing else; got {_describe(params)}.'
         )
-    layers = [(entries[name]["kernel"], entries[name]["bias"]) for name in names]
+    layers = [(jnp.asarray(entries[name]["kernel"]), jnp.asarray(entries[name]["bias"])) for name in names]
     size = x.shape[-1] if jnp.ndim(x) else None
     for name, (kernel, bias) in zip(names, layers, strict=True):
-        if jnp.ndim(kernel) != 2 or kernel.shape[0] != size or jnp.shape(bias) != kernel.shape[1:]:
+        if kernel.ndim != 2 or kernel.shape[0] != size or bias.shape != kernel.shape[1:]:
             raise ValueError(
                 f"{learner}: {name} follows on {size} units, so its kernel must have shape ({size}, units) and its "
-                f"bias (units,); got {jnp.shape(kernel)} and {jnp.shape(bias)}."
+                f"bias (units,); got {kernel.shape} and {bias.shape}."
             )
         size = kernel.shape[1]
     return layers
