@@ -9,7 +9,7 @@ import optax
 from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators.contrastive import Contrastive
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
-from contrastive_meta._nudging import NudgeScheme, NudgeStrength, forward_difference, relative
+from contrastive_meta._nudging import LossNudge, NudgeScheme, NudgeStrength, forward_difference, relative
 from contrastive_meta._optax.tuning_mode import Measured, Schedule, Training, TuningMode
 from contrastive_meta._problem import EstimatorState, Number, Params
 from contrastive_meta._pytree import PyTree, static, strategy
@@ -99,7 +99,9 @@ class Alternating(TuningMode):
             return OptaxDescent(optimizer, num_steps=number, carry_state=True)
 
         nudged = self.nudged_solver or steps(self.num_nudged_steps)
-        return Contrastive(steps(0), nudged, self._strength(), estimate_error=self.estimate_error)
+        # A run that diverges is one of many: it is reported, and no second pair, as long to compile, stands by for it.
+        nudge = None if isinstance(nudged, NewtonKrylov) else LossNudge()
+        return Contrastive(steps(0), nudged, self._strength(), nudge, estimate_error=self.estimate_error)
 
     def _strength(self) -> NudgeStrength:
         if self.beta is None:
