@@ -45,8 +45,10 @@ def _draw_picture(axis: "Axes", picture: dict[str, Any]) -> None:
         axis.tick_params(labelsize=7)
     else:
         limit = np.percentile(np.abs(rows), 98) or 1.0
-        axis.imshow(rows, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        axis.set_xlabel("fast parameters, change within the task", fontsize=8)
+        image = axis.imshow(rows, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axis.figure.colorbar(image, ax=axis, label="change within the task")
+        axis.set_xlabel("fast parameters", fontsize=8)
+        axis.locator_params(integer=True)
         axis.set_ylabel(picture["names"][0], fontsize=8)
 
 
