@@ -78,10 +78,10 @@ from contrastive_meta._plasticity import Signal as Signal
 from contrastive_meta._plasticity import check_local as check_local
 from contrastive_meta._plasticity import transmit as transmit
 from contrastive_meta._problem import BilevelProblem as BilevelProblem
-from contrastive_meta._problem import Diagnostics as Diagnostics
-from contrastive_meta._problem import EstimatorState as EstimatorState
-from contrastive_meta._problem import MetaGradient as MetaGradient
-from contrastive_meta._problem import Status as Status
+from contrastive_meta._result import Diagnostics as Diagnostics
+from contrastive_meta._result import EstimatorState as EstimatorState
+from contrastive_meta._result import MetaGradient as MetaGradient
+from contrastive_meta._result import Status as Status
 from contrastive_meta._solvers import LBFGS as LBFGS
 from contrastive_meta._solvers import CallableSolver as CallableSolver
 from contrastive_meta._solvers import ExternalLearner as ExternalLearner

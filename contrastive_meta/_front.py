@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._layout import along_tasks, as_laid_out, copied, leave_to_compiler
-from contrastive_meta._problem import BilevelProblem, Diagnostics, MetaGradient, MetaParams, Status, Task
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task
 from contrastive_meta._pytree import PyTree
+from contrastive_meta._result import Diagnostics, MetaGradient, Status
 
 ValueAndMetaGrad = Callable[..., Any]
 

@@ -24,6 +24,7 @@ ORDER = (
     "_control",
     "_holomorphic",
     "_problem",
+    "_result",
     "_dependence",
     "_response",
     "_solvers",

@@ -18,18 +18,15 @@ from contrastive_meta._argmin.operands import Operands, Wanted, once, primal, wa
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._problem import (
     BilevelProblem,
-    Diagnostics,
-    EstimatorState,
     Loss,
     MetaParams,
     Params,
-    Status,
     Task,
     as_float_arrays,
     check_same_structure,
     float_dtype_of,
-    make_diagnostics,
 )
+from contrastive_meta._result import Diagnostics, EstimatorState, Status, make_diagnostics
 from contrastive_meta._solvers.base import InnerSolver, Solution
 
 Init = Params | Callable[[MetaParams, Task], Params]

@@ -8,7 +8,7 @@ import numpy as np
 from contrastive_meta._compare._findings import Findings, Segment
 from contrastive_meta._compare._text import share
 from contrastive_meta._estimators._free_point import UNANSWERED, UNLEARNED
-from contrastive_meta._problem import Status
+from contrastive_meta._result import Status
 
 # An error within this factor of the least is as good as it.
 NEAR_LEAST = 2.0

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from contrastive_meta._compare._gradients import Vector, norm
-from contrastive_meta._problem import Status
+from contrastive_meta._result import Status
 
 NOISE, TRUNCATION, NEITHER = "noise", "truncation", "neither"
 

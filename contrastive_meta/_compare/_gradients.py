@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from contrastive_meta._problem import BilevelProblem, MetaGradient, MetaParams, Status, Task
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task
+from contrastive_meta._result import MetaGradient, Status
 
 Vector = npt.NDArray[np.float64]
 

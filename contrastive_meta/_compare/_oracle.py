@@ -11,7 +11,8 @@ from jax.flatten_util import ravel_pytree
 from contrastive_meta import _pytree as tree
 from contrastive_meta._compare._gradients import Vector, norm
 from contrastive_meta._estimators.base import Setting
-from contrastive_meta._problem import BilevelProblem, EstimatorState, MetaParams, Status, Task, float_dtype_of
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, float_dtype_of
+from contrastive_meta._result import EstimatorState, Status
 from contrastive_meta._solvers.base import InnerSolver
 
 # Random unit directions in each group of meta-parameters; a group with no more entries than that takes all of its own.

@@ -15,7 +15,8 @@ from contrastive_meta._estimators import Contrastive
 from contrastive_meta._estimators._free_point import NOISE_FLOOR
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge
-from contrastive_meta._problem import EstimatorState, Params, same_arrays
+from contrastive_meta._problem import Params, same_arrays
+from contrastive_meta._result import EstimatorState
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
 NUM_POSITIONS = 21

@@ -17,7 +17,8 @@ from contrastive_meta._compare._gradients import (
 )
 from contrastive_meta._estimators import ImplicitDifferentiation, MetaGradientEstimator
 from contrastive_meta._inverse_hessian import DenseInverse
-from contrastive_meta._problem import BilevelProblem, MetaGradient, MetaParams, Status, Task, same_structure
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, same_structure
+from contrastive_meta._result import MetaGradient, Status
 
 
 class Reference(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 
 from contrastive_meta._compare._gradients import Vector, norm
 from contrastive_meta._compare._oracle import Slopes
-from contrastive_meta._problem import Status
+from contrastive_meta._result import Status
 
 ORACLE = "finite differences"
 # A difference is beyond doubt if it exceeds the tolerance by this many times the noise of the finite differences.

@@ -6,7 +6,7 @@ import numpy as np
 
 from contrastive_meta._compare._text import listing, share
 from contrastive_meta._compare._verdict import BEYOND_DOUBT, ORACLE, Evidence, Relation
-from contrastive_meta._problem import Status
+from contrastive_meta._result import Status
 
 
 def sentences(evidence: Evidence) -> list[str]:

@@ -28,7 +28,8 @@ from contrastive_meta._estimators import (
 )
 from contrastive_meta._inverse_hessian import ConjugateGradient, DenseInverse
 from contrastive_meta._nudging import LinearNudge
-from contrastive_meta._problem import BilevelProblem, MetaGradient, MetaParams, Task, as_float_arrays
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
+from contrastive_meta._result import MetaGradient
 from contrastive_meta._solvers.base import InnerSolver
 
 

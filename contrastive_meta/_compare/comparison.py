@@ -23,7 +23,8 @@ from contrastive_meta._compare._gradients import (
 from contrastive_meta._compare._reference import Reference, Subject, check_reference, resolve_reference
 from contrastive_meta._compare.measurement import Measurement, Prepared, check_repeats, prepare, time_in_turn
 from contrastive_meta._estimators import MetaGradientEstimator
-from contrastive_meta._problem import BilevelProblem, MetaGradient, MetaParams, Status, Task, as_float_arrays
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
+from contrastive_meta._result import MetaGradient, Status
 
 
 class Row(NamedTuple):

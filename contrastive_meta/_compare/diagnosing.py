@@ -17,17 +17,8 @@ from contrastive_meta._estimators import Contrastive, MetaGradientEstimator
 from contrastive_meta._estimators._free_point import UNANSWERED
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import LossNudge, Nudge, NudgeScheme
-from contrastive_meta._problem import (
-    BilevelProblem,
-    EstimatorState,
-    MetaGradient,
-    MetaParams,
-    Status,
-    Task,
-    as_float_arrays,
-    float_dtype_of,
-    same_structure,
-)
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays, float_dtype_of, same_structure
+from contrastive_meta._result import EstimatorState, MetaGradient, Status
 from contrastive_meta._solvers.base import InnerSolver
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from contrastive_meta._compare import _text
-from contrastive_meta._problem import Status
+from contrastive_meta._result import Status
 
 # More columns of differences than this do not fit a line.
 _MOST_COLUMNS = 7

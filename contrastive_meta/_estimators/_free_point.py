@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators.base import Setting
-from contrastive_meta._problem import Params, Status, flag, worst
+from contrastive_meta._problem import Params
 from contrastive_meta._response import length_scale, measure_noise
+from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers.base import Solution
 
 # Learning has ended when what is left to learn would move `params`, or the outer gradient there, by less than this

@@ -20,8 +20,9 @@ from contrastive_meta._estimators._free_point import (
 from contrastive_meta._estimators.base import Setting
 from contrastive_meta._nudging import Nudge, NudgeScheme, NudgeStrength
 from contrastive_meta._plasticity.autodiff import PlasticityRule, measured_by
-from contrastive_meta._problem import MetaParams, Params, Status, flag, worst
+from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._response import Probe
+from contrastive_meta._result import Status, flag, worst
 
 # The truncation error of a scheme of order p is of the order of bend^p.
 UNTRUNCATED = 1e-2

@@ -14,20 +14,9 @@ from contrastive_meta._estimators._visibility import (
     seen_in_start,
 )
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
-from contrastive_meta._problem import (
-    BilevelProblem,
-    EstimatorState,
-    MetaGradient,
-    MetaParams,
-    ModelState,
-    Params,
-    Status,
-    Task,
-    flag,
-    make_diagnostics,
-    worst,
-)
+from contrastive_meta._problem import BilevelProblem, MetaParams, ModelState, Params, Task
 from contrastive_meta._pytree import static, strategy
+from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver, UnrolledLosses, judge
 
 

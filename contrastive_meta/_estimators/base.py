@@ -13,8 +13,6 @@ from contrastive_meta._dependence import leaf_names
 from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
 from contrastive_meta._problem import (
     BilevelProblem,
-    EstimatorState,
-    MetaGradient,
     MetaParams,
     ModelState,
     Params,
@@ -26,6 +24,7 @@ from contrastive_meta._problem import (
     strongly_typed,
 )
 from contrastive_meta._pytree import static, strategy
+from contrastive_meta._result import EstimatorState, MetaGradient
 from contrastive_meta._solvers.base import InnerSolver, MovingLosses, Solution
 
 

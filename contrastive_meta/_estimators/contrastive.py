@@ -23,16 +23,9 @@ from contrastive_meta._nudging import (
     is_concrete,
 )
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
-from contrastive_meta._problem import (
-    EstimatorState,
-    MetaGradient,
-    MetaParams,
-    Status,
-    flag,
-    make_diagnostics,
-    worst,
-)
+from contrastive_meta._problem import MetaParams
 from contrastive_meta._pytree import static, strategy
+from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver, Solution
 
 

@@ -8,16 +8,9 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._learned import result_of_learning
 from contrastive_meta._estimators._visibility import any_of, seen_in_outer_loss, seen_in_start
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
-from contrastive_meta._problem import (
-    BilevelProblem,
-    EstimatorState,
-    MetaGradient,
-    MetaParams,
-    Params,
-    Status,
-    Task,
-)
+from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
 from contrastive_meta._pytree import strategy
+from contrastive_meta._result import EstimatorState, MetaGradient, Status
 from contrastive_meta._solvers.base import InnerSolver, Solution
 
 

@@ -17,17 +17,9 @@ from contrastive_meta._estimators._free_point import (
 )
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
 from contrastive_meta._inverse_hessian import ConjugateGradient, InverseHessian
-from contrastive_meta._problem import (
-    EstimatorState,
-    MetaGradient,
-    MetaParams,
-    Params,
-    Status,
-    flag,
-    make_diagnostics,
-    worst,
-)
+from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
+from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver
 
 

@@ -14,17 +14,9 @@ from contrastive_meta._estimators._visibility import (
     seen_in_start,
 )
 from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
-from contrastive_meta._problem import (
-    BilevelProblem,
-    EstimatorState,
-    MetaGradient,
-    MetaParams,
-    Params,
-    Status,
-    Task,
-    worst,
-)
+from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
 from contrastive_meta._pytree import static, strategy
+from contrastive_meta._result import EstimatorState, MetaGradient, Status, worst
 from contrastive_meta._solvers.base import InnerSolver, Solution
 
 

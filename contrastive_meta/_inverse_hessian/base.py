@@ -11,7 +11,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import Params, Status, as_float_arrays, check_same_structure, flag, worst
+from contrastive_meta._problem import Params, as_float_arrays, check_same_structure
+from contrastive_meta._result import Status, flag, worst
 
 Real = float | jax.Array
 HessianProduct = Callable[[Params], Params]

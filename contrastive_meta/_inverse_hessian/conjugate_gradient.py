@@ -17,8 +17,9 @@ from contrastive_meta._inverse_hessian.base import (
     default_tolerance,
     make_system,
 )
-from contrastive_meta._problem import Params, Status, flag, worst
+from contrastive_meta._problem import Params
 from contrastive_meta._pytree import strategy
+from contrastive_meta._result import Status, flag, worst
 
 
 @strategy

@@ -16,8 +16,9 @@ from contrastive_meta._inverse_hessian.base import (
     make_system,
     map_products,
 )
-from contrastive_meta._problem import Params, Status, flag, worst
+from contrastive_meta._problem import Params
 from contrastive_meta._pytree import static, strategy
+from contrastive_meta._result import Status, flag, worst
 
 _matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 

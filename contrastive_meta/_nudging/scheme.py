@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import Number, Status, flag
+from contrastive_meta._problem import Number
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._response import Probe
+from contrastive_meta._result import Status, flag
 
 _SLACK = 1e-5
 

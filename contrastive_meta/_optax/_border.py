@@ -8,8 +8,8 @@ import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like
-from contrastive_meta._problem import Diagnostics, Status, make_diagnostics
 from contrastive_meta._pytree import PyTree
+from contrastive_meta._result import Diagnostics, Status, make_diagnostics
 
 # A status that a training loop may go on with, as in `raise_if_failed`.
 USABLE = (Status.FELL_BACK, Status.APPROXIMATE)

@@ -11,8 +11,9 @@ from contrastive_meta._estimators.contrastive import Contrastive
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
 from contrastive_meta._nudging import LossNudge, NudgeScheme, NudgeStrength, forward_difference, relative
 from contrastive_meta._optax.tuning_mode import Measured, Schedule, Training, TuningMode
-from contrastive_meta._problem import EstimatorState, Number, Params
+from contrastive_meta._problem import Number, Params
 from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._result import EstimatorState
 from contrastive_meta._solvers.base import InnerSolver
 from contrastive_meta._solvers.optax_descent import OptaxDescent
 

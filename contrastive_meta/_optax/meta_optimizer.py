@@ -10,8 +10,9 @@ from contrastive_meta._control import only_if
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._optax._border import USABLE, as_transformation
 from contrastive_meta._optax.meta_gradient import MetaGradientState, meta_gradient
-from contrastive_meta._problem import BilevelProblem, MetaParams, Status, Task, as_float_arrays
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
 from contrastive_meta._pytree import PyTree
+from contrastive_meta._result import Status
 
 
 class MetaOptimizerState(NamedTuple):

@@ -12,8 +12,9 @@ from contrastive_meta._control import cast_like
 from contrastive_meta._nudging import NudgeScheme, forward_difference
 from contrastive_meta._optax._border import as_transformation
 from contrastive_meta._optax.tuning_mode import Measured, Schedule, Training, TuningMode
-from contrastive_meta._problem import MetaParams, Number, Params, Status, flag, float_dtype_of, make_diagnostics, worst
+from contrastive_meta._problem import MetaParams, Number, Params, float_dtype_of
 from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._result import Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers._descend import one_step
 
 # As elsewhere: the nudge counts as answered when less than this fraction of it is left; and beyond this displacement,

@@ -21,16 +21,15 @@ from contrastive_meta._optax.alternating import Alternating
 from contrastive_meta._optax.tuning_mode import Batch, Measured, Schedule, Training, TuningMode, on_visible
 from contrastive_meta._problem import (
     BilevelProblem,
-    Diagnostics,
     MetaParams,
     ModelState,
     Params,
-    Status,
     Task,
     as_float_arrays,
     check_same_structure,
 )
 from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._result import Diagnostics, Status
 
 # Training is not over, and the phases are short, by design. Far from a minimum the phases also drift together by much
 # more than the nudge parts them, which the check for runaway phases cannot tell from running away.

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta._optax._border import fill
-from contrastive_meta._problem import BilevelProblem, Diagnostics, MetaParams, ModelState, Number, Params, Task
+from contrastive_meta._problem import BilevelProblem, MetaParams, ModelState, Number, Params, Task
 from contrastive_meta._pytree import PyTree
+from contrastive_meta._result import Diagnostics
 
 Mode = TypeVar("Mode", bound="TuningMode")
 Schedule = Callable[[jax.Array], Any]

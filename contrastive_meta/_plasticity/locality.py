@@ -13,14 +13,7 @@ from contrastive_meta._plasticity._sites import Sites
 from contrastive_meta._plasticity.autodiff import PlasticityRule, measured_by
 from contrastive_meta._plasticity.by_group import ByGroup
 from contrastive_meta._plasticity.local_rule import LocalRule
-from contrastive_meta._problem import (
-    BilevelProblem,
-    MetaParams,
-    Number,
-    Params,
-    Task,
-    check_same_structure,
-)
+from contrastive_meta._problem import BilevelProblem, MetaParams, Number, Params, Task, check_same_structure
 from contrastive_meta._pytree import PyTree
 
 

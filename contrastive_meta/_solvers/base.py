@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import MetaParams, ModelState, Params, Status, Task, flag, worst
+from contrastive_meta._problem import MetaParams, ModelState, Params, Task
 from contrastive_meta._pytree import PyTree
+from contrastive_meta._result import Status, flag, worst
 
 InnerLoss = Callable[[Params], jax.Array]
 MinibatchLoss = Callable[[Params, jax.Array], jax.Array]

@@ -10,8 +10,9 @@ import numpy as np
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._holomorphic import require_holomorphic
-from contrastive_meta._problem import Params, Status, check_same_structure, flag, worst
+from contrastive_meta._problem import Params, check_same_structure
 from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._host import learn_on_host
 from contrastive_meta._solvers._host_sessions import HostLoss, Vector
 from contrastive_meta._solvers.base import (

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import MetaParams, Params, Status, Task, check_same_structure, flag, worst
+from contrastive_meta._problem import MetaParams, Params, Task, check_same_structure
 from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._host import cut
 from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import Params, Status, flag, worst
+from contrastive_meta._problem import Params
 from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._descend import steps_to_tolerance
 from contrastive_meta._solvers.base import (
     InnerLoss,

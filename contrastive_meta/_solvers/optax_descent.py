@@ -9,8 +9,9 @@ import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._holomorphic import require_holomorphic
-from contrastive_meta._problem import MetaParams, ModelState, Params, Status, flag, worst
+from contrastive_meta._problem import MetaParams, ModelState, Params
 from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._descend import fixed_steps, one_step, steps_to_tolerance
 from contrastive_meta._solvers.base import (
     InnerLoss,

@@ -9,8 +9,9 @@ import numpy as np
 import scipy.optimize
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import Params, Status, flag, worst
+from contrastive_meta._problem import Params
 from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._host import learn_on_host
 from contrastive_meta._solvers._host_sessions import HostLoss, Vector
 from contrastive_meta._solvers._watched_loss import EndOfRunError, StalledError, WatchedLoss
