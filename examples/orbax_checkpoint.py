@@ -22,7 +22,7 @@ tasks = {
     "y_val": jnp.einsum("tni,ti->tn", x_val, w),
 }
 problem = cm.BilevelProblem(
-    inner_loss=lambda w, s, t: jnp.mean((t["x"] @ w - t["y"]) ** 2) + jnp.sum(jnp.exp(s) * w**2),
+    inner_loss=lambda w, s, t: jnp.mean((t["x"] @ w - t["y"]) ** 2) + jnp.sum(5 * jax.nn.sigmoid(s) * w**2),
     outer_loss=lambda w, s, t: jnp.mean((t["x_val"] @ w - t["y_val"]) ** 2),
     init_params=lambda s, t: jnp.zeros(5),
 )
