@@ -160,8 +160,8 @@ def test_an_accuracy_asked_for_is_reached_at_less_cost(name, dtype):
             assert result.diagnostics.error_estimate <= target
             assert relative_error(result.grad, case.exact.grad) <= 2 * target
             costs.append(int(result.diagnostics.num_gradients))
-        # On ridge a loose target may take one round more than a tight one: 98 gradients against 89.
-        assert costs[0] < (1.2 if name == "ridge" else 1.0) * costs[-1]
+        # Off the minimum a loose target may take one round more than a tight one: 103 gradients against 102.
+        assert costs[0] < (1.0 if distance == 0 else 1.1) * costs[-1]
 
 
 def test_learning_that_is_run_again_goes_on_until_the_accuracy_is_reached():

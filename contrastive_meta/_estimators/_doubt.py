@@ -19,7 +19,7 @@ SHARE_OF_A_STEP = 0.5
 # Most gradients that are spent on what the response lacks.
 _MOST_STEPS = 200
 # Down to which part of what is left it is looked for; or to which part of the noise in one direction of many.
-_ANSWERED = 1e-3
+_ANSWERED = 1e-2
 _OF_NOISE = 0.3
 
 
