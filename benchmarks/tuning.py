@@ -108,7 +108,7 @@ def _methods(setting: Setting, num_trials: int) -> dict[str, Callable[[Digits], 
 
     def search(digits: Digits) -> _Ran:
         """The penalty, of so many drawn, with the least loss of the clean examples."""
-        rng = np.random.default_rng(np.asarray(jax.random.bits(digits.key)))
+        rng = np.random.default_rng(int(jax.random.bits(digits.key)))
         decays = 10.0 ** rng.uniform(-5, -1, num_trials)
         runs = [certain(digits, np.float32(decay)) for decay in decays]
         best = int(np.argmin([float(trained.val_loss) for trained in runs]))
