@@ -15,7 +15,7 @@ from contrastive_meta._argmin.adjoints import Adjoint, ContrastiveAdjoint
 from contrastive_meta._argmin.captured import OpenLoss, hold_open
 from contrastive_meta._argmin.learned import AlreadyLearned
 from contrastive_meta._argmin.operands import Operands, Wanted, once, primal, wanted_of
-from contrastive_meta._estimators.base import Setting
+from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._problem import (
     BilevelProblem,
     Loss,

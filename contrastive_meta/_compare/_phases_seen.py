@@ -13,7 +13,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._compare._findings import Segment
 from contrastive_meta._estimators import Contrastive
 from contrastive_meta._estimators._free_point import NOISE_FLOOR
-from contrastive_meta._estimators.base import Setting
+from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge
 from contrastive_meta._problem import Params, same_arrays
 from contrastive_meta._result import EstimatorState

@@ -15,7 +15,7 @@ from contrastive_meta._compare._phases_seen import Seen, look, make_segment, nud
 from contrastive_meta._compare.diagnosis import Diagnosis
 from contrastive_meta._estimators import Contrastive, MetaGradientEstimator
 from contrastive_meta._estimators._free_point import UNANSWERED
-from contrastive_meta._estimators.base import Setting
+from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._nudging import LossNudge, Nudge, NudgeScheme
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays, float_dtype_of, same_structure
 from contrastive_meta._result import EstimatorState, MetaGradient, Status

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, FreePoint, difference_step
+from contrastive_meta._estimators._judge import Judged
 from contrastive_meta._estimators._krylov import Difference, Limits, solve_each
-from contrastive_meta._estimators._phases import Judged, Nudging, Phases, statistic_noise, stiffening
+from contrastive_meta._estimators._phases import Nudging, Phases, statistic_noise, stiffening
 from contrastive_meta._problem import MetaParams, Params
 
 # One step of steepest descent makes about this part of what is missing, more or less whatever the problem; chosen on

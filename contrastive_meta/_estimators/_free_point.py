@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators.base import Setting
+from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._problem import Params
 from contrastive_meta._response import length_scale, measure_noise
 from contrastive_meta._result import Status, flag, worst

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators.base import Setting
+from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._problem import MetaParams
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import Solution

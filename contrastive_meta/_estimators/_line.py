@@ -17,8 +17,8 @@ from contrastive_meta._estimators._free_point import (
 from contrastive_meta._estimators._krylov import FLAT, LEAST, Difference, Limits, System, solve_each
 from contrastive_meta._estimators._phases import Goal, Nudging, Phases, on_line
 from contrastive_meta._estimators._seek import Found, seek
-from contrastive_meta._estimators.base import Setting
-from contrastive_meta._nudging import AutomaticStrength, NudgeScheme
+from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._nudging import NudgeScheme
 from contrastive_meta._problem import MetaParams, Params
 
 # Of a remainder, one pass is asked to leave this power of the dtype's eps: what products that are one-sided gradient
@@ -345,7 +345,7 @@ class Search:
 
     def _seek(self, line: Line, nudged: Setting, base: Params, response: Params) -> tuple[jax.Array, jax.Array]:
         """The strength to measure the line at, as a displacement, where it is to be sought; and the gradients spent."""
-        if not isinstance(self.nudging.scheme, AutomaticStrength):
+        if self.nudging.sought is None:
             return jnp.zeros_like(line.chosen), jnp.int32(0)
         found: Found = only_if(
             line.chosen == 0,

@@ -11,9 +11,9 @@ from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import FreePoint
 from contrastive_meta._estimators._phases import Goal, Nudging, Phases
 from contrastive_meta._estimators._seek import Found, seek
-from contrastive_meta._estimators.base import Setting
+from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._holomorphic import require_holomorphic
-from contrastive_meta._nudging import AutomaticStrength, NudgeScheme
+from contrastive_meta._nudging import NudgeScheme
 from contrastive_meta._problem import MetaParams, Params, same_arrays
 from contrastive_meta._response import measure_response
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
@@ -122,10 +122,10 @@ def run_again(
 def _strength(nudging: Nudging, point: FreePoint) -> tuple[NudgeScheme, jax.Array, jax.Array]:
     """The scheme, the displacement that was sought for it (else 0), and the gradients spent."""
     probe, none = nudging.probe(point), jnp.int32(0)
-    if not isinstance(nudging.scheme, AutomaticStrength):
+    if nudging.sought is None:
         scheme, spent = nudging.scheme.resolve(probe)
         return jax.tree.map(jnp.asarray, scheme), jnp.zeros_like(nudging.chosen), spent
-    num_steps = nudging.scheme.default.num_pilot_steps
+    num_steps = nudging.sought.default.num_pilot_steps
 
     # A pilot's response gives the line along which strengths are compared.
     def look(_: Any) -> tuple[Found, jax.Array]:

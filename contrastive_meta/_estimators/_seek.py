@@ -9,7 +9,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like
 from contrastive_meta._estimators._free_point import FreePoint
 from contrastive_meta._estimators._phases import Nudging, on_line, statistic_noise, stiffening
-from contrastive_meta._estimators.base import Setting
+from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._problem import MetaParams, Params
 
 # Strengths compared are this factor apart; the first is as much below the default.

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._dependence import leaf_names
+from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
 from contrastive_meta._problem import (
     BilevelProblem,
     MetaParams,
-    ModelState,
     Params,
     Task,
     as_float_arrays,
@@ -23,117 +23,8 @@ from contrastive_meta._problem import (
     same_arrays,
     strongly_typed,
 )
-from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient
-from contrastive_meta._solvers.base import InnerSolver, MovingLosses, Solution
-
-
-@strategy
-class Setting:
-    """One bilevel problem at one point: what an estimator works on.
-
-    Attributes:
-      problem: the losses.
-      meta_params: theta.
-      task: the task.
-      key: randomness of minibatches, and of estimators that sample.
-      dtype: real floating dtype of the inner loss.
-    """
-
-    problem: BilevelProblem
-    meta_params: MetaParams
-    task: Task
-    key: jax.Array
-    dtype: Any = static()
-
-    def replace_problem(self, problem: BilevelProblem) -> "Setting":
-        """The same setting with other losses."""
-        return Setting(problem, self.meta_params, self.task, self.key, self.dtype)
-
-    def at(self, model_state: ModelState) -> "Setting":
-        """The same setting, the model state held where the free phase left it: what comes after cannot move it."""
-        return self.replace_problem(self.problem.at(model_state))
-
-    def in_dtype_of_loss(self) -> "Setting":
-        """The same setting, no meta-parameter coarser than the losses: it would round what a phase measures."""
-        fine = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, self.dtype)), self.meta_params)
-        return Setting(self.problem, fine, self.task, self.key, self.dtype)
-
-    def flattened(self, flattening: tree.Flattening) -> "Setting":
-        """The same setting for flattened `params`."""
-        problem, unflatten = self.problem, flattening.unflatten
-        sample = problem.sample
-        return self.replace_problem(
-            BilevelProblem(
-                lambda params, meta_params, task: problem.inner_loss(unflatten(params), meta_params, task),
-                lambda params, meta_params, task: problem.outer_loss(unflatten(params), meta_params, task),
-                lambda meta_params, task: flattening.flatten(problem.init_params(meta_params, task)),
-                has_aux=problem.has_aux,
-                sample=sample,
-            )
-        )
-
-    def inner(self, params: Params) -> jax.Array:
-        """The inner loss on the whole task."""
-        return self.problem.inner(params, self.meta_params, self.task)
-
-    def outer(self, params: Params) -> jax.Array:
-        """The outer loss."""
-        return self.problem.outer(params, self.meta_params, self.task)
-
-    def outer_value_and_grad(self, params: Params) -> tuple[tuple[jax.Array, Any], Params]:
-        """The outer loss with its aux, and its gradient in `params`."""
-        evaluated: tuple[tuple[jax.Array, Any], Params] = jax.value_and_grad(
-            lambda at: self.problem.outer_with_aux(at, self.meta_params, self.task), has_aux=True
-        )(params)
-        return evaluated
-
-    def nudged(self, params: Params, beta: Any) -> jax.Array:
-        """The nudged loss on the whole task."""
-        return self.problem.nudged(params, self.meta_params, self.task, beta)
-
-    def nudged_minibatch(self, params: Params, beta: Any, step: Any) -> jax.Array:
-        """The nudged loss on the minibatch of a step; every phase sees the same one."""
-        task = self.problem.minibatch(self.key, self.task, step)
-        return self.problem.nudged(params, self.meta_params, task, beta)
-
-    def inner_minibatch(self, params: Params, step: Any) -> jax.Array:
-        """The inner loss on the minibatch of a step."""
-        return self.problem.inner(params, self.meta_params, self.problem.minibatch(self.key, self.task, step))
-
-    def moving_losses(self) -> MovingLosses:
-        """The inner loss as it moves the model state."""
-
-        def loss(params: Params, model_state: ModelState) -> tuple[jax.Array, ModelState]:
-            return self.problem.moved(params, self.meta_params, self.task, model_state)
-
-        def on_minibatch(params: Params, model_state: ModelState, step: Any) -> tuple[jax.Array, ModelState]:
-            task = self.problem.minibatch(self.key, self.task, step)
-            return self.problem.moved(params, self.meta_params, task, model_state)
-
-        return MovingLosses(loss, None if self.problem.sample is None else on_minibatch)
-
-    def free_phase(self, solver: InnerSolver, state: EstimatorState) -> Solution:
-        """Learn: minimise the inner loss from where `state` stands.
-
-        Where the problem has a model state, `solution.model_state` is what to hold from then on: `setting.at(...)`.
-        """
-        if self.problem.init_model_state is None:
-            minibatch = self.inner_minibatch if self.problem.sample is not None else None
-            solution = solver.solve_free(
-                self.inner, state.params, self.meta_params, self.task, minibatch_loss=minibatch, memory=state.memory
-            )
-        else:
-            solution = solver.bind(self.meta_params).solve_with_state(
-                self.moving_losses(), state.params, state.model_state, memory=state.memory
-            )
-        check_same_structure(
-            solution.params,
-            state.params,
-            "The solver's solution",
-            "It must be a pytree like what `init_params` returns.",
-        )
-        return solution
+from contrastive_meta._solvers.base import InnerSolver
 
 
 class MetaGradientEstimator(abc.ABC):

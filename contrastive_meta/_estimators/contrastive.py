@@ -9,12 +9,13 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if
 from contrastive_meta._estimators._doubt import Doubt, answer, relative_error, without_truncation
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
-from contrastive_meta._estimators._phases import ENDED, Goal, Judged, Nudging, Phases, judge, nudged_status, ran_away
+from contrastive_meta._estimators._judge import ENDED, Judged, judge, nudged_status, ran_away
+from contrastive_meta._estimators._phases import Goal, Nudging, Phases
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
-from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
+from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
 from contrastive_meta._nudging import (
-    AutomaticStrength,
     LinearNudge,
     LossNudge,
     Nudge,
@@ -254,7 +255,7 @@ class Contrastive(MetaGradientEstimator):
         # One phase after another, lest what hardly ever runs decides how much memory is set aside.
         def again(fast: Phases) -> Phases:
             # Nor is a strength sought for it: that would double what there is to compile.
-            scheme = self.scheme.default if isinstance(self.scheme, AutomaticStrength) else self.scheme
+            scheme = self.scheme if nudging.sought is None else nudging.sought.default
             as_published = nudging._replace(sequential=True, nudge=self.nudge or LossNudge(), scheme=scheme)
             slow = run_again(as_published, point, own, self.nudged_tol, goal)
             # From far off a minimum either may learn further.

@@ -15,7 +15,8 @@ from contrastive_meta._estimators._free_point import (
     newton_length,
     survey,
 )
-from contrastive_meta._estimators.base import MetaGradientEstimator, Setting
+from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._inverse_hessian import ConjugateGradient, InverseHessian
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
