@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from contrastive_meta._compare._findings import Findings
+from contrastive_meta._compare._findings import Findings, Segment
 from contrastive_meta._compare._text import strength, wrap
 
 # Okabe & Ito (2008): colour-blind readers can tell them apart; each has a marker of its own for grey print.
@@ -82,27 +82,27 @@ def _draw_residuals(found: Findings, axis: Any) -> None:
 
 
 def _draw_losses(found: Findings, axis: Any) -> None:
-    for index, segment in enumerate(found.segments):
-        style = _style(index)
-        name = f"beta = {segment.beta:.1e}"
-        _plot(axis, segment.positions, segment.nudged_loss, f"nudged, {name}", **style)
-        _plot(axis, segment.positions, segment.inner_loss, f"inner, {name}", **style, linestyle="--", fillstyle="none")
-    axis.set_title("Losses on the way to the nudged phases", fontsize=10)
-    axis.set_xlabel("position (0: base point, 1: nudged solution)")
-    axis.set_ylabel("change of the loss (units of the inner loss)")
-    _legend(axis)
+    ways = [(segment, segment.nudged_loss, segment.inner_loss) for segment in found.segments]
+    _draw_ways(ways, axis, "Losses on the way to the nudged phases", "change of the loss (units of the inner loss)")
 
 
 def _draw_slopes(found: Findings, axis: Any) -> None:
-    for index, segment in enumerate(found.segments):
-        style = _style(index)
-        name = f"beta = {segment.beta:.1e}"
-        _plot(axis, segment.positions, segment.nudged_slope, f"nudged, {name}", **style)
-        _plot(axis, segment.positions, segment.inner_slope, f"inner, {name}", **style, linestyle="--", fillstyle="none")
+    ways = [(segment, segment.nudged_slope, segment.inner_slope) for segment in found.segments]
     axis.axhline(0.0, color="black", linewidth=0.8)
-    axis.set_title("Slopes on the way", fontsize=10)
+    _draw_ways(ways, axis, "Slopes on the way", "slope (units of the inner loss per way)")
+
+
+def _draw_ways(
+    ways: Sequence[tuple[Segment, Sequence[float], Sequence[float]]], axis: Any, title: str, unit: str
+) -> None:
+    """For each way to a nudged solution, what the nudged and the inner loss do on it."""
+    for index, (segment, nudged, inner) in enumerate(ways):
+        style, name = _style(index), f"beta = {segment.beta:.1e}"
+        _plot(axis, segment.positions, nudged, f"nudged, {name}", **style)
+        _plot(axis, segment.positions, inner, f"inner, {name}", **style, linestyle="--", fillstyle="none")
+    axis.set_title(title, fontsize=10)
     axis.set_xlabel("position (0: base point, 1: nudged solution)")
-    axis.set_ylabel("slope (units of the inner loss per way)")
+    axis.set_ylabel(unit)
     _legend(axis)
 
 

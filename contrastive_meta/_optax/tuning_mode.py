@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -124,31 +125,26 @@ def on_visible(problem: BilevelProblem) -> BilevelProblem:
     """The problem whose `params` are what a mask leaves of them, and whose task is a `Batch`, its model state held."""
     losses = dataclasses.replace(problem, init_params=_start, sample=None)
     return BilevelProblem(
-        _InnerOnVisible(losses),
-        _OuterOnVisible(losses),
+        _OnVisible(losses, _INNER),
+        _OnVisible(losses, _OUTER),
         _start,
         has_aux=problem.has_aux,
         sample=None if problem.sample is None else _OfTask(problem.sample),
     )
 
 
+_INNER, _OUTER = operator.attrgetter("inner_loss"), operator.attrgetter("outer_loss")
+
+
 # Instances with equal fields are equal, so that a transformation made anew compiles nothing anew.
 @dataclasses.dataclass(frozen=True)
-class _InnerOnVisible:
+class _OnVisible:
     losses: BilevelProblem
+    which: Callable[[BilevelProblem], Callable[..., Any]]
 
     def __call__(self, params: Params, meta_params: MetaParams, batch: Batch) -> Any:
-        held = self.losses.at(batch.model_state)
-        return held.inner_loss(fill(params, batch.unmasked), meta_params, batch.task)
-
-
-@dataclasses.dataclass(frozen=True)
-class _OuterOnVisible:
-    losses: BilevelProblem
-
-    def __call__(self, params: Params, meta_params: MetaParams, batch: Batch) -> Any:
-        held = self.losses.at(batch.model_state)
-        return held.outer_loss(fill(params, batch.unmasked), meta_params, batch.task)
+        loss = self.which(self.losses.at(batch.model_state))
+        return loss(fill(params, batch.unmasked), meta_params, batch.task)
 
 
 @dataclasses.dataclass(frozen=True)
