@@ -225,6 +225,43 @@ def test_implicit_differentiation_estimates_its_error_as_well(name):
         for tol in (1e-1, 1e-3):
             result = estimate(away(case.params, distance), tol)
             ratios.append(float(result.diagnostics.error_estimate) / relative_error(result.grad, case.exact.grad))
-    assert all(1 / 4 < ratio < 4 for ratio in ratios), np.round(ratios, 2)
+    assert all(0.8 < ratio < 1.25 for ratio in ratios), np.round(ratios, 2)
     off = cm.ImplicitDifferentiation(STILL, estimate_error=False).estimate(case.problem, *case[2:4])
     assert jnp.isnan(off.diagnostics.error_estimate)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e6])
+def test_implicit_differentiation_sees_what_lies_along_low_curvature(condition):
+    """Learning cut short leaves there what the norm of its gradient hardly shows: steepest descent would miss it."""
+    eigenvalues = jnp.geomspace(1 / condition, 1.0, 30)
+    wanted, asked = jax.random.normal(jax.random.key(0), (2, 30))
+    problem = cm.BilevelProblem(
+        lambda w, theta, start: jnp.sum(eigenvalues * (0.5 * w - wanted) * w) + 0.5 * jnp.exp(theta) * jnp.sum(w**2),
+        lambda w, theta, start: 0.5 * jnp.sum((w - asked) ** 2),
+        lambda theta, start: start,
+    )
+    curvature = eigenvalues + 1 / condition
+    solution = eigenvalues * wanted / curvature
+    exact = -jnp.sum((solution - asked) * solution / curvature) / condition
+
+    @jax.jit
+    def estimate(num_steps):
+        learner = cm.LBFGS(max_steps=num_steps)
+        return cm.ImplicitDifferentiation(learner).estimate(problem, -jnp.log(condition), jnp.zeros(30))
+
+    for num_steps in (3, 6, 12):
+        result = estimate(num_steps)
+        true = relative_error(result.grad, exact)
+        assert true > 1e-3, "learning was to be cut short"
+        assert 1 / 2 < float(result.diagnostics.error_estimate) / true < 2
+        assert result.diagnostics.status == cm.Status.FREE_NOT_CONVERGED
+
+
+def test_implicit_differentiation_does_not_guess_where_the_loss_curves_downwards():
+    problem = cm.BilevelProblem(
+        lambda w, theta, task: jnp.sum(theta * jnp.cos(w)), lambda w, theta, task: jnp.sum(w), lambda theta, task: task
+    )
+    estimator = cm.ImplicitDifferentiation(STILL, cm.DenseInverse())
+    result = estimator.estimate(problem, jnp.ones(3), jnp.array([0.1, 0.2, 0.3]))
+    assert jnp.isinf(result.diagnostics.error_estimate)
+    assert result.diagnostics.status != cm.Status.CONVERGED
