@@ -16,7 +16,7 @@ from contrastive_meta._problem import MetaParams, Params
 
 # One step of steepest descent makes about this part of what is missing, more or less whatever the problem; chosen on
 # ridge and softmax regression.
-SHARE_OF_A_STEP = 0.5
+_SHARE_OF_A_STEP = 0.5
 # Most gradients that are spent on what the response lacks.
 _MOST_STEPS = 200
 # Down to which part of what is left it is looked for; or to which part of the noise in one direction of many.
@@ -146,7 +146,7 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged) -
         (found,) = tree.unstack(system.x, 1)
         # An answer is longer than a step down the remainder, by the Cauchy-Schwarz inequality.
         solved = tree.all_finite(found) & (tree.norm(found) * unit >= tree.norm(step))
-        found = tree.where(solved, tree.scale(unit, found), tree.scale(1 / SHARE_OF_A_STEP, step))
+        found = tree.where(solved, tree.scale(unit, found), tree.scale(1 / _SHARE_OF_A_STEP, step))
         moves = ~of_response & unlearned
         ahead = tree.where(moves, tree.add(judged.params, found), before.ahead)
         outer_grad = only_if(moves, lambda _: tree.grad(setting.outer)(ahead), before.outer_grad)
@@ -162,7 +162,7 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged) -
 def relative_error(
     nudging: Nudging, phases: Phases, judged: Judged, grad: MetaParams, truncation: MetaParams, lacking: Lacking
 ) -> jax.Array:
-    """Estimated error of a contrast, relative to it: what it lacks by truncation, and by unfinished phases.
+    """Estimated relative error of a contrast: what it lacks by truncation, and by unfinished phases.
 
     Costs a statistic for each phase.
 
@@ -175,7 +175,7 @@ def relative_error(
       lacking: what base point and response lack.
 
     Returns:
-      The error; 0 where it vanishes with the gradient, infinite where the gradient alone vanishes.
+      The error over what would be right; 0 where both vanish, infinite where the latter alone does.
     """
     nudges, _ = phases.scheme.arrays(nudging.setting.dtype)
 
@@ -185,5 +185,6 @@ def relative_error(
     ends = jax.tree.map(step, phases.params, judged.params, lacking.ahead, lacking.response)
     nudged = nudging.nudged(lacking.ahead, lacking.outer_grad)
     changed = phases.scheme.contrast(nudging.measure(nudged, ends, nudges))
-    error = tree.norm(tree.add(truncation, tree.subtract(changed, grad)))
-    return jnp.where(error == 0, 0.0, error / tree.norm(grad))
+    nearer = tree.add(truncation, changed)
+    error = tree.norm(tree.subtract(nearer, grad))
+    return jnp.where(error == 0, 0.0, error / tree.norm(nearer))

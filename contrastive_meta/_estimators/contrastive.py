@@ -74,7 +74,7 @@ class Contrastive(MetaGradientEstimator):
       estimate_error: whether to estimate how wrong the result is, `diagnostics.error_estimate`: from the contrasts of
         phases at twice the distance from their base point, and from what answers to what is left of the nudge and of
         learning would change. Costs a residual and two statistics for each phase, and a solve by conjugate gradients
-        for each of the two, of at most 200 gradients; no phase.
+        for each of the two, of at most 200 gradients; no phase. Infinite where phases ran away.
 
     Raises:
       ValueError: a target that is not positive, or without `estimate_error`.
@@ -127,7 +127,7 @@ class Contrastive(MetaGradientEstimator):
         grad = phases.scheme.contrast(phases.statistic)
 
         # The same contrast of where they ended, and of their residuals, says how far it can be trusted.
-        judged, doubt = self._assess(nudging, point, phases, grad)
+        judged, doubt, told = self._assess(nudging, point, phases, grad)
         params, response = flattening.unflatten(judged.params), flattening.unflatten(judged.response)
         beta = phases.scheme.strength(setting.dtype)
         missed = jnp.asarray(False) if self.target_error is None else ~(doubt.error <= self.target_error)
@@ -156,7 +156,7 @@ class Contrastive(MetaGradientEstimator):
                     fell_back,
                     flag(missed, Status.TARGET_NOT_REACHED),
                     free_status(setting, point, judged.left),
-                    nudged_status(nudging, point, phases, grad, judged),
+                    told,
                 ),
             ),
         )
@@ -183,26 +183,31 @@ class Contrastive(MetaGradientEstimator):
         phases, fell_back = self._nudged_phases(nudging, point, learner, goal)
         return Ran(free, nudging, point, phases, fell_back)
 
-    def _assess(self, nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams) -> tuple[Judged, Doubt]:
-        """What the phases left behind, and how wrong their contrast is estimated to be."""
+    def _assess(
+        self, nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams
+    ) -> tuple[Judged, Doubt, jax.Array]:
+        """What the phases left behind, how wrong their contrast is estimated to be, and their status."""
         remainder, error = phases.scheme.contrast(phases.residual), jnp.asarray(jnp.nan, nudging.setting.dtype)
         if not self.estimate_error:
             judged = judge(nudging, point, phases, remainder)
-            return judged, Doubt(error, jnp.zeros_like(error), judged.num_gradients)
+            told = nudged_status(nudging, point, phases, grad, judged)
+            return judged, Doubt(error, jnp.zeros_like(error), judged.num_gradients), told
         remainder, truncation, doubling, unseen = without_truncation(nudging, point, phases, grad)
         judged = judge(nudging, point, phases, remainder)
+        told = nudged_status(nudging, point, phases, grad, judged)
         lacking = answer(nudging, point, phases, judged)
         error = relative_error(nudging, phases, judged, grad, truncation, lacking)
         error = jnp.where(error > 0, jnp.hypot(error, unseen), error)
-        return judged, Doubt(
-            error, doubling, judged.num_gradients + lacking.num_gradients + 3 * len(phases.scheme.nudges)
-        )
+        # What ran away, or was never finite, says nothing.
+        error = jnp.where(told >= Status.UNBOUNDED_NUDGE, jnp.inf, error)
+        spent = judged.num_gradients + lacking.num_gradients + 3 * len(phases.scheme.nudges)
+        return judged, Doubt(error, doubling, spent), told
 
     def _goal(self, nudging: Nudging, point: FreePoint) -> Goal:
         """The accuracy asked for, as learners take it."""
 
         def error(phases: Phases) -> tuple[jax.Array, jax.Array]:
-            _, doubt = self._assess(nudging, point, phases, phases.scheme.contrast(phases.statistic))
+            _, doubt, _ = self._assess(nudging, point, phases, phases.scheme.contrast(phases.statistic))
             return doubt.error, doubt.num_gradients
 
         return Goal(jnp.asarray(self.target_error, nudging.setting.dtype), error, self.max_steps)
