@@ -30,7 +30,7 @@ CHOSEN_ON = (100,)
 PLAIN, ORACLE, CLEAN, SEARCH = "no weights", "wrong ones left out", "clean examples alone", "random search"
 SINGLE, ALTERNATING, DARTS = "single loop", "alternating", "one step unrolled"
 _TUNED: dict[str, tuple[Callable[[Setting], Tuned], Choices]] = {
-    SINGLE: (tuned, Choices(rate=0.02, every=1, mode=cm.SingleLoop(beta=1.0))),
+    SINGLE: (tuned, Choices(rate=0.02, every=1, mode=cm.SingleLoop())),
     ALTERNATING: (tuned, Choices(rate=0.1, every=10, mode=cm.Alternating(beta=1.0))),
     DARTS: (lambda setting: unrolled(setting, 1, 0.05), Choices(rate=0.05, every=2)),
 }

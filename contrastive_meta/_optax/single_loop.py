@@ -23,15 +23,26 @@ _UNANSWERED, _RAN_AWAY = 1e-2, 0.5
 
 
 class NudgedIterates(NamedTuple):
-    """What `SingleLoop` keeps: every leaf has a leading axis of nudged phases.
+    """What `SingleLoop` keeps.
 
     Attributes:
-      params: the nudged iterates.
-      opt_state: states of their optimisers.
+      params: the nudged iterates; every leaf has a leading axis of nudged phases.
+      opt_state: states of their optimisers, likewise.
+      learning: norms of the gradients that training took, added up.
+      nudging: norms of the outer gradients at the first nudged iterate, added up.
     """
 
     params: Params
     opt_state: PyTree
+    learning: jax.Array
+    nudging: jax.Array
+
+
+class _Losses(NamedTuple):
+    """Both losses at a nudged iterate, each with its gradients in parameters and meta-parameters."""
+
+    inner: tuple[jax.Array, tuple[Params, MetaParams]]
+    outer: tuple[jax.Array, tuple[Params, MetaParams]]
 
 
 class _Phase(NamedTuple):
@@ -57,7 +68,11 @@ class SingleLoop(TuningMode):
 
     Args:
       beta: nudging strength in the units of the outer loss, or a function of the training step; 1 / beta is the
-        penalty of F2SA. It has to change more slowly than the parameters learn.
+        penalty of F2SA. It has to change more slowly than the parameters learn. None for one that makes the nudge as
+        strong as what training itself follows: the mean norm, over all steps so far, of the gradients of training over
+        that of the outer gradients. With minibatches that is far above the noise that parts the iterates for no
+        reason; where training comes to rest it falls as one over the number of steps, and the bias with it. The units
+        of the losses do not matter.
       optimizer: of the nudged iterates; None for the one in training.
       scheme: from beta to the phases. A phase with strength 0 is the parameters themselves; the others are iterates in
         the state: two of them for `central_difference`, whose bias is O(beta^2).
@@ -67,10 +82,10 @@ class SingleLoop(TuningMode):
 
     Example:
       >>> import contrastive_meta as cm
-      >>> mode = cm.SingleLoop(beta=0.01)
+      >>> mode = cm.SingleLoop(beta=lambda step: 1.0 / (10 + step))
     """
 
-    beta: Number | Schedule
+    beta: Number | Schedule | None = None
     optimizer: optax.GradientTransformation | None = static(default=None)
     scheme: Callable[[Number], NudgeScheme] = static(default=forward_difference)
 
@@ -82,10 +97,11 @@ class SingleLoop(TuningMode):
     def init(self, optimizer: optax.GradientTransformationExtraArgs, params: Params) -> NudgedIterates:
         """All iterates start at the parameters."""
         own = self._own(optimizer)
-        _, running = self._phases()
+        _, running = self._phases(1.0)
         # New buffers, lest the parameters be donated twice.
         stacked = jax.tree.map(lambda x: jnp.stack([x] * len(running)), params)
-        return NudgedIterates(stacked, jax.vmap(own.init)(stacked))
+        nothing = jnp.zeros((), jnp.promote_types(tree.float_dtype(params), jnp.float32))
+        return NudgedIterates(stacked, jax.vmap(own.init)(stacked), nothing, jnp.zeros_like(nothing))
 
     def follow(
         self,
@@ -98,10 +114,17 @@ class SingleLoop(TuningMode):
         """See `TuningMode.follow`. Iterates move in every step, so they are measured in every step."""
         problem, meta_params, batch = training.problem, training.meta_params, training.batch
         dtype = float_dtype_of(problem, training.params, meta_params, batch)
-        scheme, running = self._phases()
-        nudges, own = scheme.arrays(dtype)[0][jnp.array(running)], self._own(optimizer)
+        own = self._own(optimizer)
         with jax.default_matmul_precision("highest"):
-            nudged = jax.vmap(lambda params, beta: _nudged_phase(training, dtype, params, beta))(memory.params, nudges)
+            losses = jax.vmap(lambda params: _evaluate(training, dtype, params))(memory.params)
+            learning = memory.learning + tree.norm(training.grads)
+            nudging = memory.nudging + tree.norm(jax.tree.map(lambda xs: xs[0], losses.outer[1][0]))
+            balance = learning / tree.or_one(nudging)
+            # Where there was nothing to learn yet the iterates are the parameters still, and any strength will do.
+            balance = jnp.maximum(balance, jnp.finfo(balance.dtype).eps ** 2).astype(dtype)
+            scheme, running = self._phases(balance if self.beta is None else self.beta)
+            nudges = scheme.arrays(dtype)[0][jnp.array(running)]
+            nudged = jax.vmap(_nudged_phase)(memory.params, losses, nudges)
             measured = _contrast(scheme, running, training, dtype, nudged)
 
             def advance(phase: _Phase, beta: jax.Array, state: PyTree) -> tuple[Params, PyTree]:
@@ -110,21 +133,21 @@ class SingleLoop(TuningMode):
 
                 return one_step(own, loss, phase.loss, phase.residual, phase.params, state)
 
-            moved = NudgedIterates(*jax.vmap(advance)(nudged, nudges, memory.opt_state))
+            moved = NudgedIterates(*jax.vmap(advance)(nudged, nudges, memory.opt_state), learning, nudging)
         # An iterate that is lost starts again from the parameters; the status says so.
         kept = tree.where(
-            tree.all_finite(moved.params), cast_like(moved, memory), self.init(optimizer, training.params)
+            tree.all_finite(moved._replace(opt_state=())), cast_like(moved, memory), self.init(optimizer, training.params)
         )
         return kept, tree.where(due, cast_like(measured, last), last)
 
     def _own(self, optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
         return optimizer if self.optimizer is None else as_transformation(self.optimizer, "SingleLoop.optimizer")
 
-    def _phases(self) -> tuple[NudgeScheme, list[int]]:
-        """The scheme, and which of its phases are iterates in the state."""
-        if callable(self.beta):
+    def _phases(self, beta: Any) -> tuple[NudgeScheme, list[int]]:
+        """The scheme at a strength, and which of its phases are iterates in the state."""
+        if callable(beta):
             raise TypeError("A schedule of beta has a value at a step only: call `mode.at(step)` first.")
-        scheme = self.scheme(self.beta)
+        scheme = self.scheme(beta)
         if scheme.is_complex:
             raise TypeError(
                 "`SingleLoop` trains nudged iterates like `params`: it needs a real scheme, got a complex one."
@@ -132,13 +155,17 @@ class SingleLoop(TuningMode):
         return scheme, [k for k in range(len(scheme.nudges)) if k != scheme.free_phase]
 
 
-def _nudged_phase(training: Training, dtype: Any, params: Params, beta: jax.Array) -> _Phase:
-    """Both losses at a nudged iterate, with their gradients in parameters and meta-parameters."""
+def _evaluate(training: Training, dtype: Any, params: Params) -> _Losses:
     problem, meta_params, batch = training.problem, _fine(training.meta_params, dtype), training.batch
-    inner, (inner_grad, inner_meta) = jax.value_and_grad(problem.inner, argnums=(0, 1))(params, meta_params, batch)
-    outer, (outer_grad, outer_meta) = jax.value_and_grad(problem.outer, argnums=(0, 1))(params, meta_params, batch)
-    residual, statistic = tree.add_scaled((inner_grad, inner_meta), beta, (outer_grad, outer_meta))
-    return _Phase(params, inner + beta * outer, residual, statistic, outer_grad)
+    inner = jax.value_and_grad(problem.inner, argnums=(0, 1))(params, meta_params, batch)
+    return _Losses(inner, jax.value_and_grad(problem.outer, argnums=(0, 1))(params, meta_params, batch))
+
+
+def _nudged_phase(params: Params, losses: _Losses, beta: jax.Array) -> _Phase:
+    """What a phase of strength beta has for a loss, a gradient and a statistic where its iterate is."""
+    (inner, inner_grads), (outer, outer_grads) = losses
+    residual, statistic = tree.add_scaled(inner_grads, beta, outer_grads)
+    return _Phase(params, inner + beta * outer, residual, statistic, outer_grads[0])
 
 
 def _contrast(scheme: NudgeScheme, running: list[int], training: Training, dtype: Any, nudged: _Phase) -> Measured:
