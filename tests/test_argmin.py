@@ -197,6 +197,29 @@ def test_nested_in_an_inner_loss() -> None:
     assert relative_error(pull(v), (-v / 5, 4 * v / 5)) < 1e-7
 
 
+def test_a_contrast_within_a_contrast() -> None:
+    """The nudged phases of one argmin learn on a loss whose gradients are contrasts of another's phases."""
+    strength = cm.central_difference(1e-3)
+    learner = cm.OptaxDescent(optax.sgd(0.5), num_steps=60)
+    adjoint = cm.ContrastiveAdjoint(learner, scheme=strength)
+    below = cm.argmin(
+        lambda psi, theta, phi: jnp.sum((psi - jnp.sin(theta + phi)) ** 2) / 2, learner, init=jnp.zeros(2),
+        adjoint=adjoint,
+    )  # fmt: skip
+
+    def middle(phi: Any, theta: Any, task: Any) -> Any:
+        return jnp.sum((phi - task) ** 2 + below(theta, phi) ** 2) / 2
+
+    outer = cm.argmin(middle, learner, init=jnp.zeros(2), adjoint=adjoint)
+    theta, task, v = jnp.array([0.4, -0.5]), jnp.array([0.3, 0.2]), jnp.array([1.0, 3.0])
+    phi, pull = jax.vjp(jax.jit(outer), theta, task)
+    # psi = sin(theta + phi), so phi is where phi - task + sin(2 (theta + phi)) / 2 = 0.
+    assert float(jnp.max(jnp.abs(phi - task + jnp.sin(2 * (theta + phi)) / 2))) < 1e-9
+    bend = jnp.cos(2 * (theta + phi))
+    # The bias of a central strength is its square, 1e-6, times third derivatives of order one.
+    assert relative_error(pull(v), (-v * bend / (1 + bend), v / (1 + bend))) < 1e-5
+
+
 # --- Precision and trees ---
 
 

@@ -4,22 +4,53 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators.contrastive import Contrastive
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
-from contrastive_meta._nudging import LossNudge, NudgeScheme, NudgeStrength, forward_difference, relative
+from contrastive_meta._nudging import (
+    LossNudge,
+    NudgeScheme,
+    NudgeStrength,
+    RelativeStrength,
+    forward_difference,
+    relative,
+)
 from contrastive_meta._optax.tuning_mode import Measured, Schedule, Training, TuningMode
 from contrastive_meta._problem import Number, Params
 from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._response import Probe
 from contrastive_meta._result import EstimatorState
 from contrastive_meta._solvers.base import InnerSolver
 from contrastive_meta._solvers.optax_descent import OptaxDescent
 
-# How far a nudge is to move `params`, relative to their norm, and what may be spent to find out. A short phase moves
-# them less than the pilot's Newton step would, and its own shortness is its main error.
-_DISPLACEMENT, _NUM_PILOT_STEPS = 1e-2, 2
+# What may be spent to find the least strength that rounding allows: its order of magnitude will do.
+_NUM_PILOT_STEPS = 2
+
+
+@strategy
+class _AsStrongAsLearning(NudgeStrength):
+    """A strength at which the outer loss pulls as hard as the inner loss still does.
+
+    Args:
+      least: the strength that it never falls below.
+    """
+
+    least: RelativeStrength
+
+    def template(self) -> NudgeScheme:
+        """The scheme at strength 1."""
+        return self.least.template()
+
+    def resolve(self, probe: Probe) -> tuple[NudgeScheme, jax.Array]:
+        """The ratio of the gradients, or where learning is over what a pilot finds."""
+        scheme, num_gradients = self.least.resolve(probe)
+        balance = tree.norm(probe.free_grad) / tree.or_one(probe.nudge_norm)
+        strength = jnp.maximum(scheme.strength(probe.dtype), jnp.where(jnp.isfinite(balance), balance, 0.0))
+        return self.template().scaled(strength.astype(probe.dtype)), num_gradients
 
 
 @strategy
@@ -38,7 +69,9 @@ class Alternating(TuningMode):
         exactly; Adam nearly so.
       num_nudged_steps: steps of each run where it is the optimiser in training; a `nudged_solver` brings its own.
       beta: nudging strength in the units of the outer loss, or a function of the training step; None for one at which
-        Newton's step would move the parameters by 1 % of their norm, measured every time.
+        the outer loss's gradient is as long as the inner loss's, measured every time: of the order of what training
+        does anyway, and vanishing, down to what rounding allows, where training comes to rest. The units of the losses
+        do not matter.
       scheme: from beta to the phases; `central_difference` costs the same and has a bias of O(beta^2), but nudges the
         wrong way once.
       estimate_error: see `Contrastive`; off by default, since it costs gradients.
@@ -106,5 +139,5 @@ class Alternating(TuningMode):
 
     def _strength(self) -> NudgeStrength:
         if self.beta is None:
-            return relative(self.scheme, _DISPLACEMENT, _NUM_PILOT_STEPS)
+            return _AsStrongAsLearning(relative(self.scheme, num_pilot_steps=_NUM_PILOT_STEPS))
         return self.scheme(self.beta)  # type: ignore[arg-type]
