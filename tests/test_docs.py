@@ -1,5 +1,7 @@
 """The pages' Python runs: every fenced block of a page in order, in one namespace, as a reader would type it."""
 
+import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,13 @@ FENCED = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 PAGES = [
     page for page in (*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))) if FENCED.search(page.read_text())
 ]
+
+
+def absent(code: str) -> list[str]:
+    """The libraries that a block imports and that are not there."""
+    modules = [node.module or "" for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names]
+    return sorted({name for module in modules if not importlib.util.find_spec(name := module.split(".")[0])})
 
 
 @pytest.fixture
@@ -29,6 +38,8 @@ def test_the_code_of_a_page_runs(path: Path) -> None:
     text = path.read_text()
     namespace: dict[str, Any] = {"__name__": path.stem}
     for block in FENCED.finditer(text):
+        if lacking := absent(block.group(1)):
+            pytest.skip(f'what follows on {path.name} needs {", ".join(lacking)}: pip install ".[examples]"')
         # Blank lines in front put the page's own line numbers into tracebacks.
         source = "\n" * text.count("\n", 0, block.start(1)) + block.group(1)
         exec(compile(source, str(path), "exec"), namespace)
