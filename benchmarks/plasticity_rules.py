@@ -123,14 +123,15 @@ def sinusoids(name: str, session: Session) -> Case:
     else:
         network = architectures.with_modules(body, 4, jax.random.fold_in(key, 1))
         split = architectures.modular_hypernetwork(mlp, loss, network, strength=0.1)
-    steps = 10 if session.smoke else 60
+    # Chosen on seeds 100 and 101, and the smaller steps of the nudged phases too.
+    steps = 10 if session.smoke else 150
 
     def draw(key: jax.Array, number: int) -> Any:
         return cm.problems.sinusoid_tasks(key, number, 10, 10, jnp.float32)
 
     course = Course(
         split,
-        published_estimator(split, 0.1, steps, steps, 0.05),
+        published_estimator(split, 0.1, steps, 10 if session.smoke else 60, 0.05, nudged_rate=0.005),
         shrinking_steps(steps, 0.05),
         draw,
         draw,

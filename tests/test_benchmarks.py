@@ -40,7 +40,7 @@ from benchmarks.data import (
     newsgroups,
 )
 from benchmarks.harness import Progress, Session, plain, precision
-from benchmarks.plasticity_learners import equilibrium_digits
+from benchmarks.plasticity_equilibrium import equilibrium_digits
 from benchmarks.registry import BENCHMARKS
 from benchmarks.speed_measure import Programs, measure
 from benchmarks.speed_methods import FAST, FREE_PHASE, IMPLICIT_CG, Outcome, Point
