@@ -2,18 +2,16 @@
 
 import dataclasses
 import enum
-import functools
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core, source_info_util
+from jax.extend import core
 
 from contrastive_meta._pytree import PyTree
+from contrastive_meta._tracing import CALLS, CallSite, open_jaxpr, place_of, site_of_call, trace
 
 REMEDY = (
     "Replace it (`jnp.tanh` for relu, `x * x` for `abs(x) ** 2`, `jnp.log(jnp.sum(jnp.exp(x)))` for logsumexp), "
@@ -39,22 +37,6 @@ _HOLOMORPHIC = frozenset(f"{_ELEMENTWISE} {_LINEAR} {_ALGEBRAIC}".split())
 # part is relative to the larger one, and an imaginary part of 1e-20 is lost.
 _MIXING = frozenset({"conv_general_dilated", "fft"})
 
-# Where primitives that only call a function keep it, its operands being theirs one for one.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "call": "call_jaxpr",
-    "closed_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "custom_vmap_call": "call",
-}
-
-_JAX_FILES = os.path.dirname(jax.__file__) + os.sep
-
 
 class _Level(enum.Enum):
     """How a value depends on the complex inputs, where nothing is wrong with it."""
@@ -73,13 +55,6 @@ class _Offence:
 
 _Taint = _Level | _Offence
 _Params = dict[str, Any]
-
-
-class _Site(NamedTuple):
-    """Where the user's code called what is being walked; `final` if nothing inside says it better."""
-
-    place: str = ""
-    final: bool = False
 
 
 def require_holomorphic(
@@ -121,7 +96,7 @@ def require_holomorphic(
     if _Level.HOLOMORPHIC not in inputs:
         raise ValueError(f"{what}: expected complex inputs to follow; got only real ones. Make some leaf complex.")
     walker = _Walker(_HOLOMORPHIC - _MIXING if complex_step else _HOLOMORPHIC)
-    outputs = walker.walk(closed.jaxpr, inputs, _Site())
+    outputs = walker.walk(closed.jaxpr, inputs, CallSite())
     worst = _worst([*outputs, *walker.escaped])
     if isinstance(worst, _Offence):
         raise TypeError(
@@ -136,9 +111,7 @@ def _trace(function: Callable[..., PyTree], args: tuple[PyTree, ...], what: str,
         with warnings.catch_warnings():
             # Casts that drop imaginary parts are reported later with their place, which these warnings lack.
             warnings.filterwarnings("ignore", message="Casting (from )?complex")
-            # A new function each time: JAX remembers traces by function, and closures may have changed since.
-            closed: core.ClosedJaxpr = jax.make_jaxpr(functools.partial(function))(*args)
-            return closed
+            return trace(function, *args)
     except (TypeError, ValueError, NotImplementedError) as error:
         if "complex" not in str(error):
             raise  # a mistake of another kind
@@ -155,9 +128,9 @@ class _Walker:
         self.escaped: list[_Offence] = []
         self._offences: dict[tuple[int, str], _Offence] = {}
 
-    def walk(self, traced: core.Jaxpr | core.ClosedJaxpr, inputs: Iterable[_Taint], site: _Site) -> list[_Taint]:
+    def walk(self, traced: core.Jaxpr | core.ClosedJaxpr, inputs: Iterable[_Taint], site: CallSite) -> list[_Taint]:
         """Taints of the outputs, given those of the inputs."""
-        jaxpr = _open(traced)
+        jaxpr = open_jaxpr(traced)
         known: dict[core.Var, _Taint] = dict(zip(jaxpr.invars, inputs, strict=True))
 
         def read(atom: core.Var | core.Literal) -> _Taint:
@@ -169,10 +142,10 @@ class _Walker:
                 known.update(zip(eqn.outvars, self._equation(eqn, taints, site), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _equation(self, eqn: core.JaxprEqn, taints: list[_Taint], site: _Site) -> list[_Taint]:
+    def _equation(self, eqn: core.JaxprEqn, taints: list[_Taint], site: CallSite) -> list[_Taint]:
         name, params = eqn.primitive.name, eqn.params
-        if name in _CALLS:
-            return self.walk(params[_CALLS[name]], taints, _site_of_call(eqn, params[_CALLS[name]], site))
+        if name in CALLS:
+            return self.walk(params[CALLS[name]], taints, site_of_call(eqn, params[CALLS[name]], site))
         control = {
             "scan": self._scan,
             "while": self._while,
@@ -180,12 +153,12 @@ class _Walker:
             "custom_linear_solve": self._linear_solve,
         }
         if name in control:
-            return control[name](params, taints, _Site(_place(eqn, site), site.final))
+            return control[name](params, taints, CallSite(place_of(eqn, site), site.final))
         if name in ("optimization_barrier", "device_put"):
             return taints  # each operand is handed on
         return self._operation(eqn, taints, site)
 
-    def _operation(self, eqn: core.JaxprEqn, taints: list[_Taint], site: _Site) -> list[_Taint]:
+    def _operation(self, eqn: core.JaxprEqn, taints: list[_Taint], site: CallSite) -> list[_Taint]:
         worst = _worst(taints)
         if worst is _Level.HOLOMORPHIC:
             worst = self._judge(eqn, site)
@@ -196,7 +169,7 @@ class _Walker:
             return [worst if _is_complex(var) else _Level.CLEAN for var in eqn.outvars]
         return [worst] * len(eqn.outvars)
 
-    def _judge(self, eqn: core.JaxprEqn, site: _Site) -> _Taint:
+    def _judge(self, eqn: core.JaxprEqn, site: CallSite) -> _Taint:
         """One operation on holomorphic operands; its indices and predicates, never complex, are clean therefore."""
         name, params = eqn.primitive.name, eqn.params
         conjugates = name == "triangular_solve" and params["conjugate_a"]
@@ -209,7 +182,7 @@ class _Walker:
             return _Level.HOLOMORPHIC
         return _worst([_Level.HOLOMORPHIC, *self.walk(combine, [_Level.HOLOMORPHIC] * 2, site)])
 
-    def _scan(self, params: _Params, taints: list[_Taint], site: _Site) -> list[_Taint]:
+    def _scan(self, params: _Params, taints: list[_Taint], site: CallSite) -> list[_Taint]:
         num_consts, num_carry = _scan_counts(params)
         consts, carry, xs = _split(taints, num_consts, num_carry)
         while True:
@@ -219,7 +192,7 @@ class _Walker:
                 return [*carry, *outputs[num_carry:]]
             carry = joined
 
-    def _while(self, params: _Params, taints: list[_Taint], site: _Site) -> list[_Taint]:
+    def _while(self, params: _Params, taints: list[_Taint], site: CallSite) -> list[_Taint]:
         cond_consts, body_consts, carry = _split(taints, params["cond_nconsts"], params["body_nconsts"])
         while True:
             stop = self.walk(params["cond_jaxpr"], [*cond_consts, *carry], site)
@@ -229,24 +202,22 @@ class _Walker:
                 return carry
             carry = joined
 
-    def _cond(self, params: _Params, taints: list[_Taint], site: _Site) -> list[_Taint]:
+    def _cond(self, params: _Params, taints: list[_Taint], site: CallSite) -> list[_Taint]:
         index, *operands = taints
         branches = [self.walk(branch, operands, site) for branch in params["branches"]]
         return [_worst([index, *outputs]) for outputs in zip(*branches, strict=True)]
 
-    def _linear_solve(self, params: _Params, taints: list[_Taint], site: _Site) -> list[_Taint]:
+    def _linear_solve(self, params: _Params, taints: list[_Taint], site: CallSite) -> list[_Taint]:
         """Its value is what its solver computes; the other functions serve derivatives."""
         lengths = params["const_lengths"]
         _, solve_consts, rest = _split(taints, lengths.matvec + lengths.vecmat, lengths.solve)
         return self.walk(params["jaxprs"].solve, [*solve_consts, *rest[lengths.transpose_solve :]], site)
 
-    def _offence(self, eqn: core.JaxprEqn, site: _Site) -> _Offence:
+    def _offence(self, eqn: core.JaxprEqn, site: CallSite) -> _Offence:
         """One per operation and place, so that loops come to a fixpoint; numbered in the order met."""
-        place = _place(eqn, site)
-        name = eqn.primitive.name
+        place, name = place_of(eqn, site), eqn.primitive.name
         why = " (which rounds tiny imaginary parts away)" if name in _MIXING - self.allowed else ""
-        operation = f"`{name}`{place}{why}"
-        return self._offences.setdefault((id(eqn), place), _Offence(len(self._offences), operation))
+        return self._offences.setdefault((id(eqn), place), _Offence(len(self._offences), f"`{name}`{place}{why}"))
 
 
 def _worst(taints: Iterable[_Taint]) -> _Taint:
@@ -276,26 +247,3 @@ def _split(taints: list[_Taint], first: int, second: int) -> tuple[list[_Taint],
 
 def _is_complex(var: Any) -> bool:
     return jnp.issubdtype(getattr(var.aval, "dtype", np.dtype(bool)), jnp.complexfloating)
-
-
-def _open(traced: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
-    return traced.jaxpr if isinstance(traced, core.ClosedJaxpr) else traced
-
-
-def _place(eqn: core.JaxprEqn, site: _Site) -> str:
-    """The innermost line outside JAX, e.g. " at losses.py:12:4 (loss)"; nothing where there is none."""
-    frame = "" if site.final else source_info_util.summarize(eqn.source_info)
-    return f" at {frame}" if frame and not frame.startswith(__file__) else site.place
-
-
-def _site_of_call(eqn: core.JaxprEqn, called: core.Jaxpr | core.ClosedJaxpr, site: _Site) -> _Site:
-    """The site of what a call runs.
-
-    JAX traces its own functions once and keeps the source lines of whoever called first, or none: inside them, the line
-    that counts is that of this call. Lines in functions of the user's are right wherever they are called from.
-    """
-    debug = getattr(_open(called), "debug_info", None)
-    if site.final or not (getattr(debug, "func_filename", None) or "").startswith(_JAX_FILES):
-        return _Site(_place(eqn, site), site.final)
-    name = getattr(debug, "func_name", "")
-    return _Site((f" (inside `{name}`)" if name.isidentifier() else "") + _place(eqn, site), final=True)

@@ -8,10 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from contrastive_meta._holomorphic import _CALLS as CALLS
-from contrastive_meta._holomorphic import _place as place_of
-from contrastive_meta._holomorphic import _Site as CallSite
-from contrastive_meta._holomorphic import _site_of_call as site_of_call
+from contrastive_meta._tracing import CALLS, CallSite, open_jaxpr, place_of, site_of_call
 
 # Entry i of what these give is made of entries i of what they take.
 _OF_ONE = """
@@ -91,7 +88,7 @@ class Walker:
 
     def walk(self, traced: core.ClosedJaxpr | core.Jaxpr, inputs: Iterable[Location], site: CallSite) -> list[Location]:
         """Locations of the outputs, given those of the inputs."""
-        jaxpr = traced.jaxpr if isinstance(traced, core.ClosedJaxpr) else traced
+        jaxpr = open_jaxpr(traced)
         consts = traced.consts if isinstance(traced, core.ClosedJaxpr) else []
         known: dict[core.Var, Location] = dict(zip(jaxpr.invars, inputs, strict=True))
         known.update(zip(jaxpr.constvars, map(self._constant, consts), strict=True))

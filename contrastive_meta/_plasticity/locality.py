@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._holomorphic import _Site as CallSite
 from contrastive_meta._plasticity._locations import Elsewhere, Here, Location, Node, Walker
 from contrastive_meta._plasticity._sites import Sites
 from contrastive_meta._plasticity.autodiff import PlasticityRule, measured_by
@@ -15,6 +14,7 @@ from contrastive_meta._plasticity.by_group import ByGroup
 from contrastive_meta._plasticity.local_rule import LocalRule
 from contrastive_meta._problem import BilevelProblem, MetaParams, Number, Params, Task, check_same_structure
 from contrastive_meta._pytree import PyTree
+from contrastive_meta._tracing import CallSite, trace
 
 
 class NotLocalError(ValueError):
@@ -143,7 +143,7 @@ def check_local(
     walker = Walker()
     sites = Sites(params, meta_params)
     inputs = sites.locate(walker, rule, signals, task)
-    outputs = walker.walk(jax.make_jaxpr(measure)(*args), inputs, CallSite())
+    outputs = walker.walk(trace(measure, *args), inputs, CallSite())
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(meta_params)]
     for name, location in zip(names, outputs, strict=True):
         _judge(walker, name, sites.of_meta[name], location)
