@@ -1,5 +1,6 @@
 """Meta-learning over equilibrium propagation on digits: contrast over contrast, and how near it is to exact."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,15 +17,25 @@ from benchmarks.plasticity_learners import Course, Draw
 HELD = 0.3
 
 
-def equilibrium_digits(session: Session, beta: float = 0.1, relaxation: int = 20, dtype: Any = jnp.float32) -> Course:
+class Way(NamedTuple):
+    """Of learning by equilibrium propagation: its nudge, steps of relaxation, steps of learning."""
+
+    nudge: float
+    relaxation: int
+    steps: int
+
+
+USUAL = Way(nudge=0.1, relaxation=20, steps=150)
+
+
+def equilibrium_digits(session: Session, way: Way = USUAL, dtype: Any = jnp.float32) -> Course:
     """Five of ten digits under new names, five images each: a Hopfield network learns them, its anchors all of them.
 
     The readout starts at a quarter and is held, and the error is squared: weights that act both ways must stay below 1,
     or equilibria become many and learning has no end. Cross-entropy asks for larger ones.
     """
     ways, shots, queries = 5, 5, 8
-    steps, images = 10 if session.smoke else 150, data.digits(session.seed, 900, 897)
-    network = cm.local_learners.EquilibriumPropagation(beta, cm.local_learners.Relaxation(0.5, relaxation))
+    steps, images, network = way.steps, data.digits(session.seed, 900, 897), _network(way)
     first = cm.architectures.mlp_params(jax.random.key(session.seed), (64, 32, ways), dtype)
     first["readout"]["kernel"] /= 4
     split = cm.architectures.learned_initialisation(network.apply, squared_error, first, HELD)
@@ -36,7 +47,7 @@ def equilibrium_digits(session: Session, beta: float = 0.1, relaxation: int = 20
         _drawing(images.x_val, images.y_val, ways, shots, queries, dtype),
         lambda params, meta_params, task: jnp.mean(jnp.argmax(network.apply(params, task.x_val), -1) == task.y_val),
         optax.adam(5e-3),
-        num_steps=2 if session.smoke else 100,
+        num_steps=2 if session.smoke else 60,
         batch=2 if session.smoke else 8,
         num_judged=4 if session.smoke else 100,
     )
@@ -58,41 +69,49 @@ class Angles(NamedTuple):
     unrest: jax.Array
 
 
-def equilibrium_angles(session: Session, beta: float, relaxation: int, steps: int, meta_params: Any) -> Angles:
-    """How near contrast over contrast comes, in float64: by the inner nudge, the relaxation and the length of learning.
+def equilibrium_angles(session: Session, ways: Sequence[Way], meta_params: Any) -> Iterator[Angles]:
+    """How near contrast over contrast comes, way by way, in float64 if that is on.
 
     Args:
       session: of the held-out tasks.
-      beta: inner nudge.
-      relaxation: steps of it.
-      steps: of learning.
+      ways: to learn.
       meta_params: where.
     """
-    course, learner = equilibrium_digits(session, beta, relaxation, jnp.float64), steady_steps(steps)
-    problem, longest = course.split.problem, steady_steps(20 if session.smoke else 600)
-    network = cm.local_learners.EquilibriumPropagation(beta, cm.local_learners.Relaxation(0.5, relaxation))
-    settled = cm.local_learners.EquilibriumPropagation(beta, cm.local_learners.Relaxation(0.5, 60))
+    first = equilibrium_digits(session, ways[0], jnp.float64)
+    tasks = first.held_out(jax.random.key(session.seed), 1 if session.smoke else 5)
+    settled = cm.local_learners.EquilibriumPropagation(relaxation=cm.local_learners.Relaxation(0.5, 60))
     true = cm.architectures.learned_initialisation(
         lambda w, x: settled.equilibrium(w, x).states[-1], squared_error, meta_params["anchor"], HELD
     ).problem
+    longest = steady_steps(20 if session.smoke else 600)
 
     @jax.jit
-    def one(task: Any) -> Angles:
-        got = _twice_the_learner(course.split, learner, 0.02).estimate(problem, meta_params, task)
-        exact = cm.ImplicitDifferentiation(longest, estimate_error=False).estimate(true, meta_params, task)
-        same = cm.BackpropThroughLearning(learner, checkpoint=True).estimate(problem, meta_params, task)
-        before = jax.grad(problem.inner_loss)(meta_params["anchor"], meta_params, task)
-        return Angles(
-            _cosine(got.grad, exact.grad),
-            _cosine(got.grad, same.grad),
-            got.diagnostics.free_residual / optax.tree_utils.tree_norm(before),
-            network.equilibrium(got.params, task.x_train).residual,
-        )
+    def at_equilibrium(task: Any) -> Any:
+        return cm.ImplicitDifferentiation(longest, estimate_error=False).estimate(true, meta_params, task).grad
 
-    tasks = course.held_out(jax.random.key(session.seed), 1 if session.smoke else 5)
+    def angles_of(way: Way) -> Any:
+        course, learner = equilibrium_digits(session, way, jnp.float64), steady_steps(way.steps)
+        problem, network = course.split.problem, _network(way)
+
+        @jax.jit
+        def angles(given: Any) -> Angles:
+            task, exact = given
+            got = _twice_the_learner(course.split, learner, 0.02).estimate(problem, meta_params, task)
+            same = cm.BackpropThroughLearning(learner, checkpoint=True).estimate(problem, meta_params, task)
+            before = jax.grad(problem.inner_loss)(meta_params["anchor"], meta_params, task)
+            return Angles(
+                _cosine(got.grad, exact),
+                _cosine(got.grad, same.grad),
+                got.diagnostics.free_residual / optax.tree_utils.tree_norm(before),
+                network.equilibrium(got.params, task.x_train).residual,
+            )
+
+        return angles
+
     # One after another: there are many steps to differentiate through.
-    angles: Angles = jax.lax.map(one, tasks)
-    return angles
+    exact = jax.lax.map(at_equilibrium, tasks)
+    for way in ways:
+        yield jax.lax.map(angles_of(way), (tasks, exact))
 
 
 def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
@@ -104,6 +123,10 @@ def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 def steady_steps(num_steps: int) -> cm.OptaxDescent:
     """Descent with some momentum, which ends where the gradient does."""
     return cm.OptaxDescent(optax.sgd(0.06, momentum=0.5), num_steps=num_steps)
+
+
+def _network(way: Way) -> cm.local_learners.EquilibriumPropagation:
+    return cm.local_learners.EquilibriumPropagation(way.nudge, cm.local_learners.Relaxation(0.5, way.relaxation))
 
 
 def _twice_the_learner(split: Any, learner: cm.OptaxDescent, beta: float) -> cm.Contrastive:

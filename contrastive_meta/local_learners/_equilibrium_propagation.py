@@ -10,8 +10,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta.local_learners._layers import Layer, layers_of
 from contrastive_meta.local_learners._relaxation import Relaxation
-
-States = list[jax.Array]
+from contrastive_meta.local_learners._settling import SettlingNetwork, States
 
 
 class Equilibrium(NamedTuple):
@@ -32,7 +31,7 @@ class Equilibrium(NamedTuple):
 
 
 @strategy
-class EquilibriumPropagation:
+class EquilibriumPropagation(SettlingNetwork):
     """A layered continuous Hopfield network; the derivative of its outputs is the contrast of two nudged equilibria.
 
         E(s) = sum_l [ G(s_l) - s_l . (s_{l-1} W_l + b_l) ],   s_0 = x,   G' = the inverse of the activation
@@ -80,22 +79,6 @@ class EquilibriumPropagation:
     relaxation: Relaxation = Relaxation()
     activation: Callable[[jax.Array], jax.Array] = static(default=jnp.tanh)
 
-    def apply(self, params: PyTree, x: jax.Array) -> jax.Array:
-        """The outputs at rest.
-
-        Args:
-          params: as `architectures.mlp_params` makes them.
-          x: shape (..., inputs).
-
-        Returns:
-          shape (..., outputs).
-
-        Raises:
-          ValueError: `params` is of another kind, or does not fit `x`.
-        """
-        layers_of(params, x, type(self).__name__)
-        return _outputs(jax.lax.stop_gradient(self), params, x)
-
     def equilibrium(self, params: PyTree, x: jax.Array) -> Equilibrium:
         """The free phase. Its derivative is not local: it goes back through the relaxation.
 
@@ -123,6 +106,24 @@ class EquilibriumPropagation:
         )
         return Equilibrium(end.state, end.residual)
 
+    def free(self, params: PyTree, x: jax.Array) -> States:
+        """The states at rest."""
+        return self.equilibrium(params, x).states
+
+    def update(self, params: PyTree, x: jax.Array, free: States, error: jax.Array) -> tuple[PyTree, jax.Array]:
+        """The contrast of two nudged equilibria, over the nudge."""
+        size = jnp.max(jnp.abs(error), axis=-1, keepdims=True)
+        force = self.beta * error / tree.or_one(size)
+        both = jax.vmap(lambda nudge: self.nudged(params, x, free, nudge).states)(jnp.stack([-force, force]))
+        plus, minus = tree.unstack(both, 2)
+        weight = size[..., 0] / (2 * self.beta)
+
+        def contrast(params: PyTree, x: jax.Array) -> jax.Array:
+            return jnp.sum(weight * (_coupling(params, x, minus) - _coupling(params, x, plus)))
+
+        grads: tuple[PyTree, jax.Array] = jax.grad(contrast, argnums=(0, 1))(params, x)
+        return grads
+
     def _direction(self, layers: list[Layer], x: jax.Array, states: States, force: Any) -> States:
         """Each unit moves to what its inputs, from below and above, ask for."""
         *below, (kernel, bias) = layers
@@ -140,30 +141,3 @@ def _coupling(params: PyTree, x: jax.Array, states: States) -> jax.Array:
     layers, before = layers_of(params, x, EquilibriumPropagation.__name__), [x, *states[:-1]]
     terms = [jnp.sum(s * (below @ w + b), axis=-1) for s, below, (w, b) in zip(states, before, layers, strict=True)]
     return sum(terms[1:], terms[0])
-
-
-def _at_rest(learner: EquilibriumPropagation, params: PyTree, x: jax.Array) -> jax.Array:
-    return learner.equilibrium(params, x).states[-1]
-
-
-def _forward(learner: EquilibriumPropagation, params: PyTree, x: jax.Array) -> tuple[jax.Array, Any]:
-    free = learner.equilibrium(params, x).states
-    return free[-1], (learner, params, x, free)
-
-
-def _backward(saved: Any, error: jax.Array) -> Any:
-    learner, params, x, free = saved
-    size = jnp.max(jnp.abs(error), axis=-1, keepdims=True)
-    force = learner.beta * error / tree.or_one(size)
-    both = jax.vmap(lambda nudge: learner.nudged(params, x, free, nudge).states)(jnp.stack([-force, force]))
-    plus, minus = tree.unstack(both, 2)
-    weight = size[..., 0] / (2 * learner.beta)
-
-    def contrast(params: PyTree, x: jax.Array) -> jax.Array:
-        return jnp.sum(weight * (_coupling(params, x, minus) - _coupling(params, x, plus)))
-
-    return tree.zeros_like(learner), *jax.grad(contrast, argnums=(0, 1))(params, x)
-
-
-_outputs: Callable[[EquilibriumPropagation, PyTree, jax.Array], jax.Array] = jax.custom_vjp(_at_rest)
-_outputs.defvjp(_forward, _backward)  # type: ignore[attr-defined]

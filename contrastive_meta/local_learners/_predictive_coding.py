@@ -1,7 +1,6 @@
 """Predictive coding: units settle between what the layer below predicts and what the layer above would have."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,11 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta.local_learners._layers import Layer, layers_of
 from contrastive_meta.local_learners._relaxation import Relaxation
-
-States = list[jax.Array]
+from contrastive_meta.local_learners._settling import SettlingNetwork, States
 
 
 @strategy
-class PredictiveCoding:
+class PredictiveCoding(SettlingNetwork):
     """A multilayer perceptron; the derivative of its outputs is what its synapses learn from local prediction errors.
 
         F(s) = 1/2 sum_l p_l |e_l|^2,   e_l = s_l - act(s_{l-1} W_l + b_l),   s_0 = x,   without act for the outputs
@@ -59,22 +57,6 @@ class PredictiveCoding:
     relaxation: Relaxation = Relaxation(step_size=0.2, num_steps=50)
     activation: Callable[[jax.Array], jax.Array] = static(default=jnp.tanh)
 
-    def apply(self, params: PyTree, x: jax.Array) -> jax.Array:
-        """The outputs of the network run forwards.
-
-        Args:
-          params: as `architectures.mlp_params` makes them.
-          x: shape (..., inputs).
-
-        Returns:
-          shape (..., outputs).
-
-        Raises:
-          ValueError: `params` is of another kind, or does not fit `x`.
-        """
-        layers_of(params, x, type(self).__name__)
-        return _outputs(jax.lax.stop_gradient(self), params, x)
-
     def energy(self, params: PyTree, x: jax.Array, states: States) -> jax.Array:
         """F, summed over examples.
 
@@ -105,14 +87,8 @@ class PredictiveCoding:
         end = self.relaxation.run(direction, free[:-1], scale=tree.max_abs(target - free[-1]))
         return [*end.state, target]
 
-    def _predictions(self, layers: list[Layer], x: jax.Array, states: States) -> States:
-        """What each layer would be from the one below."""
-        *hidden, (kernel, bias) = layers
-        before = [x, *states[:-1]]
-        below = [self.activation(s @ w + b) for s, (w, b) in zip(before[:-1], hidden, strict=True)]
-        return [*below, before[-1] @ kernel + bias]
-
-    def _run_forwards(self, params: PyTree, x: jax.Array) -> States:
+    def free(self, params: PyTree, x: jax.Array) -> States:
+        """The states of the network run forwards, where all errors are 0."""
         *hidden, (kernel, bias) = layers_of(params, x, type(self).__name__)
         states: States = []
         for w, b in hidden:
@@ -120,20 +96,16 @@ class PredictiveCoding:
             states.append(x)
         return [*states, x @ kernel + bias]
 
+    def update(self, params: PyTree, x: jax.Array, free: States, error: jax.Array) -> tuple[PyTree, jax.Array]:
+        """The derivative of F at rest with the outputs clamped to out - error, over the precision."""
+        states = self.settle(params, x, free, free[-1] - error)
+        grads = jax.grad(self.energy, argnums=(0, 1))(params, x, states)
+        scaled: tuple[PyTree, jax.Array] = tree.scale(1 / self.precision, grads)
+        return scaled
 
-def _forward(learner: PredictiveCoding, params: PyTree, x: jax.Array) -> tuple[jax.Array, Any]:
-    free = learner._run_forwards(params, x)
-    return free[-1], (learner, params, x, free)
-
-
-def _backward(saved: Any, error: jax.Array) -> Any:
-    learner, params, x, free = saved
-    states = learner.settle(params, x, free, free[-1] - error)
-    grads = jax.grad(learner.energy, argnums=(0, 1))(params, x, states)
-    return tree.zeros_like(learner), *tree.scale(1 / learner.precision, grads)
-
-
-_outputs: Callable[[PredictiveCoding, PyTree, jax.Array], jax.Array] = jax.custom_vjp(
-    lambda learner, params, x: learner._run_forwards(params, x)[-1]
-)
-_outputs.defvjp(_forward, _backward)  # type: ignore[attr-defined]
+    def _predictions(self, layers: list[Layer], x: jax.Array, states: States) -> States:
+        """What each layer would be from the one below."""
+        *hidden, (kernel, bias) = layers
+        before = [x, *states[:-1]]
+        below = [self.activation(s @ w + b) for s, (w, b) in zip(before[:-1], hidden, strict=True)]
+        return [*below, before[-1] @ kernel + bias]
