@@ -113,7 +113,8 @@ class Diagnostics(NamedTuple):
       displacement: distance that the nudge of strength `beta` moved `params`, relative to their norm.
       num_gradients: gradients of the inner (or nudged) loss evaluated, all phases together.
       num_hvps: Hessian-vector products evaluated.
-      error_estimate: estimated relative error of `grad`; NaN where no estimate is made.
+      error_estimate: estimate of ||grad - exact|| / ||exact||; infinite where what was measured says nothing of it,
+        NaN where no estimate is made.
       status: value of a `Status`; the most severe wins.
 
     Example:
