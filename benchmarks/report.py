@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from benchmarks import estimators, plasticity, scaling_steps, speed, speed_scaling, speed_tables, tuning
 from benchmarks.harness import PACKAGE_FOLDER, Record
@@ -27,7 +28,9 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
     if newest_runs(records, speed.NAME):
         pages[PACKAGE_FOLDER.parent / "docs" / "performance.md"] = render_speed_block(records)
     if newest_runs(records, tuning.NAME):
-        pages[PACKAGE_FOLDER.parent / "docs" / "optax.md"] = render_tuning_block(records)
+        pages[PACKAGE_FOLDER.parent / "docs" / "optax.md"] = render_shown_block(records, tuning)
+    if newest_runs(records, plasticity.NAME):
+        pages[PACKAGE_FOLDER.parent / "docs" / "plasticity.md"] = render_shown_block(records, plasticity)
     if check:
         return max(_check(page, block) for page, block in pages.items())
     for benchmark in BENCHMARKS.values():
@@ -66,7 +69,9 @@ def newest_runs(records: Sequence[Record], benchmark: str) -> list[list[Record]]
         name: tuple(dict.fromkeys(record["run"] for record in current if record["precision"] == name))
         for name in sorted({record["precision"] for record in current})
     }
-    return [[record for record in current if record["run"] in group] for group in dict.fromkeys(runs.values())]
+    groups = dict.fromkeys(runs.values())
+    whole = [group for group in groups if not any(set(group) < set(other) for other in groups)]
+    return [[record for record in current if record["run"] in group] for group in whole]
 
 
 def _precision_and_case(record: Record) -> tuple[str, str]:
@@ -124,11 +129,11 @@ def render_speed_block(records: Sequence[Record]) -> str:
     return "\n\n".join([*parts, _provenance(speed_records, "python -m benchmarks run speed")])
 
 
-def render_tuning_block(records: Sequence[Record]) -> str:
-    """What the tuning records come to, as Markdown."""
-    parts = [f"```text\n{tuning.show(rows)}\n```" for rows in newest_runs(records, tuning.NAME)]
-    tuning_records = [record for record in records if record["benchmark"] == tuning.NAME]
-    return "\n\n".join([*parts, _provenance(tuning_records, "python -m benchmarks run tuning")])
+def render_shown_block(records: Sequence[Record], module: ModuleType) -> str:
+    """What the records of a benchmark come to, its table, as Markdown."""
+    rows = [row for rows in newest_runs(records, module.NAME) for row in rows]
+    here = [record for record in records if record["benchmark"] == module.NAME]
+    return f"```text\n{module.show(rows)}\n```\n\n{_provenance(here, f'python -m benchmarks run {module.NAME}')}"
 
 
 def _errors_table(rows: Sequence[Record]) -> str:

@@ -389,7 +389,19 @@ def test_plasticity_shows_and_draws_records(tmp_path: Path) -> None:
     rows = [_record(case=picture["kind"], picture=picture, **common) for picture in pictures]
     rows.append(_record(case="e-prop RSNN", threshold=0.6, **common))
     rows.append(_record(case="EP in EP", **{**common, "score": "accuracy"}))
-    text = plasticity.show(rows)
-    assert "4 of 5 are better" in text and "error is below 0.6" in text
+    text = " ".join(plasticity.show(rows).split())
+    assert "4 of 5 rows are better" in text and "e-prop RSNN: error below 0.6 of what it was in 1 of 1" in text
+    # A second seed, which is worse; and angles, of float64 in the same run: one table of each.
+    rows.append(_record(case="e-prop RSNN", threshold=0.6, **{**common, "seed": 1, "after": 2.0, "number": 2.0}))
+    way = {"nudge": 0.1, "relaxation": 20, "steps": 150}
+    angles = {"to_true": [0.9, 0.99, 0.5], "to_same": [1.0, 1.0, 1.0], "left": [1e-3] * 3, "unrest": [1e-4] * 3}
+    rows.append(_record(case=plasticity.ANGLES, precision="float64", score="", **way, **angles))
+    text = " ".join(plasticity.show(rows).split())
+    assert "4 of 6 rows on all seeds" in text and "in 1 of 2." in text and "1.250 (0.500 to 2.000)" in text
+    assert "0.9000 (0.5000)" in text and "1.0000 (1.0000)" in text and "seeds 0 to 1" in text
+    # Parts that ran apart, one of them in both precisions, come back together and once.
+    apart = [{**row, "benchmark": plasticity.NAME, "run": "b" if "EP" in row["case"] else "a"} for row in rows]
+    (group,) = report.newest_runs(apart, plasticity.NAME)
+    assert len(group) == len(rows)
     (path,) = plasticity.draw(rows, tmp_path)
     assert path.stat().st_size > 10_000

@@ -42,7 +42,7 @@ def test_the_gap_is_of_the_same_seed_and_the_table_says_it(tmp_path: Path) -> No
     assert tuning.gap_closed(ROWS, tuning.ORACLE) == [1.0, 1.0]
     text = tuning.show(ROWS)
     assert "65 (40-90)" in text and "3.00" in text and "0.900" in text and "62.3" in text
-    block = report.render_tuning_block(ROWS)
+    block = report.render_shown_block(ROWS, tuning)
     assert text in block and "python -m benchmarks run tuning" in block
     assert tuning.draw(ROWS, tmp_path)[0].read_bytes().startswith(b"\x89PNG")
 
