@@ -20,7 +20,9 @@ PAGES = [
 def absent(code: str) -> list[str]:
     """The libraries that a block imports and that are not there."""
     modules = [node.module or "" for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
-    modules += [alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names]
+    modules += [
+        alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names
+    ]
     return sorted({name for module in modules if not importlib.util.find_spec(name := module.split(".")[0])})
 
 

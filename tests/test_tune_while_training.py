@@ -96,6 +96,9 @@ REACH = {
     "alternating": (cm.Alternating(cm.OptaxDescent(optax.sgd(0.5), num_steps=80), beta=1e-5), 10, 2.0, 600),
     "single loop": (cm.SingleLoop(beta=1e-5), None, 0.2, 900),
     "single loop, central": (cm.SingleLoop(beta=1e-2, scheme=cm.central_difference), None, 0.2, 900),
+    # Measured strengths vanish where training comes to rest: at once in short runs, as 1 / steps in the single loop.
+    "alternating, measured": (cm.Alternating(cm.OptaxDescent(optax.sgd(0.5), num_steps=80)), 10, 2.0, 600),
+    "single loop, measured": (cm.SingleLoop(), None, 0.2, 9000),
 }  # fmt: skip
 
 
@@ -122,6 +125,42 @@ def test_reaches_a_stationary_point_of_the_outer_objective(instance: Callable[[]
         return float(np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(answer.grad))))
 
     assert exact(cm.current_meta_params(state)) < 1e-3 * exact(made.meta_params)
+
+
+@pytest.mark.parametrize("mode", [cm.Alternating(), cm.SingleLoop()], ids=["alternating", "single_loop"])
+def test_a_measured_strength_does_not_depend_on_the_unit_of_the_outer_loss(mode: Any) -> None:
+    def tuned(unit: float) -> Any:
+        problem = cm.BilevelProblem(inner_loss, lambda *at: unit * outer_loss(*at), PROBLEM.init_params)
+        tx = tune(mode, optax.sgd(0.1), problem=problem, meta_optimizer=optax.sgd(0.1 / unit))
+        return train(tx, 20, (PARAMS, tx.init(PARAMS)), problem=problem)[1]
+
+    one, large = tuned(1.0), tuned(1e6)
+    assert np.all(np.abs(one.meta_params["log_decay"] - META["log_decay"]) > 5e-4)
+    np.testing.assert_allclose(large.meta_params["log_decay"], one.meta_params["log_decay"], rtol=1e-9)
+    np.testing.assert_allclose(1e6 * large.diagnostics.beta, one.diagnostics.beta, rtol=1e-9)
+
+
+def test_a_measured_strength_is_that_of_the_gradients() -> None:
+    tx = tune(cm.SingleLoop(), optax.sgd(0.1), every=1)
+    state, step, params, norms = tx.init(PARAMS), jax.jit(training_step(tx)), PARAMS, []
+    for _ in range(3):
+        nudged = jax.tree.map(lambda x: x[0], state.memory.params)
+        meta = state.meta_params
+        gradients = jax.grad(inner_loss)(params, meta, TASK), jax.grad(outer_loss)(nudged, meta, TASK)
+        norms.append([float(optax.tree.norm(gradient)) for gradient in gradients])
+        params, state = step(params, state)
+        np.testing.assert_allclose(state.diagnostics.beta, np.divide(*np.sum(norms, axis=0)), rtol=1e-12)
+    tx = tune(cm.Alternating(), optax.sgd(0.1), every=1)
+    _, state = jax.jit(training_step(tx))(PARAMS, tx.init(PARAMS))
+    np.testing.assert_allclose(state.diagnostics.beta, norms[0][0] / norms[0][1], rtol=1e-12)
+
+
+def test_drift_of_unfinished_training_is_not_taken_for_a_nudge_without_bound() -> None:
+    """On quadratic losses nothing can run away, though learning may leave where the outer loss asked for little."""
+    task = TASK | {"val": PARAMS["a"] + 0.01}
+    tx = tune(cm.Alternating(cm.OptaxDescent(optax.sgd(0.2), num_steps=5), beta=0.1), every=1)
+    _, state = jax.jit(training_step(tx, task))(PARAMS, tx.init(PARAMS))
+    assert Status(int(state.diagnostics.status)) in (Status.FREE_NOT_CONVERGED, Status.NUDGED_NOT_CONVERGED)
 
 
 # --- What one step does.

@@ -16,6 +16,7 @@ from contrastive_meta._estimators._free_point import (
     newton_length,
 )
 from contrastive_meta._estimators._phases import Nudging, Phases, mean_of, statistic_noise
+from contrastive_meta._nudging import LinearNudge
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._result import Status, flag, worst
 
@@ -88,7 +89,9 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     response, base = scheme.contrast(phases.params), phases.base
     nudges, _ = scheme.arrays(setting.dtype)
     mean_nudge = jnp.mean(jnp.real(nudges))
-    center, expected = mean_of(phases.params), tree.add_scaled(mean_of(phases.residual), -mean_nudge, point.outer_grad)
+    # A line pulls everywhere as it does at the free solution; the outer loss as it does where the phases have got to.
+    pull = point.outer_grad if isinstance(nudging.nudge, LinearNudge) else phases.base_outer[1]
+    center, expected = mean_of(phases.params), tree.add_scaled(mean_of(phases.residual), -mean_nudge, pull)
     common = scheme.at_zero(phases.residual)
     distance, least = difference_step(setting, point)
     nudge, usual = tree.or_one(point.nudge_norm), point.usual_grad
@@ -134,7 +137,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     missing = missing * jnp.minimum(unanswered / tree.or_one(of_sought), 1.0)
     strength = scheme.strength(setting.dtype)
     moved = tree.norm_in(point.scale / tree.or_one(strength), response)
-    of_gradient = tree.norm_in(usual, tree.subtract(found, expected)) / (strength * nudge)
+    of_gradient = tree.norm_in(usual, tree.subtract(found, expected)) / (strength * jnp.maximum(nudge, tree.norm(pull)))
     off_line = tree.subtract(tree.add_scaled(center, -mean_nudge, response), point.params)
     of_path = tree.norm_in(point.scale, off_line) / tree.or_one(strength * moved)
     # Before learning ends the phases drift on together, which bends nothing.

@@ -136,7 +136,9 @@ class SingleLoop(TuningMode):
             moved = NudgedIterates(*jax.vmap(advance)(nudged, nudges, memory.opt_state), learning, nudging)
         # An iterate that is lost starts again from the parameters; the status says so.
         kept = tree.where(
-            tree.all_finite(moved._replace(opt_state=())), cast_like(moved, memory), self.init(optimizer, training.params)
+            tree.all_finite(moved._replace(opt_state=())),
+            cast_like(moved, memory),
+            self.init(optimizer, training.params),
         )
         return kept, tree.where(due, cast_like(measured, last), last)
 
