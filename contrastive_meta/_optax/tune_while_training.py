@@ -31,8 +31,8 @@ from contrastive_meta._problem import (
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._result import Diagnostics, Status
 
-# Training is not over, and the phases are short, by design. A nudge as strong as learning itself may also bend their way,
-# in few steps, as much as one that takes the minimum away.
+# Training is not over, and the phases are short, by design. A nudge as strong as learning itself may also bend their
+# way, in few steps, as much as one that takes the minimum away.
 _USABLE_IN_TRAINING = (*USABLE, Status.FREE_NOT_CONVERGED, Status.NUDGED_NOT_CONVERGED, Status.UNBOUNDED_NUDGE)
 
 
