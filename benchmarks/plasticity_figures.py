@@ -1,5 +1,6 @@
 """What was learned, as a physiologist would plot it: strengths as images, masks by layer, fast parameters by task."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,9 @@ def _draw_picture(axis: "Axes", picture: dict[str, Any]) -> None:
 def _draw_learners(axis: "Axes", records: Sequence[Record]) -> None:
     places = np.arange(len(records))
     for shift, when, colour in ((-0.2, "before", "#999999"), (0.2, "after", "#D55E00")):
-        axis.bar(places + shift, [record[when] for record in records], 0.4, label=when, color=colour)
-    axis.set_xticks(places, [f"{record['case']}\n{record['score']}" for record in records], fontsize=7)
+        axis.barh(places + shift, [record[when] for record in records], 0.4, label=when, color=colour)
+    names = [textwrap.fill(record["case"], 16) + f"\n({record['score']})" for record in records]
+    axis.set_yticks(places, names, fontsize=7)
+    axis.invert_yaxis()
     axis.legend(fontsize=7, frameon=False)
     axis.set_title("local learners, held-out", fontsize=8)
