@@ -37,6 +37,25 @@ def test_downward_curvature_falls_back_to_the_users_learner():
     np.testing.assert_allclose(settled.grad, -2 / 8, rtol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_learning_is_finished_through_a_curved_valley(dtype):
+    """Rosenbrock (1960): on the way to the minimum at (theta, theta^2) the loss falls while its gradient grows."""
+    problem = cm.BilevelProblem(
+        inner_loss=lambda w, theta, task: (theta - w[0]) ** 2 + 10 * (w[1] - w[0] ** 2) ** 2,
+        outer_loss=lambda w, theta, task: 0.5 * jnp.sum((w - task) ** 2),
+        init_params=lambda theta, task: jnp.array([-1.2, 1.0], dtype),
+    )
+    asked = jnp.array([2.0, 0.5], dtype)
+    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(fall_back=False))
+    result = estimator.estimate(problem, jnp.asarray(0.8, dtype), asked)
+    exact = (0.8 - 2.0) * 1.0 + (0.64 - 0.5) * 2 * 0.8
+    assert result.diagnostics.status == cm.Status.CONVERGED
+    np.testing.assert_allclose(result.grad, exact, rtol=1e-3 if dtype == jnp.float32 else 1e-8)
+    assert float(result.diagnostics.error_estimate) < (2e-3 if dtype == jnp.float32 else 1e-8)
+    # Of which the answer to the nudge is a part: it is not sought anew at every step of the way.
+    assert result.diagnostics.num_gradients < 400
+
+
 def test_a_successful_fallback_is_no_failure():
     """A loose tolerance ends the free phase on the rim; nudged phases, asked for more, slide down to the minimum."""
     loose = cm.OptaxDescent(optax.sgd(0.02), tol=1.0, max_steps=2000)

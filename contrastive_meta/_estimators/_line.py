@@ -24,6 +24,10 @@ from contrastive_meta._problem import Params
 _FORCING = 0.45
 # Newton's step may move the base point by this fraction of the length of `params`.
 _RADIUS = 0.3
+# A step is taken if the loss falls by this part of what was foretold.
+_FALLS = 0.1
+# The next may go twice as far if it falls by this part.
+_AS_FORETOLD = 0.7
 
 
 class Line(NamedTuple):
@@ -39,6 +43,7 @@ class Line(NamedTuple):
     tol: jax.Array  # of the remainder, relative to the nudge
     least: jax.Array  # least curvature met so far
     radius: jax.Array  # the longest step of the base point
+    far: jax.Array  # whether the last pass went that far or too far: no place yet to answer the nudge
     change: jax.Array  # of the response by the last pass, relative, times what the pass left of the remainder
     num_steps: jax.Array
     num_passes: jax.Array
@@ -57,6 +62,8 @@ class Moved(NamedTuple):
     base_grad: Params
     base_outer: OuterEvaluated
     distance: jax.Array  # of the base points
+    far: jax.Array  # whether it is the longest allowed
+    foretold: jax.Array  # by what the inner loss falls on the way, over what its curvature foretold
     more: jax.Array  # norm of what is added to the response
     hidden: jax.Array
     systems: System
@@ -113,6 +120,7 @@ class Search:
             tol=self.tol,
             least=jnp.full((), jnp.inf, self.dtype),
             radius=_RADIUS * point.scale,
+            far=false,
             change=one,
             num_steps=none,
             num_passes=none,
@@ -148,11 +156,14 @@ class Search:
         return found
 
     def one_pass(self, line: Line) -> Line:
-        """Solve for what is left of the nudge and of learning, move there, and measure what is left now."""
+        """Solve for what is left of the nudge and of learning, move there, and measure what is left now.
+
+        While the base point is on its way only learning is solved for: the nudge is answered where it arrives.
+        """
         moved = self._move(line)
         left = self._norm(line.phases.remainder)
         nudged = self.nudging.nudged(moved.base, moved.base_outer[1])
-        chosen, sought = self.gauge.seek(line.chosen, nudged, moved.base, moved.response)
+        chosen, sought = self.gauge.seek(~moved.far, line.chosen, nudged, moved.base, moved.response)
         tried = self.gauge.measure(line.phases, nudged, moved.base, moved.response, left, line.tol, chosen)
         systems, num_phases = moved.systems, len(tried.best.scheme.nudges)
         spent = line._replace(
@@ -196,11 +207,19 @@ class Search:
             lambda _: (self.inner_grad(base), self.setting.outer_value_and_grad(base)),
             (line.base_grad, line.base_outer),
         )
+        # By the trapezoidal rule, from the slopes along the step.
+        _, unforeseen = tree.unstack(systems.remainder, 2)
+        here, there = tree.vdot(step, line.base_grad), tree.vdot(step, base_grad)
+        expected = here - base_left * tree.vdot(step, unforeseen)
+        foretold = jnp.where(expected < 0, (here + there) / jnp.where(expected < 0, expected, -1.0), 0.0)
         # A remainder e along curvature h hides a response of length ||e|| / h.
         hidden = left * jnp.sqrt(systems.squared[0]) / tree.or_one(FLAT * difference.resolution)
         hidden = jnp.where(systems.flat[0], hidden, 0.0)
-        response, more = tree.add(line.response, more), self._norm(more)
-        return Moved(base, response, base_grad, base_outer, distance, more, hidden, systems)
+        # Of the response at another place nothing can be kept.
+        far = distance > 0.99 * line.radius
+        response = tree.where(far, line.response, tree.add(line.response, more))
+        more = self._norm(more)
+        return Moved(base, response, base_grad, base_outer, distance, far, foretold, more, hidden, systems)
 
     def _decide(self, before: Line, taken: Line, moved: Moved, left_before: jax.Array, left: jax.Array) -> Line:
         """The line after a pass: the new one if it is better, and whether another pass is to follow."""
@@ -214,21 +233,23 @@ class Search:
         change *= jnp.minimum(left / tree.or_one(left_before), 1.0)
         # Along low curvature a small remainder is much of the response: what the pass changed tells.
         answered = (left <= target * self.nudge) & (change <= 10 * target)
-        sound = jnp.isfinite(base_now) & (base_now <= jnp.maximum(base_left, NOISE_FLOOR * noise))
+        # Far from a minimum no step goes most of the way, and gradients may grow while the loss falls.
+        falls = (moved.foretold > _FALLS) & (base_left > NOISE_FLOOR * noise)
+        sound = jnp.isfinite(base_now) & ((base_now <= jnp.maximum(base_left, NOISE_FLOOR * noise)) | falls)
         # A base point that learned takes its own measurement along, whatever the nudge was before.
-        # Far from a minimum no step goes most of the way.
-        learning = sound & ((base_now <= 0.9 * base_left) | within_noise) & ~before.learned
-        limited = learning & (moved.distance > 0.99 * before.radius)
+        learning = sound & ((base_now <= 0.9 * base_left) | within_noise | falls) & ~before.learned
         better = sound & jnp.isfinite(left) & ((left <= left_before) | learning)
         retry = ~sound & (moved.distance > 0) & (base_now > base_left)
-        progress = (better & ((left <= 0.5 * left_before) | learning)) | retry
+        progress = (better & ((left <= 0.5 * left_before) | learning)) | retry | before.far
         done = better & answered & learned
         within = (before.num_passes < self.max_passes) & (before.num_steps < self.max_steps)
 
         taken = taken._replace(learned=learned, change=change)
         kept: Line = tree.where(better, cast_like(taken, before), before)
-        radius = jnp.where(retry, 0.25 * moved.distance, jnp.where(limited, 2.0, 1.0) * before.radius)
-        return kept._replace(radius=radius, running=~done & progress & within)
+        wider = jnp.where(learning & moved.far & (moved.foretold > _AS_FORETOLD), 2.0, 1.0) * before.radius
+        radius = jnp.where(retry, 0.25 * moved.distance, wider)
+        far = retry | (better & moved.far)
+        return kept._replace(radius=radius, far=far, running=~done & progress & within)
 
     def measure(self, line: Line) -> Outcome:
         """The phases at the end of the search, and what it did not find."""
@@ -278,7 +299,7 @@ class Search:
         )  # fmt: skip
         rhs = tree.scale(1 / units[0], line.phases.remainder), tree.scale(-1 / units[1], line.base_grad)
         guess = tree.scale(jnp.where(line.num_passes == 0, 1.0, 0.0), self.nudging.response)
-        active = jnp.stack([left > 0, ~line.learned])
+        active = jnp.stack([(left > 0) & ~line.far, ~line.learned])
         budget = self.max_steps - line.num_steps
         return solve_each(difference, rhs, guess, active, limits, budget)
 

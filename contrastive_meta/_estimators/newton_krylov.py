@@ -20,8 +20,12 @@ class NewtonKrylov:
     free of the products' error; the gradient at the base point is what is left of learning. Both are the right-hand
     sides of the next pass. Usually two passes do.
 
+    From far off a minimum the step is kept within a radius, which grows and shrinks with how well the fall of the loss
+    was foretold (by the trapezoidal rule, from gradients alone), and the nudge is not answered before the base point
+    has arrived.
+
     It ends when the remainder of the nudge is below `tol`, or a pass no longer helps, or the budget is spent. Where
-    the loss curves downwards, or no pass helped, or the base point is still far from a minimum, the user's own learner
+    the loss curves downwards, or no pass helped, or the base point did not arrive at a minimum, the user's own learner
     runs the phases instead, as published, and the status is `FELL_BACK`.
 
     Args:
@@ -34,7 +38,7 @@ class NewtonKrylov:
 
     Reference:
       Knoll & Keyes (2004), Jacobian-free Newton-Krylov methods; Dembo, Eisenstat & Steihaug (1982) for the accuracy
-      asked of a pass; Steihaug (1983) for the radius.
+      asked of a pass; Steihaug (1983), and Conn, Gould & Toint (2000), Trust-Region Methods, section 6.1, for the radius.
 
     Example:
       >>> import contrastive_meta as cm
@@ -42,8 +46,8 @@ class NewtonKrylov:
     """
 
     tol: float | jax.Array | None = None
-    max_steps: int | jax.Array = 1000
-    max_passes: int | jax.Array = 12
+    max_steps: int | jax.Array = 2000
+    max_passes: int | jax.Array = 40
     fall_back: bool = static(default=True)
 
     def run(self, nudging: Nudging, point: FreePoint, goal: Goal | None = None) -> Outcome:
