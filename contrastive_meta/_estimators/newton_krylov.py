@@ -38,7 +38,7 @@ class NewtonKrylov:
 
     Reference:
       Knoll & Keyes (2004), Jacobian-free Newton-Krylov methods; Dembo, Eisenstat & Steihaug (1982) for the accuracy
-      asked of a pass; Steihaug (1983), and Conn, Gould & Toint (2000), Trust-Region Methods, section 6.1, for the radius.
+      asked of a pass; Steihaug (1983), and Conn, Gould & Toint (2000), Trust-Region Methods, for the radius.
 
     Example:
       >>> import contrastive_meta as cm
