@@ -184,15 +184,23 @@ def ran_away(point: FreePoint, phases: Phases) -> jax.Array:
 
 
 def _curves_downwards(point: FreePoint, phases: Phases) -> jax.Array:
-    """Whether a nudged loss has negative mean curvature along the path of its own phase: it has no minimum there."""
+    """Whether a nudged loss has negative mean curvature along the path of its own phase: it has no minimum there.
+
+    Phases that learned set out from the free solution; those on a line from its base point, wherever that came from.
+    """
     scheme = phases.scheme
     if scheme.is_complex:
         return jnp.asarray(False)
     unit = scheme.strength(point.scale.dtype) * tree.or_one(point.nudge_norm)
+    origin, inner_grad, outer_grad = tree.where(
+        phases.at_minima,
+        (point.params, point.inner_grad, point.outer_grad),
+        (phases.base, phases.base_grad, phases.base_outer[1]),
+    )
 
     def curves(params: Params, residual: Params, beta: jax.Array) -> jax.Array:
-        moved = tree.subtract(params, point.params)
-        start = tree.add_scaled(point.inner_grad, beta, point.outer_grad)
+        moved = tree.subtract(params, origin)
+        start = tree.add_scaled(inner_grad, beta, outer_grad)
         turned = tree.subtract(residual, start)
         lengths = tree.norm_in(unit, turned) * tree.norm_in(point.scale, moved)
         return tree.vdot(tree.scale(1 / unit, turned), moved) * unit < -1e-2 * lengths
