@@ -199,6 +199,11 @@ def is_complex(a: PyTree) -> bool:
     return any(jnp.iscomplexobj(x) for x in jax.tree.leaves(a))
 
 
+def at_least(a: PyTree, dtype: Any) -> PyTree:
+    """The leaves in their own precision, or that of `dtype` where it is finer."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), a)
+
+
 def to_complex(a: PyTree) -> PyTree:
     """The leaves in the complex dtype of their own precision."""
     return jax.tree.map(lambda x: x.astype(jnp.result_type(x, jnp.complex64)), a)

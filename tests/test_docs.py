@@ -17,13 +17,18 @@ PAGES = [
 ]
 
 
+# Pages may show these without the tests needing them.
+OPTIONAL = {"flax"}
+
+
 def absent(code: str) -> list[str]:
-    """The libraries that a block imports and that are not there."""
+    """The optional libraries that a block imports and that are not there."""
     modules = [node.module or "" for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
     modules += [
         alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names
     ]
-    return sorted({name for module in modules if not importlib.util.find_spec(name := module.split(".")[0])})
+    names = {module.split(".")[0] for module in modules} & OPTIONAL
+    return sorted(name for name in names if not importlib.util.find_spec(name))
 
 
 @pytest.fixture

@@ -60,6 +60,20 @@ def test_learning_is_finished_through_a_curved_valley(start, dtype):
     assert result.diagnostics.num_gradients < 400
 
 
+def test_a_step_beyond_the_domain_of_the_loss_is_taken_back():
+    """The longest step allowed is 30; Newton's, 12 down from 9, leads to the root of a negative number."""
+    problem = cm.BilevelProblem(
+        inner_loss=lambda w, theta, task: theta * w[0] ** 1.5 / 1.5 - w[0] + 0.5 * (w[1] - 100.0) ** 2,
+        outer_loss=lambda w, theta, task: 0.5 * (w[0] - 2.0) ** 2,
+        init_params=lambda theta, task: jnp.array([9.0, 100.0]),
+    )
+    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(fall_back=False))
+    result = estimator.estimate(problem, jnp.array(1.0), None)
+    assert result.diagnostics.status == cm.Status.CONVERGED
+    # Learned is w = 1 / theta^2.
+    np.testing.assert_allclose(result.grad, (1.0 - 2.0) * -2.0, rtol=1e-7)
+
+
 def test_a_successful_fallback_is_no_failure():
     """A loose tolerance ends the free phase on the rim; nudged phases, asked for more, slide down to the minimum."""
     loose = cm.OptaxDescent(optax.sgd(0.02), tol=1.0, max_steps=2000)

@@ -163,6 +163,25 @@ def test_drift_of_unfinished_training_is_not_taken_for_a_nudge_without_bound() -
     assert Status(int(state.diagnostics.status)) in (Status.FREE_NOT_CONVERGED, Status.NUDGED_NOT_CONVERGED)
 
 
+def test_the_fast_learner_is_exact_from_wherever_training_stands() -> None:
+    """It goes to the minimum of the loss, and the strength with it: gradients far off do not say what suits there."""
+    problem = cm.BilevelProblem(
+        lambda w, meta, task: jnp.sum(w**4 / 4 + jnp.exp(meta) * w**2 / 2 - task * w),
+        lambda w, meta, task: jnp.sum((w - 0.5) ** 2) / 2,
+        lambda meta, task: jnp.zeros(2),
+    )
+    meta, task, params = jnp.array([0.3, -0.2]), jnp.array([3.0, -1.0]), jnp.array([3.0, 2.0])
+    tx = tune(cm.Alternating(cm.NewtonKrylov()), problem=problem, meta_optimizer=optax.sgd(1.0), init_meta_params=meta,
+              every=1)  # fmt: skip
+    _, state = jax.jit(training_step(tx, task, problem))(params, tx.init(params))
+    w = jnp.zeros(2)
+    for _ in range(50):
+        w = w - (w**3 + jnp.exp(meta) * w - task) / (3 * w**2 + jnp.exp(meta))
+    exact = -(w - 0.5) * jnp.exp(meta) * w / (3 * w**2 + jnp.exp(meta))
+    np.testing.assert_allclose(meta - state.meta_params, exact, rtol=1e-3)
+    assert Status(int(state.diagnostics.status)) == Status.CONVERGED
+
+
 # --- What one step does.
 
 

@@ -68,7 +68,7 @@ class Gauge:
         return jnp.maximum(tol, 3 * scheme.noise_gain(self.dtype) * self.point.noise / self.nudge).astype(self.dtype)
 
     def seek(self, wanted: jax.Array, chosen: jax.Array, nudged: Setting, base: Params, response: Params) -> Found:
-        """The strength to measure at, as a displacement, where it is to be sought and not known; else 0."""
+        """The strength to measure at, as a displacement: sought where wanted and not known; 0 where it never is."""
         if self.nudging.sought is None:
             return Found(jnp.zeros_like(chosen), jnp.int32(0))
         found: Found = only_if(
@@ -111,7 +111,7 @@ class Gauge:
             residuals, statistic = self.nudging.evaluate(nudged, on_line(base, response, nudges), nudges)
             new = Measured(scheme, residuals, statistic, scheme.contrast(residuals), tried.shrink)
             now, num_tries = tree.norm(new.remainder).astype(self.dtype), tried.num_tries + 1
-            better = (now < 0.5 * tried.left) | (tried.num_tries == 0)
+            better = (now < 0.5 * tried.left) | ~jnp.isfinite(tried.left)
             suspicious = ~(now <= jnp.maximum(_SUSPICIOUS * left, self.target(scheme, tol) * self.nudge))
             most_tries = _MOST_TRIES if self.nudging.scheme.adapts else 1
             best, now = tree.where(better, (cast_like(new, tried.best), now), (tried.best, tried.left))

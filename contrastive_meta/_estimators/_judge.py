@@ -89,8 +89,10 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     response, base = scheme.contrast(phases.params), phases.base
     nudges, _ = scheme.arrays(setting.dtype)
     mean_nudge = jnp.mean(jnp.real(nudges))
-    # A line pulls everywhere as it does at the free solution; the outer loss as it does where the phases have got to.
-    pull = point.outer_grad if isinstance(nudging.nudge, LinearNudge) else phases.base_outer[1]
+    # A linear nudge pulls everywhere as where learners set out: those run again do so from the free solution.
+    pull = phases.base_outer[1]
+    if isinstance(nudging.nudge, LinearNudge):
+        pull = tree.where(phases.at_minima, point.outer_grad, pull)
     center, expected = mean_of(phases.params), tree.add_scaled(mean_of(phases.residual), -mean_nudge, pull)
     common = scheme.at_zero(phases.residual)
     distance, least = difference_step(setting, point)

@@ -84,6 +84,7 @@ def solve_each(
     active: jax.Array,
     limits: Limits,
     budget: jax.Array,
+    goes_on: Callable[[System], jax.Array] = lambda solved: jnp.asarray(True),
 ) -> System:
     """Solve H x = b for right-hand sides of length 1 (or 0).
 
@@ -93,10 +94,11 @@ def solve_each(
     Args:
       difference: H.
       rhs: each b.
-      guess: a first direction for the first system, of any length; zeros for none.
+      guess: a first direction for the last system, of any length; zeros for none.
       active: which of them to solve.
       limits: when to end.
       budget: most steps of each.
+      goes_on: whether the systems after one are solved as well, from its solution.
 
     Returns:
       The systems at their end, a leading axis of them.
@@ -104,20 +106,20 @@ def solve_each(
     stacked = jax.tree.map(lambda *b: jnp.stack(b), *rhs)
     length = tree.norm(guess)
     unit = tree.scale(1 / tree.or_one(length), guess)
-    along = tree.vdot(rhs[0], unit)
+    along = tree.vdot(rhs[-1], unit)
     warm = (length > 0) & jnp.isfinite(length) & (jnp.abs(along) > _USEFUL)
     dtype, num = difference.dtype, len(rhs)
     ones, zeros, false = jnp.ones(num, dtype), jnp.zeros(num, dtype), jnp.zeros(num, bool)
     systems = System(
         x=tree.zeros_like(stacked),
         remainder=stacked,
-        direction=jax.tree.map(lambda b, u: jnp.where(warm, b.at[0].set(u), b), stacked, unit),
+        direction=jax.tree.map(lambda b, u: jnp.where(warm, b.at[-1].set(u), b), stacked, unit),
         squared=ones,
-        slope=jnp.where(warm, ones.at[0].set(along.astype(dtype)), ones),
+        slope=jnp.where(warm, ones.at[-1].set(along.astype(dtype)), ones),
         pp=ones,
         xp=zeros,
         xx=zeros,
-        fresh=false.at[0].set(warm),
+        fresh=false.at[-1].set(warm),
         num_steps=jnp.zeros(num, jnp.int32),
         indefinite=false,
         flat=false,
@@ -125,14 +127,18 @@ def solve_each(
         active=active,
     )
 
-    def solve(one: tuple[Limits, System]) -> System:
+    def solve(wanted: jax.Array, one: tuple[Limits, System]) -> tuple[jax.Array, System]:
+        limits, system = one
         solved: System = jax.lax.while_loop(
-            lambda s: s.active, lambda s: _iterate(difference, budget, one[0], s), one[1]
+            lambda s: s.active,
+            lambda s: _iterate(difference, budget, limits, s),
+            system._replace(active=system.active & wanted),
         )
-        return solved
+        return wanted & goes_on(solved), solved
 
-    solved: System = jax.lax.map(solve, (limits, systems))
-    return solved
+    _, solved = jax.lax.scan(solve, jnp.asarray(True), (limits, systems))
+    each: System = solved
+    return each
 
 
 def _iterate(difference: Difference, budget: jax.Array, limits: Limits, s: System) -> System:

@@ -22,6 +22,8 @@ from contrastive_meta._problem import Params
 # Of a remainder, one pass is asked to leave this power of the dtype's eps: what products that are one-sided gradient
 # differences are accurate to, 1e-7 in float64 and 1e-3 in float32.
 _FORCING = 0.45
+# The place of the response among the systems of a pass; learning comes first.
+_RESPONSE = 1
 # Newton's step may move the base point by this fraction of the length of `params`.
 _RADIUS = 0.3
 # A step is taken if the loss falls by this part of what was foretold.
@@ -64,7 +66,7 @@ class Moved(NamedTuple):
     distance: jax.Array  # of the base points
     far: jax.Array  # whether it is the longest allowed
     foretold: jax.Array  # by what the inner loss falls on the way, over what its curvature foretold
-    more: jax.Array  # norm of what is added to the response
+    more: jax.Array  # norm of what is added to the response; 0 on the way
     hidden: jax.Array
     systems: System
 
@@ -163,8 +165,11 @@ class Search:
         moved = self._move(line)
         left = self._norm(line.phases.remainder)
         nudged = self.nudging.nudged(moved.base, moved.base_outer[1])
-        chosen, sought = self.gauge.seek(~moved.far, line.chosen, nudged, moved.base, moved.response)
-        tried = self.gauge.measure(line.phases, nudged, moved.base, moved.response, left, line.tol, chosen)
+        away = line.far | moved.far
+        chosen, sought = self.gauge.seek(~away, line.chosen, nudged, moved.base, moved.response)
+        # Nothing was done about the remainder on the way: that it is large is no sign of too large a nudge.
+        before = jnp.where(away, jnp.inf, left)
+        tried = self.gauge.measure(line.phases, nudged, moved.base, moved.response, before, line.tol, chosen)
         systems, num_phases = moved.systems, len(tried.best.scheme.nudges)
         spent = line._replace(
             # What is left of learning lies along low curvature.
@@ -176,8 +181,9 @@ class Search:
             + 2 * (moved.distance > 0)
             + sought
             + tried.num_tries * 2 * num_phases,
-            indefinite=systems.indefinite[0],
-            hidden=moved.hidden,
+            # What is known of the response that is kept.
+            indefinite=jnp.where(away, line.indefinite, systems.indefinite[_RESPONSE]),
+            hidden=jnp.where(away, line.hidden, moved.hidden),
         )
         taken = spent._replace(
             base=moved.base,
@@ -197,8 +203,8 @@ class Search:
             self.inner_grad, line.base, line.base_grad, self.distance / line.phases.shrink, self.point.noise, self.dtype
         )
         systems = self._solve(difference, line, left, base_left)
-        more, step = (
-            tree.scale(unit, x) for unit, x in zip((left, base_left), tree.unstack(systems.x, 2), strict=True)
+        step, more = (
+            tree.scale(unit, x) for unit, x in zip((base_left, left), tree.unstack(systems.x, 2), strict=True)
         )
         base, distance = tree.add(line.base, step), self._norm(step)
         # Differences are taken from the gradient at the base point, so that has to be exact, not interpolated.
@@ -208,17 +214,15 @@ class Search:
             (line.base_grad, line.base_outer),
         )
         # By the trapezoidal rule, from the slopes along the step.
-        _, unforeseen = tree.unstack(systems.remainder, 2)
+        unforeseen, _ = tree.unstack(systems.remainder, 2)
         here, there = tree.vdot(step, line.base_grad), tree.vdot(step, base_grad)
         expected = here - base_left * tree.vdot(step, unforeseen)
         foretold = jnp.where(expected < 0, (here + there) / jnp.where(expected < 0, expected, -1.0), 0.0)
         # A remainder e along curvature h hides a response of length ||e|| / h.
-        hidden = left * jnp.sqrt(systems.squared[0]) / tree.or_one(FLAT * difference.resolution)
-        hidden = jnp.where(systems.flat[0], hidden, 0.0)
-        # Of the response at another place nothing can be kept.
-        far = distance > 0.99 * line.radius
-        response = tree.where(far, line.response, tree.add(line.response, more))
-        more = self._norm(more)
+        hidden = left * jnp.sqrt(systems.squared[_RESPONSE]) / tree.or_one(FLAT * difference.resolution)
+        hidden = jnp.where(systems.flat[_RESPONSE], hidden, 0.0)
+        far = self._is_far(line.radius, distance, base_left)
+        response, more = tree.add(line.response, more), self._norm(more)
         return Moved(base, response, base_grad, base_outer, distance, far, foretold, more, hidden, systems)
 
     def _decide(self, before: Line, taken: Line, moved: Moved, left_before: jax.Array, left: jax.Array) -> Line:
@@ -231,6 +235,8 @@ class Search:
         learned = (within_noise & (moved.distance <= small)) | (base_now <= small * LEAST * before.least)
         change = moved.more / tree.or_one(self._norm(taken.response))
         change *= jnp.minimum(left / tree.or_one(left_before), 1.0)
+        away = before.far | moved.far
+        change = jnp.where(away, before.change, change)
         # Along low curvature a small remainder is much of the response: what the pass changed tells.
         answered = (left <= target * self.nudge) & (change <= 10 * target)
         # Far from a minimum no step goes most of the way, and gradients may grow while the loss falls.
@@ -239,9 +245,9 @@ class Search:
         # A base point that learned takes its own measurement along, whatever the nudge was before.
         learning = sound & ((base_now <= 0.9 * base_left) | within_noise | falls) & ~before.learned
         better = sound & jnp.isfinite(left) & ((left <= left_before) | learning)
-        retry = ~sound & (moved.distance > 0) & (base_now > base_left)
+        retry = ~sound & (moved.distance > 0)
         progress = (better & ((left <= 0.5 * left_before) | learning)) | retry | before.far
-        done = better & answered & learned
+        done = better & answered & learned & ~away
         within = (before.num_passes < self.max_passes) & (before.num_steps < self.max_steps)
 
         taken = taken._replace(learned=learned, change=change)
@@ -285,23 +291,32 @@ class Search:
         return tree.all_finite((self.first_nudge, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned)
 
     def _solve(self, difference: Difference, line: Line, left: jax.Array, base_left: jax.Array) -> System:
-        """Both systems: for the response, and for what the free phase left over."""
+        """Both systems: for what the free phase left over, and, unless that is far, for the response."""
         point, target = self.point, self.gauge.target(line.phases.scheme, line.tol)
         units = tree.or_one(left), tree.or_one(base_left)
         limits = Limits(
             remainder=jnp.stack([
-                jnp.maximum(0.3 * target * self.nudge / units[0], self.forcing),
                 jnp.maximum(self._resolved / units[1], self.forcing),
+                jnp.maximum(0.3 * target * self.nudge / units[0], self.forcing),
             ]).astype(self.dtype),
-            step=jnp.stack([jnp.zeros((), self.dtype), 0.1 * target * point.scale / units[1]]),
+            step=jnp.stack([0.1 * target * point.scale / units[1], jnp.zeros((), self.dtype)]),
             least=jnp.stack([line.least, line.least]),
-            radius=jnp.stack([jnp.full((), jnp.inf, self.dtype), line.radius / units[1]]),
+            radius=jnp.stack([line.radius / units[1], jnp.full((), jnp.inf, self.dtype)]),
         )  # fmt: skip
-        rhs = tree.scale(1 / units[0], line.phases.remainder), tree.scale(-1 / units[1], line.base_grad)
+        rhs = tree.scale(-1 / units[1], line.base_grad), tree.scale(1 / units[0], line.phases.remainder)
         guess = tree.scale(jnp.where(line.num_passes == 0, 1.0, 0.0), self.nudging.response)
-        active = jnp.stack([(left > 0) & ~line.far, ~line.learned])
+        active = jnp.stack([~line.learned, left > 0])
         budget = self.max_steps - line.num_steps
-        return solve_each(difference, rhs, guess, active, limits, budget)
+
+        def answered_there(step: System) -> jax.Array:
+            # Of the response at another place nothing can be kept.
+            return ~line.far & ~self._is_far(line.radius, units[1] * jnp.sqrt(step.xx), base_left)
+
+        return solve_each(difference, rhs, guess, active, limits, budget, answered_there)
+
+    def _is_far(self, radius: jax.Array, distance: jax.Array, base_left: jax.Array) -> jax.Array:
+        """Whether a step of the base point ends at its radius; within the noise there is nowhere to go."""
+        return (distance > 0.99 * radius) & (base_left > NOISE_FLOOR * self.point.noise)
 
     def _norm(self, values: Params) -> jax.Array:
         return tree.norm(values).astype(self.dtype)

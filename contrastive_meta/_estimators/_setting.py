@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import BilevelProblem, MetaParams, ModelState, Params, Task, check_same_structure
@@ -40,7 +39,7 @@ class Setting:
 
     def in_dtype_of_loss(self) -> "Setting":
         """The same setting, no meta-parameter coarser than the losses: it would round what a phase measures."""
-        fine = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, self.dtype)), self.meta_params)
+        fine = tree.at_least(self.meta_params, self.dtype)
         return Setting(self.problem, fine, self.task, self.key, self.dtype)
 
     def flattened(self, flattening: tree.Flattening) -> "Setting":

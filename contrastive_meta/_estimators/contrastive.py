@@ -199,7 +199,7 @@ class Contrastive(MetaGradientEstimator):
         error = relative_error(nudging, phases, judged, grad, truncation, lacking)
         error = jnp.where(error > 0, jnp.hypot(error, unseen), error)
         # What ran away, or was never finite, says nothing.
-        error = jnp.where(told >= Status.UNBOUNDED_NUDGE, jnp.inf, error)
+        error = jnp.where((told >= Status.UNBOUNDED_NUDGE) | jnp.isnan(error), jnp.inf, error)
         spent = judged.num_gradients + lacking.num_gradients + 3 * len(phases.scheme.nudges)
         return judged, Doubt(error, doubling, spent), told
 

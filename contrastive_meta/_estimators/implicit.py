@@ -29,7 +29,7 @@ from contrastive_meta._solvers.base import InnerSolver
 # what lies along low curvature: at 1e-2 it is off by 100 at condition 1e6, at 1e-4 by a quarter.
 _ANSWER = ConjugateGradient(tol=1e-4, max_steps=200)
 # A part of it that is left without an answer, beyond which nothing is known.
-_UNKNOWN = 0.5
+_UNKNOWN = 0.1
 
 
 @strategy
@@ -47,7 +47,8 @@ class ImplicitDifferentiation(MetaGradientEstimator):
       estimate_error: whether to estimate `diagnostics.error_estimate`: what changes in the meta-gradient when Newton's
         step takes what is left to learn, and an answer to the linear solver's residual there is added to the adjoint.
         Costs two solves by conjugate gradients, to 1e-4 and of at most 200 products each, an outer gradient and a mixed
-        derivative. Infinite where the inner loss curves downwards along most of what is left; rounding is beyond it.
+        derivative. Infinite where a tenth of what is left found no answer (too long a way, or downward curvature);
+        rounding is beyond it.
 
     Reference:
       Bengio (2000); Rajeswaran et al. (2019), iMAML; Lorraine, Vicol & Duvenaud (2020).
@@ -167,9 +168,8 @@ def _doubt(
     after = _implicit_gradient(setting, ahead, tree.add(adjoint.solution, more.solution))
     error = tree.norm(tree.subtract(after, grad))
     error = jnp.where(error == 0, 0.0, error / tree.norm(after))
-    # Where the loss curves downwards along most of what is left there is no telling.
-    open_ = [(x.status >= Status.INDEFINITE_CURVATURE) & (x.residual > _UNKNOWN) for x in (step, more)]
-    return _Doubt(jnp.where(open_[0] | open_[1], jnp.inf, error), step.num_hvps + more.num_hvps)
+    unknown = (step.residual > _UNKNOWN) | (more.residual > _UNKNOWN) | jnp.isnan(error)
+    return _Doubt(jnp.where(unknown, jnp.inf, error), step.num_hvps + more.num_hvps)
 
 
 def _implicit_gradient(setting: Setting, params: Params, adjoint: Params) -> MetaParams:

@@ -138,6 +138,8 @@ class Alternating(TuningMode):
         return Contrastive(steps(0), nudged, self._strength(), nudge, estimate_error=self.estimate_error)
 
     def _strength(self) -> NudgeStrength:
-        if self.beta is None:
-            return _AsStrongAsLearning(relative(self.scheme, num_pilot_steps=_NUM_PILOT_STEPS))
-        return self.scheme(self.beta)  # type: ignore[arg-type]
+        if self.beta is not None:
+            return self.scheme(self.beta)  # type: ignore[arg-type]
+        least = relative(self.scheme, num_pilot_steps=_NUM_PILOT_STEPS)
+        # The fast learner goes to where learning ends, and the strength that follows learning with it.
+        return least if isinstance(self.nudged_solver, NewtonKrylov) else _AsStrongAsLearning(least)

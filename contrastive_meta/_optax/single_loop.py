@@ -9,6 +9,7 @@ import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like
+from contrastive_meta._estimators._free_point import UNANSWERED
 from contrastive_meta._nudging import NudgeScheme, forward_difference
 from contrastive_meta._optax._border import as_transformation
 from contrastive_meta._optax.tuning_mode import Measured, Schedule, Training, TuningMode
@@ -17,9 +18,8 @@ from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._result import Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers._descend import one_step
 
-# As elsewhere: the nudge counts as answered when less than this fraction of it is left; and beyond this displacement,
-# relative to the parameters, a nudged iterate is somewhere else.
-_UNANSWERED, _RAN_AWAY = 1e-2, 0.5
+# Beyond this displacement, relative to the parameters, a nudged iterate is somewhere else.
+_RAN_AWAY = 0.5
 
 
 class NudgedIterates(NamedTuple):
@@ -120,8 +120,10 @@ class SingleLoop(TuningMode):
             learning = memory.learning + tree.norm(training.grads)
             nudging = memory.nudging + tree.norm(jax.tree.map(lambda xs: xs[0], losses.outer[1][0]))
             balance = learning / tree.or_one(nudging)
-            # Where there was nothing to learn yet the iterates are the parameters still, and any strength will do.
-            balance = jnp.maximum(balance, jnp.finfo(balance.dtype).eps ** 2).astype(dtype)
+            # Where there was nothing to learn yet the iterates are the parameters still: a strength that does not
+            # amplify rounding.
+            balance = jnp.where(learning > 0, balance, 1.0)
+            balance = jnp.maximum(balance.astype(dtype), jnp.finfo(dtype).tiny ** 0.5)
             scheme, running = self._phases(balance if self.beta is None else self.beta)
             nudges = scheme.arrays(dtype)[0][jnp.array(running)]
             nudged = jax.vmap(_nudged_phase)(memory.params, losses, nudges)
@@ -158,7 +160,7 @@ class SingleLoop(TuningMode):
 
 
 def _evaluate(training: Training, dtype: Any, params: Params) -> _Losses:
-    problem, meta_params, batch = training.problem, _fine(training.meta_params, dtype), training.batch
+    problem, meta_params, batch = training.problem, tree.at_least(training.meta_params, dtype), training.batch
     inner = jax.value_and_grad(problem.inner, argnums=(0, 1))(params, meta_params, batch)
     return _Losses(inner, jax.value_and_grad(problem.outer, argnums=(0, 1))(params, meta_params, batch))
 
@@ -175,7 +177,9 @@ def _contrast(scheme: NudgeScheme, running: list[int], training: Training, dtype
     problem, batch = training.problem, training.batch
     phases = nudged.params, nudged.residual, nudged.statistic
     if scheme.free_phase is not None:
-        statistic = jax.grad(problem.inner, argnums=1)(training.params, _fine(training.meta_params, dtype), batch)
+        statistic = jax.grad(problem.inner, argnums=1)(
+            training.params, tree.at_least(training.meta_params, dtype), batch
+        )
         free = training.params, training.grads, statistic
         phases = jax.tree.map(lambda xs, x: jnp.insert(xs, scheme.free_phase, x, axis=0), phases, free)
     response, remainder, grad = scheme.contrast(phases)
@@ -185,7 +189,7 @@ def _contrast(scheme: NudgeScheme, running: list[int], training: Training, dtype
     unanswered = tree.norm(remainder) / tree.or_one(nudge)
     status = worst(
         Status.APPROXIMATE,
-        flag(unanswered > _UNANSWERED, Status.NUDGED_NOT_CONVERGED),
+        flag(unanswered > UNANSWERED, Status.NUDGED_NOT_CONVERGED),
         flag(displacement > _RAN_AWAY, Status.UNBOUNDED_NUDGE),
         flag(~tree.all_finite((phases, grad, outer_loss)), Status.NOT_FINITE),
         scheme.validity(dtype),
@@ -200,8 +204,3 @@ def _contrast(scheme: NudgeScheme, running: list[int], training: Training, dtype
         status=status,
     )
     return Measured(grad, outer_loss, diagnostics)
-
-
-def _fine(meta_params: MetaParams, dtype: Any) -> MetaParams:
-    """Meta-parameters no coarser than the losses: they would round what a phase measures."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), meta_params)

@@ -97,7 +97,7 @@ def tune_while_training(
       init_meta_params: pytree of real floating arrays.
       every: training steps from one meta-step to the next, or a function of the training step; by default 10 for
         `Alternating` and 1 for `SingleLoop`.
-      mode: `Alternating()`, the default, or `SingleLoop(beta)`.
+      mode: `Alternating()`, the default, or `SingleLoop()`.
       on_failure: what becomes of a meta-gradient whose status is neither `CONVERGED` nor in `allow`. "keep": it is
         used, the status is in the state. "skip": meta-parameters and their optimiser stay as they were.
       allow: statuses that are no failure, besides `CONVERGED`; by default also `FREE_NOT_CONVERGED`,
