@@ -28,6 +28,8 @@ _RESPONSE = 1
 _RADIUS = 0.3
 # A step is taken if the loss falls by this part of what was foretold.
 _FALLS = 0.1
+# A step on which the gradient grows by more than this leads out of the neighbourhood of the free solution.
+_GROWN = 2.0
 # The next may go twice as far if it falls by this part.
 _AS_FORETOLD = 0.7
 
@@ -46,6 +48,7 @@ class Line(NamedTuple):
     least: jax.Array  # least curvature met so far
     radius: jax.Array  # the longest step of the base point
     far: jax.Array  # whether the last pass went that far or too far: no place yet to answer the nudge
+    astray: jax.Array  # whether the way may have led to another minimum than the learner's
     change: jax.Array  # of the response by the last pass, relative, times what the pass left of the remainder
     num_steps: jax.Array
     num_passes: jax.Array
@@ -78,20 +81,24 @@ class Outcome(NamedTuple):
       phases: on the line.
       failed: whether the response was not found.
       unlearned: whether the base point is still on the way to a minimum.
+      astray: whether that may be another minimum than the learner's.
     """
 
     phases: Phases
     failed: jax.Array
     unlearned: jax.Array
+    astray: jax.Array
 
 
 class Search:
     """One search for the line, with what stays the same in all passes."""
 
-    def __init__(self, nudging: Nudging, point: FreePoint, tol: Any, max_steps: Any, max_passes: Any) -> None:
+    def __init__(
+        self, nudging: Nudging, point: FreePoint, tol: Any, max_steps: Any, max_passes: Any, go_astray: bool
+    ) -> None:
         setting = nudging.setting
         self.nudging, self.point, self.setting = nudging, point, setting
-        self.max_steps, self.max_passes = max_steps, max_passes
+        self.max_steps, self.max_passes, self.go_astray = max_steps, max_passes, go_astray
         self.dtype = setting.dtype
         self.inner_grad = tree.grad(setting.inner)
         eps = point.eps
@@ -123,6 +130,7 @@ class Search:
             least=jnp.full((), jnp.inf, self.dtype),
             radius=_RADIUS * point.scale,
             far=false,
+            astray=false,
             change=one,
             num_steps=none,
             num_passes=none,
@@ -249,13 +257,17 @@ class Search:
         progress = (better & ((left <= 0.5 * left_before) | learning)) | retry | before.far
         done = better & answered & learned & ~away
         within = (before.num_passes < self.max_passes) & (before.num_steps < self.max_steps)
+        # Near a minimum gradients fall with the loss: where they grow lies a valley, or a saddle, with other ways out.
+        astray = before.astray | (better & falls & (base_now > _GROWN * base_left))
+        if not self.go_astray:
+            within &= ~astray
 
         taken = taken._replace(learned=learned, change=change)
         kept: Line = tree.where(better, cast_like(taken, before), before)
         wider = jnp.where(learning & moved.far & (moved.foretold > _AS_FORETOLD), 2.0, 1.0) * before.radius
         radius = jnp.where(retry, 0.25 * moved.distance, wider)
         far = retry | (better & moved.far)
-        return kept._replace(radius=radius, far=far, running=~done & progress & within)
+        return kept._replace(radius=radius, far=far, astray=astray, running=~done & progress & within)
 
     def measure(self, line: Line) -> Outcome:
         """The phases at the end of the search, and what it did not find."""
@@ -276,7 +288,7 @@ class Search:
         phases = Phases(line.phases.scheme, ends, statistic, line.phases.residuals, status, *at_base, spent, *kind)
         # At the dtype's floor what is left to learn is noise, which nobody learns.
         unlearned = ~line.learned & (self._norm(line.base_grad) > NOISE_FLOOR * self.point.noise)
-        return Outcome(phases, failed, unlearned)
+        return Outcome(phases, failed, unlearned, line.astray)
 
     @property
     def _resolved(self) -> jax.Array:

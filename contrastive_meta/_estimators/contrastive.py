@@ -250,12 +250,12 @@ class Contrastive(MetaGradientEstimator):
             broken = jnp.any(phases.status >= Status.DIVERGED)
             unbounded = (broken | (ended & ran_away(point, phases))) & tree.all_finite((point.params, point.outer_grad))
             return only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
-        phases, failed, unlearned = learner.run(nudging, point, goal)
+        phases, failed, unlearned, astray = learner.run(nudging, point, goal)
         # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
         own, unflatten = self.solver.bind(setting.meta_params), nudging.flattening.unflatten
         failed |= ~own.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
         if not (learner.fall_back and own.takes_losses) or template.is_complex:
-            return phases, flag(failed, Status.NUDGED_NOT_CONVERGED)
+            return phases, worst(flag(astray, Status.FREE_NOT_CONVERGED), flag(failed, Status.NUDGED_NOT_CONVERGED))
 
         # One phase after another, lest what hardly ever runs decides how much memory is set aside.
         def again(fast: Phases) -> Phases:
@@ -264,10 +264,11 @@ class Contrastive(MetaGradientEstimator):
             as_published = nudging._replace(sequential=True, nudge=self.nudge or LossNudge(), scheme=scheme)
             slow = run_again(as_published, point, own, self.nudged_tol, goal)
             # From far off a minimum either may learn further.
-            chosen: Phases = tree.where(failed | (tree.norm(slow.base_grad) < tree.norm(fast.base_grad)), slow, fast)
+            further = failed | astray | (tree.norm(slow.base_grad) < tree.norm(fast.base_grad))
+            chosen: Phases = tree.where(further, slow, fast)
             return chosen._replace(num_gradients=slow.num_gradients + fast.num_gradients)
 
-        needed = failed | unlearned
+        needed = failed | unlearned | astray
         return only_if(needed, again, phases), flag(needed, Status.FELL_BACK)
 
 

@@ -25,8 +25,8 @@ class NewtonKrylov:
     has arrived.
 
     It ends when the remainder of the nudge is below `tol`, or a pass no longer helps, or the budget is spent. Where
-    the loss curves downwards, or no pass helped, or the base point did not arrive at a minimum, the user's own learner
-    runs the phases instead, as published, and the status is `FELL_BACK`.
+    the loss curves downwards, or no pass helped, or the base point did not arrive or went astray, the user's own
+    learner runs the phases instead, as published, and the status is `FELL_BACK`.
 
     Args:
       tol: norm of v - H u relative to that of v, dimensionless; by default as small as the rounding noise of the
@@ -34,7 +34,9 @@ class NewtonKrylov:
       max_steps: budget of conjugate-gradient iterations of each system, all passes together; an iteration is one
         gradient for each system that still needs it.
       max_passes: most passes.
-      fall_back: run the estimator's own learner where this one fails. False saves its compilation.
+      fall_back: run the estimator's own learner where this one fails, or where the way to a minimum leads through a
+        valley or past a saddle, on which gradients grow while the loss falls: the learner may take another. False goes
+        on, says `FREE_NOT_CONVERGED`, and saves its compilation.
 
     Reference:
       Knoll & Keyes (2004), Jacobian-free Newton-Krylov methods; Dembo, Eisenstat & Steihaug (1982) for the accuracy
@@ -57,6 +59,6 @@ class NewtonKrylov:
           The phases, and whether another learner should run them instead.
         """
         max_steps = self.max_steps if goal is None or goal.max_steps is None else goal.max_steps
-        search = Search(nudging, point, self.tol, max_steps, self.max_passes)
+        search = Search(nudging, point, self.tol, max_steps, self.max_passes, go_astray=not self.fall_back)
         start = search.start()
         return search.measure(search.run(start) if goal is None else search.run_until(goal, start))
