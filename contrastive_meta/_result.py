@@ -56,7 +56,8 @@ _DESCRIPTIONS = {
         "Raise `max_steps`, learn for longer, or use float64 or `automatic(order=4)`, whose floors are lower."
     ),
     Status.FREE_NOT_CONVERGED: (
-        "Learning stopped before a stationary point, where the meta-gradient is defined. "
+        "Learning stopped before a stationary point, where the meta-gradient is defined, or so far off that the one "
+        "found from there may not be the learner's. "
         "Give the solver more steps or a faster optimiser, or meta-differentiate the steps themselves "
         "with `BackpropThroughLearning`."
     ),
