@@ -28,8 +28,9 @@ _RESPONSE = 1
 _RADIUS = 0.3
 # A step is taken if the loss falls by this part of what was foretold.
 _FALLS = 0.1
-# A step on which the gradient grows by more than this leads out of the neighbourhood of the free solution.
-_GROWN = 2.0
+# A step on which the gradient grows by more than this, on a way longer than that part of `params`, leads out of the
+# neighbourhood of the free solution.
+_GROWN, _LONG = 2.0, 0.1
 # The next may go twice as far if it falls by this part.
 _AS_FORETOLD = 0.7
 
@@ -48,7 +49,8 @@ class Line(NamedTuple):
     least: jax.Array  # least curvature met so far
     radius: jax.Array  # the longest step of the base point
     far: jax.Array  # whether the last pass went that far or too far: no place yet to answer the nudge
-    astray: jax.Array  # whether the way may have led to another minimum than the learner's
+    grown: jax.Array  # whether gradients grew on the way while the loss fell
+    astray: jax.Array  # whether it was then so long that it may lead to another minimum than the learner's
     change: jax.Array  # of the response by the last pass, relative, times what the pass left of the remainder
     num_steps: jax.Array
     num_passes: jax.Array
@@ -130,6 +132,7 @@ class Search:
             least=jnp.full((), jnp.inf, self.dtype),
             radius=_RADIUS * point.scale,
             far=false,
+            grown=false,
             astray=false,
             change=one,
             num_steps=none,
@@ -258,7 +261,9 @@ class Search:
         done = better & answered & learned & ~away
         within = (before.num_passes < self.max_passes) & (before.num_steps < self.max_steps)
         # Near a minimum gradients fall with the loss: where they grow lies a valley, or a saddle, with other ways out.
-        astray = before.astray | (better & falls & (base_now > _GROWN * base_left))
+        grown = before.grown | (better & falls & (base_now > _GROWN * base_left))
+        gone = self._norm(tree.subtract(taken.base, self.point.params))
+        astray = before.astray | (grown & better & (gone > _LONG * self.point.scale))
         if not self.go_astray:
             within &= ~astray
 
@@ -267,7 +272,7 @@ class Search:
         wider = jnp.where(learning & moved.far & (moved.foretold > _AS_FORETOLD), 2.0, 1.0) * before.radius
         radius = jnp.where(retry, 0.25 * moved.distance, wider)
         far = retry | (better & moved.far)
-        return kept._replace(radius=radius, far=far, astray=astray, running=~done & progress & within)
+        return kept._replace(radius=radius, far=far, grown=grown, astray=astray, running=~done & progress & within)
 
     def measure(self, line: Line) -> Outcome:
         """The phases at the end of the search, and what it did not find."""

@@ -34,9 +34,9 @@ class NewtonKrylov:
       max_steps: budget of conjugate-gradient iterations of each system, all passes together; an iteration is one
         gradient for each system that still needs it.
       max_passes: most passes.
-      fall_back: run the estimator's own learner where this one fails, or where the way to a minimum leads through a
-        valley or past a saddle, on which gradients grow while the loss falls: the learner may take another. False goes
-        on, says `FREE_NOT_CONVERGED`, and saves its compilation.
+      fall_back: run the estimator's own learner where this one fails, or where a way to a minimum that is longer than
+        a tenth of `params` leads through a valley or past a saddle, on which gradients grow while the loss falls: the
+        learner may take another. False goes on, says `FREE_NOT_CONVERGED`, and saves its compilation.
 
     Reference:
       Knoll & Keyes (2004), Jacobian-free Newton-Krylov methods; Dembo, Eisenstat & Steihaug (1982) for the accuracy
