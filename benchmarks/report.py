@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import estimators, plasticity, scaling_steps, speed, speed_scaling, speed_tables, tuning
+from benchmarks import estimators, plasticity, scaling_steps, speed, speed_tables, tuning
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE
 from benchmarks.registry import BENCHMARKS, Benchmark
@@ -112,9 +112,8 @@ def render_readme_block(records: Sequence[Record]) -> str:
         parts.append(_errors_table(rows))
     for rows in newest_runs(records, scaling_steps.NAME)[:1]:
         parts.append(scaling_steps.read(rows))
-    elsewhere = (speed.NAME, speed_scaling.NAME, tuning.NAME, plasticity.NAME)
-    rest = [record for record in records if record["benchmark"] not in elsewhere]
-    parts.append(_provenance(rest, "python -m benchmarks"))
+    here = [record for record in records if record["benchmark"] in (estimators.NAME, scaling_steps.NAME)]
+    parts.append(_provenance(here, "python -m benchmarks"))
     return "\n\n".join(parts)
 
 
