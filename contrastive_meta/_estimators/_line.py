@@ -70,6 +70,7 @@ class Moved(NamedTuple):
     base_outer: OuterEvaluated
     distance: jax.Array  # of the base points
     far: jax.Array  # whether it is the longest allowed
+    away: jax.Array  # whether the base point was on its way before or is so now: nothing was done about the response
     foretold: jax.Array  # by what the inner loss falls on the way, over what its curvature foretold
     more: jax.Array  # norm of what is added to the response; 0 on the way
     hidden: jax.Array
@@ -157,11 +158,10 @@ class Search:
         def tighten(carry: tuple[Line, jax.Array]) -> tuple[Line, jax.Array]:
             before, _ = carry
             # What one tolerance was enough for, the next is not.
-            within = (before.num_passes < self.max_passes) & (before.num_steps < self.max_steps)
-            found = self.run(before._replace(running=within & self._may_start(before.learned)))
+            found = self.run(before._replace(running=self._may_go_on(before) & self._may_start(before.learned)))
             outcome = self.measure(found)
             error, spent = goal.error(outcome.phases)
-            more = ~(error <= goal.target_error) & ~outcome.failed & (before.tol > self.tol)
+            more = ~(error <= goal.target_error) & ~outcome.failed & (before.tol > self.tol) & self._may_go_on(found)
             tol = jnp.maximum(0.1 * before.tol, self.tol)
             return cast_like(found._replace(tol=tol, num_gradients=found.num_gradients + spent), before), more
 
@@ -176,10 +176,9 @@ class Search:
         moved = self._move(line)
         left = self._norm(line.phases.remainder)
         nudged = self.nudging.nudged(moved.base, moved.base_outer[1])
-        away = line.far | moved.far
-        chosen, sought = self.gauge.seek(~away, line.chosen, nudged, moved.base, moved.response)
+        chosen, sought = self.gauge.seek(~moved.away, line.chosen, nudged, moved.base, moved.response)
         # Nothing was done about the remainder on the way: that it is large is no sign of too large a nudge.
-        before = jnp.where(away, jnp.inf, left)
+        before = jnp.where(moved.away, jnp.inf, left)
         tried = self.gauge.measure(line.phases, nudged, moved.base, moved.response, before, line.tol, chosen)
         systems, num_phases = moved.systems, len(tried.best.scheme.nudges)
         spent = line._replace(
@@ -193,8 +192,8 @@ class Search:
             + sought
             + tried.num_tries * 2 * num_phases,
             # What is known of the response that is kept.
-            indefinite=jnp.where(away, line.indefinite, systems.indefinite[_RESPONSE]),
-            hidden=jnp.where(away, line.hidden, moved.hidden),
+            indefinite=jnp.where(moved.away, line.indefinite, systems.indefinite[_RESPONSE]),
+            hidden=jnp.where(moved.away, line.hidden, moved.hidden),
         )
         taken = spent._replace(
             base=moved.base,
@@ -234,7 +233,8 @@ class Search:
         hidden = jnp.where(systems.flat[_RESPONSE], hidden, 0.0)
         far = self._is_far(line.radius, distance, base_left)
         response, more = tree.add(line.response, more), self._norm(more)
-        return Moved(base, response, base_grad, base_outer, distance, far, foretold, more, hidden, systems)
+        away = line.far | far
+        return Moved(base, response, base_grad, base_outer, distance, far, away, foretold, more, hidden, systems)
 
     def _decide(self, before: Line, taken: Line, moved: Moved, left_before: jax.Array, left: jax.Array) -> Line:
         """The line after a pass: the new one if it is better, and whether another pass is to follow."""
@@ -246,8 +246,7 @@ class Search:
         learned = (within_noise & (moved.distance <= small)) | (base_now <= small * LEAST * before.least)
         change = moved.more / tree.or_one(self._norm(taken.response))
         change *= jnp.minimum(left / tree.or_one(left_before), 1.0)
-        away = before.far | moved.far
-        change = jnp.where(away, before.change, change)
+        change = jnp.where(moved.away, before.change, change)
         # Along low curvature a small remainder is much of the response: what the pass changed tells.
         answered = (left <= target * self.nudge) & (change <= 10 * target)
         # Far from a minimum no step goes most of the way, and gradients may grow while the loss falls.
@@ -258,21 +257,19 @@ class Search:
         better = sound & jnp.isfinite(left) & ((left <= left_before) | learning)
         retry = ~sound & (moved.distance > 0)
         progress = (better & ((left <= 0.5 * left_before) | learning)) | retry | before.far
-        done = better & answered & learned & ~away
-        within = (before.num_passes < self.max_passes) & (before.num_steps < self.max_steps)
+        done = better & answered & learned & ~moved.away
         # Near a minimum gradients fall with the loss: where they grow lies a valley, or a saddle, with other ways out.
         grown = before.grown | (better & falls & (base_now > _GROWN * base_left))
         gone = self._norm(tree.subtract(taken.base, self.point.params))
         astray = before.astray | (grown & better & (gone > _LONG * self.point.scale))
-        if not self.go_astray:
-            within &= ~astray
 
         taken = taken._replace(learned=learned, change=change)
         kept: Line = tree.where(better, cast_like(taken, before), before)
         wider = jnp.where(learning & moved.far & (moved.foretold > _AS_FORETOLD), 2.0, 1.0) * before.radius
         radius = jnp.where(retry, 0.25 * moved.distance, wider)
         far = retry | (better & moved.far)
-        return kept._replace(radius=radius, far=far, grown=grown, astray=astray, running=~done & progress & within)
+        after = kept._replace(radius=radius, far=far, grown=grown, astray=astray)
+        return after._replace(running=~done & progress & self._may_go_on(after))
 
     def measure(self, line: Line) -> Outcome:
         """The phases at the end of the search, and what it did not find."""
@@ -306,6 +303,11 @@ class Search:
         point = self.point
         # Without a nudge here there may be one where learning ends.
         return tree.all_finite((self.first_nudge, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned)
+
+    def _may_go_on(self, line: Line) -> jax.Array:
+        """Whether passes are left, and the way is one to follow."""
+        within: jax.Array = (line.num_passes < self.max_passes) & (line.num_steps < self.max_steps)
+        return within if self.go_astray else within & ~line.astray
 
     def _solve(self, difference: Difference, line: Line, left: jax.Array, base_left: jax.Array) -> System:
         """Both systems: for what the free phase left over, and, unless that is far, for the response."""
