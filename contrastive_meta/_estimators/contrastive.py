@@ -187,21 +187,19 @@ class Contrastive(MetaGradientEstimator):
         self, nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams
     ) -> tuple[Judged, Doubt, jax.Array]:
         """What the phases left behind, how wrong their contrast is estimated to be, and their status."""
-        remainder, error = phases.scheme.contrast(phases.residual), jnp.asarray(jnp.nan, nudging.setting.dtype)
-        if not self.estimate_error:
-            judged = judge(nudging, point, phases, remainder)
-            told = nudged_status(nudging, point, phases, grad, judged)
-            return judged, Doubt(error, jnp.zeros_like(error), judged.num_gradients), told
-        remainder, truncation, doubling, unseen = without_truncation(nudging, point, phases, grad)
-        judged = judge(nudging, point, phases, remainder)
+        remainder, unknown = phases.scheme.contrast(phases.residual), jnp.asarray(jnp.nan, nudging.setting.dtype)
+        untruncated = without_truncation(nudging, point, phases, grad) if self.estimate_error else None
+        judged = judge(nudging, point, phases, remainder if untruncated is None else untruncated.remainder)
         told = nudged_status(nudging, point, phases, grad, judged)
+        if untruncated is None:
+            return judged, Doubt(unknown, jnp.zeros_like(unknown), judged.num_gradients), told
         lacking = answer(nudging, point, phases, judged)
-        error = relative_error(nudging, phases, judged, grad, truncation, lacking)
-        error = jnp.where(error > 0, jnp.hypot(error, unseen), error)
+        error = relative_error(nudging, phases, judged, grad, untruncated.lacking, lacking)
+        error = jnp.where(error > 0, jnp.hypot(error, untruncated.unseen), error)
         # What ran away, or was never finite, says nothing.
         error = jnp.where((told >= Status.UNBOUNDED_NUDGE) | jnp.isnan(error), jnp.inf, error)
         spent = judged.num_gradients + lacking.num_gradients + 3 * len(phases.scheme.nudges)
-        return judged, Doubt(error, doubling, spent), told
+        return judged, Doubt(error, untruncated.doubling, spent), told
 
     def _goal(self, nudging: Nudging, point: FreePoint) -> Goal:
         """The accuracy asked for, as learners take it."""
