@@ -11,7 +11,7 @@ import optax
 import contrastive_meta as cm
 from benchmarks import data
 from benchmarks.harness import Session
-from benchmarks.plasticity_learners import Course, Draw
+from benchmarks.plasticity_learners import Course, Draw, published_estimator
 
 # Strength of the pull to the anchors of equilibrium propagation.
 HELD = 0.3
@@ -35,14 +35,14 @@ def equilibrium_digits(session: Session, way: Way = USUAL, dtype: Any = jnp.floa
     or equilibria become many and learning has no end. Cross-entropy asks for larger ones.
     """
     ways, shots, queries = 5, 5, 8
-    steps, images, network = way.steps, data.digits(session.seed, 900, 897), _network(way)
+    learner, images, network = steady_steps(way.steps), data.digits(session.seed, 900, 897), _network(way)
     first = cm.architectures.mlp_params(jax.random.key(session.seed), (64, 32, ways), dtype)
     first["readout"]["kernel"] /= 4
     split = cm.architectures.learned_initialisation(network.apply, squared_error, first, HELD)
     return Course(
         split,
-        _twice_the_learner(split, steady_steps(steps), 0.1),
-        steady_steps(steps),
+        published_estimator(split, learner, learner, 0.1),
+        learner,
         _drawing(images.x_train, images.y_train, ways, shots, queries, dtype),
         _drawing(images.x_val, images.y_val, ways, shots, queries, dtype),
         lambda params, meta_params, task: jnp.mean(jnp.argmax(network.apply(params, task.x_val), -1) == task.y_val),
@@ -96,7 +96,7 @@ def equilibrium_angles(session: Session, ways: Sequence[Way], meta_params: Any) 
         @jax.jit
         def angles(given: Any) -> Angles:
             task, exact = given
-            got = _twice_the_learner(course.split, learner, 0.02).estimate(problem, meta_params, task)
+            got = published_estimator(course.split, learner, learner, 0.02).estimate(problem, meta_params, task)
             same = cm.BackpropThroughLearning(learner, checkpoint=True).estimate(problem, meta_params, task)
             before = jax.grad(problem.inner_loss)(meta_params["anchor"], meta_params, task)
             return Angles(
@@ -127,12 +127,6 @@ def steady_steps(num_steps: int) -> cm.OptaxDescent:
 
 def _network(way: Way) -> cm.local_learners.EquilibriumPropagation:
     return cm.local_learners.EquilibriumPropagation(way.nudge, cm.local_learners.Relaxation(0.5, way.relaxation))
-
-
-def _twice_the_learner(split: Any, learner: cm.OptaxDescent, beta: float) -> cm.Contrastive:
-    return cm.Contrastive(
-        learner, learner, cm.central_difference(beta), cm.LossNudge(), split.rule, estimate_error=False
-    )
 
 
 def _cosine(a: Any, b: Any) -> jax.Array:

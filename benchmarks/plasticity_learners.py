@@ -84,19 +84,11 @@ def shrinking_steps(num_steps: int, rate: float) -> cm.OptaxDescent:
     return cm.OptaxDescent(optax.adam(schedule, eps_root=1e-12), num_steps=num_steps)
 
 
-def published_estimator(
-    split: Any, beta: float, free: int, nudged: int, rate: float, nudged_rate: float | None = None
-) -> cm.Contrastive:
-    """The rule as published: the same learner in all phases, nudged both ways by the outer loss.
+def published_estimator(split: Any, learner: cm.InnerSolver, nudged: cm.InnerSolver, beta: float) -> cm.Contrastive:
+    """The rule as published: learning run again, nudged both ways by the outer loss.
 
     Adam's first steps have the whole rate for length, however small the gradient: at a solution that is a kick, which
-    a smaller `nudged_rate` keeps within its basin.
+    a smaller rate of the nudged learner keeps within its basin.
     """
-    return cm.Contrastive(
-        shrinking_steps(free, rate),
-        shrinking_steps(nudged, rate if nudged_rate is None else nudged_rate),
-        cm.central_difference(beta),
-        cm.LossNudge(),
-        split.rule,
-        estimate_error=False,
-    )
+    scheme, nudge = cm.central_difference(beta), cm.LossNudge()
+    return cm.Contrastive(learner, nudged, scheme, nudge, split.rule, estimate_error=False)

@@ -73,11 +73,11 @@ def nuisance_inputs(session: Session) -> Case:
     split = cm.architectures.Architecture(problem, rule, meta_params, lambda params, meta: params)
     learning = cm.problems.SplitData(x[:200], y[:200], x[200:500], y[200:500])
     judging = learning._replace(x_val=x[500:], y_val=y[500:])
-    steps = 20 if session.smoke else 150
+    learner = shrinking_steps(20 if session.smoke else 150, 0.05)
     course = Course(
         split,
-        published_estimator(split, 0.1, steps, steps, 0.05),
-        shrinking_steps(steps, 0.05),
+        published_estimator(split, learner, learner, 0.1),
+        learner,
         lambda key, number: jax.tree.map(lambda leaf: leaf[None], learning),
         lambda key, number: jax.tree.map(lambda leaf: leaf[None], judging),
         lambda w, meta, task: jnp.mean(jnp.argmax(task.x_val @ w, -1) == task.y_val),
@@ -124,15 +124,15 @@ def sinusoids(name: str, session: Session) -> Case:
         network = architectures.with_modules(body, 4, jax.random.fold_in(key, 1))
         split = architectures.modular_hypernetwork(mlp, loss, network, strength=0.1)
     # Chosen on seeds 100 and 101, and the smaller steps of the nudged phases too.
-    steps = 10 if session.smoke else 150
+    learner = shrinking_steps(10 if session.smoke else 150, 0.05)
 
     def draw(key: jax.Array, number: int) -> Any:
         return cm.problems.sinusoid_tasks(key, number, 10, 10, jnp.float32)
 
     course = Course(
         split,
-        published_estimator(split, 0.1, steps, 10 if session.smoke else 60, 0.05, nudged_rate=0.005),
-        shrinking_steps(steps, 0.05),
+        published_estimator(split, learner, shrinking_steps(10 if session.smoke else 60, 0.005), 0.1),
+        learner,
         draw,
         draw,
         split.problem.outer_loss,

@@ -56,11 +56,11 @@ def _spiking_sinusoids(session: Session, apply: Callable[[Any, jax.Array], cm.lo
         outputs = jnp.mean(apply(params, task.x_val).outputs[..., 0], axis=-1)
         return jnp.mean(jnp.square(outputs - task.y_val))
 
-    free = 10 if session.smoke else 100
+    learner = shrinking_steps(10 if session.smoke else 100, 3e-3)
     return Course(
         split,
-        published_estimator(split, 0.3, free, 5 if session.smoke else 30, 3e-3),
-        shrinking_steps(free, 3e-3),
+        published_estimator(split, learner, shrinking_steps(5 if session.smoke else 30, 3e-3), 0.3),
+        learner,
         draw,
         draw,
         squared,
