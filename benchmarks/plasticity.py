@@ -15,7 +15,7 @@ from benchmarks.plasticity_equilibrium import USUAL, equilibrium_angles, equilib
 from benchmarks.plasticity_learners import Course, judge, meta_learn
 from benchmarks.plasticity_rules import cases
 from benchmarks.plasticity_spiking import spiking_rivals
-from benchmarks.tables import decimals, lay_out, scientific, wrap
+from benchmarks.tables import decimals, lay_out, scientific, seeds_of, wrap
 
 NAME = "plasticity"
 ABOUT = "what each local rule learns, as a picture, and equilibrium propagation and e-prop as inner learners"
@@ -102,7 +102,7 @@ def show(records: Sequence[Record]) -> str:
             [name, rows[0]["score"], *(_range(rows, field) for field in ("before", "after", "number")), rows[0]["says"]]
             for name, rows in _by_case(judged).items()
         ]
-        title = f"What local rules learn, before and after meta-learning: median (and range) [{_seeds(judged)}]"
+        title = f"What local rules learn, before and after meta-learning: median (and range) [{seeds_of(judged)}]"
         parts += [title, "", lay_out(header, rows, left=(0, 1, -1)), "", wrap(read(records))]
     if angles:
         parts += ["" for _ in parts[:1]] + [_show_angles(angles)]
@@ -125,7 +125,7 @@ def _show_angles(records: Sequence[Record]) -> str:
         rows.append([f"{nudge:g}", str(relaxation), str(steps), *cosines, *largest])
     title = (
         "Contrast over contrast: cosine, median (least), to the exact meta-gradient of the loss at equilibrium and to "
-        f"that of its own steps [float64, {_seeds(records)}]"
+        f"that of its own steps [float64, {seeds_of(records)}]"
     )
     return "\n".join([wrap(title), "", lay_out(header, rows, left=())])
 
@@ -135,11 +135,6 @@ def _range(rows: Sequence[Record], field: str) -> str:
     if len(values) < 2:
         return decimals(values[0] if values else None, 3)
     return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def _seeds(records: Sequence[Record]) -> str:
-    seeds = sorted({r["seed"] for r in records})
-    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
 
 
 def _by_case(records: Sequence[Record]) -> dict[str, list[Record]]:

@@ -11,7 +11,7 @@ from benchmarks import estimators, plasticity, scaling_steps, speed, speed_table
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE
 from benchmarks.registry import BENCHMARKS, Benchmark
-from benchmarks.tables import memory, milliseconds, scientific
+from benchmarks.tables import memory, milliseconds, scientific, seeds_of
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -171,8 +171,7 @@ def _memory_lines(rows: Sequence[Record]) -> list[str]:
 
 def _provenance(records: Sequence[Record], command: str) -> str:
     newest = max(records, key=lambda record: str(record["date"]))
-    seeds = sorted({record["seed"] for record in records if record["run"] == newest["run"]})
-    of_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    of_seeds = seeds_of([record for record in records if record["run"] == newest["run"]])
     environment = newest["environment"]
     return (
         f"Measured {newest['date'][:10]} with jax {environment['jax']} on {environment['cpu_count']} cores of "

@@ -2,7 +2,8 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 WIDTH = 116
 
@@ -28,6 +29,12 @@ def lay_out(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Seque
 def wrap(text: str, indent: str = "") -> str:
     """A paragraph broken at the table's width."""
     return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def seeds_of(records: Sequence[Mapping[str, Any]]) -> str:
+    """`seed 0`, or `seeds 0 to 4`."""
+    seeds = sorted({record["seed"] for record in records})
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
 
 
 def scientific(value: float | None) -> str:
