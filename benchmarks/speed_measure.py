@@ -19,6 +19,9 @@ import numpy as np
 from benchmarks.harness import Session
 from benchmarks.speed_methods import Outcome, Point
 
+# A call of so many seconds is timed from the first on, and at most once more.
+_SLOW = 1.0
+
 
 class Program(NamedTuple):
     """A compiled function with what it took and what it takes."""
@@ -86,6 +89,7 @@ def measure(
     session.progress.begin(what, len(points))
     ready: dict[str, _Warm] = {}
     measured: dict[str, Measured | Exception] = {}
+    seconds: dict[str, list[float]] = {}
     for key, point in points.items():
         args = tuple(point.args) if point.on_host else jax.tree.map(jnp.asarray, tuple(point.args))
         try:
@@ -93,10 +97,12 @@ def measure(
             with _quiet():
                 start = time.perf_counter()
                 outcome = jax.block_until_ready(program.call(*args))
-            ready[key] = _Warm(program, args, outcome, new, _num_rounds(time.perf_counter() - start, repeats))
+            took = time.perf_counter() - start
+            ready[key] = _Warm(program, args, outcome, new, min(repeats, math.ceil(1.0 / max(took, 1e-6))))
+            # Of a slow point the first call is as good as any.
+            seconds[key] = [took] if took > _SLOW else []
         except Exception as error:
             measured[key] = error
-    seconds: dict[str, list[float]] = {key: [] for key in ready}
     for number in range(repeats):
         for key, warm in ready.items():
             if number < warm.num_rounds:
@@ -116,11 +122,6 @@ class _Warm(NamedTuple):
     outcome: Outcome
     new: bool
     num_rounds: int
-
-
-def _num_rounds(seconds: float, repeats: int) -> int:
-    """As many as were asked for; of a slow point as many as take two seconds, but two at least."""
-    return min(repeats, max(2, math.ceil(2.0 / max(seconds, 1e-6))))
 
 
 @contextlib.contextmanager

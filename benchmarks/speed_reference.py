@@ -54,7 +54,7 @@ class Ready(NamedTuple):
     @property
     def tolerances(self) -> Sequence[float]:
         """Of linear solves and of their likes; networks, worse conditioned, need smaller ones."""
-        return (1e-1, 1e-2, 3e-3, 1e-3, 1e-4) if self.problem.convex else (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+        return (1e-1, 1e-2, 5e-3, 2e-3, 1e-3, 1e-4) if self.problem.convex else (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
     @property
     def momentum(self) -> float:
