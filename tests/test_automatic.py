@@ -116,7 +116,7 @@ def bent(truncation):
 
 def test_each_task_of_a_batch_has_a_strength_of_its_own():
     learner = cm.OptaxDescent(optax.sgd(0.02, momentum=0.9), num_steps=800)
-    problem, mild = bent(1e-3)
+    problem, mild = bent(1e-5)
     _, strong = bent(1.0)
     tasks = jax.tree.map(lambda a, b: jnp.stack([a, b]), mild, strong)
     theta = jnp.zeros(4)
@@ -124,7 +124,7 @@ def test_each_task_of_a_batch_has_a_strength_of_its_own():
     together = jax.jit(jax.vmap(lambda task: estimator.estimate(problem, theta, task)))(tasks)
     alone = [estimator.estimate(problem, theta, task) for task in (mild, strong)]
     strengths = together.state.strength
-    assert strengths[0] > 3 * strengths[1]
+    assert strengths[0] > 8 * strengths[1]
     for k, result in enumerate(alone):
         assert float(strengths[k]) == pytest.approx(float(result.state.strength), rel=0.5)
         np.testing.assert_allclose(together.grad[k], result.grad, rtol=1e-7)
@@ -168,8 +168,10 @@ def test_an_accuracy_asked_for_is_reached_at_less_cost(name, dtype):
             assert result.diagnostics.error_estimate <= target
             assert relative_error(result.grad, case.exact.grad) <= 2 * target
             costs.append(int(result.diagnostics.num_gradients))
-        # Off the minimum a loose target may take one round more than a tight one: 103 gradients against 102.
-        assert costs[0] < (1.0 if distance == 0 else 1.1) * costs[-1]
+        # Where one pass is enough for any of them the looser target saves next to nothing.
+        assert costs[0] < 1.1 * costs[-1]
+        if distance and name != "ridge" and dtype == jnp.float64:
+            assert costs[0] < 0.9 * costs[-1]
 
 
 def test_learning_that_is_run_again_goes_on_until_the_accuracy_is_reached():
@@ -189,7 +191,7 @@ def test_learning_that_is_run_again_goes_on_until_the_accuracy_is_reached():
 def test_an_accuracy_out_of_reach_is_said_to_be(nudged):
     case = small_problem("ridge")
     problem = started_at(case.problem, away(case.params, 1e-1))
-    estimator = cm.Contrastive(STILL, nudged or cm.NewtonKrylov(fall_back=False), target_error=1e-9, max_steps=8)
+    estimator = cm.Contrastive(STILL, nudged or cm.NewtonKrylov(fall_back=False), target_error=1e-9, max_steps=5)
     result = estimator.estimate(problem, *case[2:4])
     assert result.diagnostics.status >= cm.Status.TARGET_NOT_REACHED
     assert not result.diagnostics.error_estimate <= 1e-9

@@ -10,7 +10,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, FreePoint, difference_step
 from contrastive_meta._estimators._judge import Judged
-from contrastive_meta._estimators._krylov import Difference, Limits, solve_each
+from contrastive_meta._estimators._krylov import Difference, Limits, solve
 from contrastive_meta._estimators._phases import Nudging, Phases, statistic_noise, stiffening
 from contrastive_meta._problem import MetaParams, Params
 
@@ -126,7 +126,7 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged) -
     radius = jnp.stack([point.scale, jnp.inf]).astype(dtype)
     steps = jax.tree.map(lambda *x: jnp.stack(x), tree.subtract(judged.ahead, judged.params), judged.more)
 
-    def solve(before: Lacking, turn: tuple[jax.Array, jax.Array, jax.Array, Params]) -> tuple[Lacking, None]:
+    def look(before: Lacking, turn: tuple[jax.Array, jax.Array, jax.Array, Params]) -> tuple[Lacking, None]:
         of_response, noise, radius, step = turn
         remainder = tree.add(judged.remainder, tree.subtract(before.outer_grad, judged.outer_grad))
         sought = tree.where(of_response, remainder, tree.scale(-1.0, judged.base_grad))
@@ -135,15 +135,9 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged) -
         none, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         limits = Limits(jnp.maximum(noise / unit, _ANSWERED).astype(dtype), none, infinite, radius / unit)
         wanted = of_response | unlearned
-        system = solve_each(
-            difference,
-            [tree.scale(1 / unit, sought)],
-            tree.zeros_like(sought),
-            ((left > 0) & wanted)[None],
-            jax.tree.map(lambda x: x[None], limits),
-            jnp.int32(_MOST_STEPS),
-        )
-        (found,) = tree.unstack(system.x, 1)
+        scaled, nothing = tree.scale(1 / unit, sought), tree.zeros_like(sought)
+        system = solve(difference, scaled, nothing, (left > 0) & wanted, limits, jnp.int32(_MOST_STEPS))
+        found = system.x
         # An answer is longer than a step down the remainder, by the Cauchy-Schwarz inequality.
         solved = tree.all_finite(found) & (tree.norm(found) * unit >= tree.norm(step))
         found = tree.where(solved, tree.scale(unit, found), tree.scale(1 / _SHARE_OF_A_STEP, step))
@@ -151,11 +145,11 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged) -
         ahead = tree.where(moves, tree.add(judged.params, found), before.ahead)
         outer_grad = only_if(moves, lambda _: tree.grad(setting.outer)(ahead), before.outer_grad)
         response = tree.where(of_response, found, before.response)
-        spent = before.num_gradients + system.num_steps[0] + moves
+        spent = before.num_gradients + system.num_steps + moves
         return cast_like(Lacking(ahead, outer_grad, response, spent), before), None
 
     start = Lacking(judged.params, judged.outer_grad, tree.zeros_like(judged.more), jnp.int32(0))
-    lacking, _ = jax.lax.scan(solve, start, (jnp.array([False, True]), noise, radius, steps))
+    lacking, _ = jax.lax.scan(look, start, (jnp.array([False, True]), noise, radius, steps))
     return lacking
 
 

@@ -1,6 +1,6 @@
 """Conjugate gradients whose products are differences of two gradients: the linear algebra of the fast learner."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,9 +37,13 @@ class Difference(NamedTuple):
     noise: jax.Array
     dtype: Any
 
-    def product(self, direction: Params, squared: jax.Array) -> Params:
-        """H times a direction of the given squared length."""
-        step = self.distance / jnp.sqrt(squared)
+    def product(self, direction: Params, squared: jax.Array, number: jax.Array) -> Params:
+        """H times a direction of the given squared length, the `number`-th of a row.
+
+        Forwards and backwards in turn: neighbouring directions are alike, and what the third derivative adds to one
+        product it takes from the next.
+        """
+        step = jnp.where(number % 2 == 0, self.distance, -self.distance) / jnp.sqrt(squared)
         ahead = self.inner_grad(tree.add_scaled(self.base, step, direction))
         return tree.scale(1 / step, tree.subtract(ahead, self.base_grad))
 
@@ -69,7 +73,7 @@ class System(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """When conjugate gradients end, one set for each system, in its units; a leading axis of systems."""
+    """When conjugate gradients end, in units of the right-hand side."""
 
     remainder: jax.Array  # norm of the remainder
     step: jax.Array  # length of what is left, were it all along the least curvature there is
@@ -77,73 +81,51 @@ class Limits(NamedTuple):
     radius: jax.Array  # length of x
 
 
-def solve_each(
-    difference: Difference,
-    rhs: Sequence[Params],
-    guess: Params,
-    active: jax.Array,
-    limits: Limits,
-    budget: jax.Array,
-    goes_on: Callable[[System], jax.Array] = lambda solved: jnp.asarray(True),
+def solve(
+    difference: Difference, rhs: Params, guess: Params, active: jax.Array, limits: Limits, budget: jax.Array
 ) -> System:
-    """Solve H x = b for right-hand sides of length 1 (or 0).
-
-    One after the other: side by side they would share passes over the data, but take a loop more to compile, and the
-    one that ends first would run on with the other.
+    """Solve H x = b for a right-hand side of length 1 (or 0).
 
     Args:
       difference: H.
-      rhs: each b.
-      guess: a first direction for the last system, of any length; zeros for none.
-      active: which of them to solve.
+      rhs: b.
+      guess: a first direction, of any length; zeros for none.
+      active: whether to solve at all.
       limits: when to end.
-      budget: most steps of each.
-      goes_on: whether the systems after one are solved as well, from its solution.
+      budget: most steps.
 
     Returns:
-      The systems at their end, a leading axis of them.
+      The system at its end.
     """
-    stacked = jax.tree.map(lambda *b: jnp.stack(b), *rhs)
     length = tree.norm(guess)
     unit = tree.scale(1 / tree.or_one(length), guess)
-    along = tree.vdot(rhs[-1], unit)
+    along = tree.vdot(rhs, unit)
     warm = (length > 0) & jnp.isfinite(length) & (jnp.abs(along) > _USEFUL)
-    dtype, num = difference.dtype, len(rhs)
-    ones, zeros, false = jnp.ones(num, dtype), jnp.zeros(num, dtype), jnp.zeros(num, bool)
-    systems = System(
-        x=tree.zeros_like(stacked),
-        remainder=stacked,
-        direction=jax.tree.map(lambda b, u: jnp.where(warm, b.at[-1].set(u), b), stacked, unit),
-        squared=ones,
-        slope=jnp.where(warm, ones.at[-1].set(along.astype(dtype)), ones),
-        pp=ones,
-        xp=zeros,
-        xx=zeros,
-        fresh=false.at[-1].set(warm),
-        num_steps=jnp.zeros(num, jnp.int32),
+    dtype = difference.dtype
+    one, zero, false = jnp.ones((), dtype), jnp.zeros((), dtype), jnp.asarray(False)
+    start = System(
+        x=tree.zeros_like(rhs),
+        remainder=rhs,
+        direction=tree.where(warm, unit, rhs),
+        squared=one,
+        slope=jnp.where(warm, along.astype(dtype), one),
+        pp=one,
+        xp=zero,
+        xx=zero,
+        fresh=warm,
+        num_steps=jnp.int32(0),
         indefinite=false,
         flat=false,
         least=limits.least,
         active=active,
     )
-
-    def solve(wanted: jax.Array, one: tuple[Limits, System]) -> tuple[jax.Array, System]:
-        limits, system = one
-        solved: System = jax.lax.while_loop(
-            lambda s: s.active,
-            lambda s: _iterate(difference, budget, limits, s),
-            system._replace(active=system.active & wanted),
-        )
-        return wanted & goes_on(solved), solved
-
-    _, solved = jax.lax.scan(solve, jnp.asarray(True), (limits, systems))
-    each: System = solved
-    return each
+    solved: System = jax.lax.while_loop(lambda s: s.active, lambda s: _iterate(difference, budget, limits, s), start)
+    return solved
 
 
 def _iterate(difference: Difference, budget: jax.Array, limits: Limits, s: System) -> System:
     """One step of conjugate gradients."""
-    product = difference.product(s.direction, s.pp)
+    product = difference.product(s.direction, s.pp, s.num_steps)
     along, resolved = tree.vdot(s.direction, product).astype(difference.dtype), difference.resolution * s.pp
     upward = along > FLAT * resolved
     alpha = jnp.where(upward, s.slope / jnp.where(upward, along, 1), 0)

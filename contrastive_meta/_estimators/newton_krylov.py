@@ -3,8 +3,8 @@
 import jax
 
 from contrastive_meta._estimators._free_point import FreePoint
-from contrastive_meta._estimators._line import Outcome, Search
 from contrastive_meta._estimators._phases import Goal, Nudging
+from contrastive_meta._estimators._search import Outcome, Search
 from contrastive_meta._pytree import static, strategy
 
 
