@@ -101,10 +101,10 @@ def _from_unfinished(free_steps: Sequence[int], tols: Sequence[float | None]) ->
 
 
 def _contrasts(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
-    wide = ready.problem.wide
-    for budget in budgets((0, 4, 16), ready.tolerances):
+    wide, convex = ready.problem.wide, ready.problem.convex
+    for budget in budgets((0, 4, 16) if convex else (0, 64, 256), ready.tolerances):
         yield _point(ready, start, FAST, budget, fast(_lbfgs(budget[0]), budget[1]))
-    for budget in budgets((0, 8), (1e-1, 1e-2, 1e-3)):
+    for budget in budgets((0, 8) if convex else (0,), (1e-1, 1e-2, 1e-3)):
         asked = cm.Contrastive(_lbfgs(budget[0]), target_error=budget[1])
         yield _point(ready, start, f"{FAST}, error asked for", budget, asked)
     schemes = {
@@ -129,10 +129,10 @@ def _contrasts(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
 
 def _implicit(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
     wide, floor = ready.problem.wide, ready.problem.floor
-    for budget in budgets((4, 16, 48) if ready.problem.batched else (4, 8, 16, 32, 64), ready.tolerances):
+    for budget in budgets(ready.free_steps, ready.tolerances):
         yield _point(ready, start, IMPLICIT_CG, budget, _cg(_lbfgs(budget[0]), budget[1]))
-    if start == UNFINISHED:
-        for budget in budgets((8, 32) if ready.problem.batched else (8, 16, 32, 64), ready.tolerances[:-1]):
+    if start == UNFINISHED and ready.problem.convex:
+        for budget in budgets((8, 16, 32, 64), ready.tolerances[:-1]):
             estimator = _cg(_descent(ready, budget[0]), budget[1])
             yield _point(ready, start, IMPLICIT_CG, budget, estimator, f"{budget[0]} steps of descent first")
     if not wide:

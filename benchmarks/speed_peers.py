@@ -65,13 +65,14 @@ def _imported(name: str) -> Any:
 
 def _jaxopt_points(ready: Ready) -> Iterator[Point]:
     tols = ready.tolerances
-    grids = {ACCURATE: [(0, tol) for tol in tols], UNFINISHED: [(k, tol) for k in (4, 8, 16, 32) for tol in tols[1:]]}
+    grids = {ACCURATE: [(0, tol) for tol in tols], UNFINISHED: [(k, tol) for k in ready.free_steps for tol in tols[1:]]}
     for start, budgets in grids.items():
         for budget in budgets:
             words = f"{budget[0]} steps, tolerance {budget[1]:g}"
             yield _point(ready, start, "jaxopt, L-BFGS + CG", words, _jaxopt_lbfgs, budget)
+    # Descent is far behind on networks, as GMRES is below.
     for start, steps in ((ACCURATE, (0,)), (UNFINISHED, (16, 48, 144))):
-        for num_steps in steps:
+        for num_steps in steps if ready.problem.convex else ():
             for tol in ready.tolerances[1:-1]:
                 words = f"{num_steps} steps, tolerance {tol:g}"
                 learn = functools.partial(_jaxopt_descent, 1 / ready.curvature)
@@ -92,7 +93,8 @@ def _optimistix_points(ready: Ready) -> Iterator[Point]:
         for budget in budgets:
             words = f"tolerances {budget[0]:g} and {budget[1]:g}"
             yield _point(ready, start, "optimistix, L-BFGS + CG", words, _optimistix(_lbfgs, _cg), budget)
-            yield _point(ready, start, "optimistix, L-BFGS + GMRES", words, _optimistix(_lbfgs, _gmres), budget)
+            if ready.problem.convex:
+                yield _point(ready, start, "optimistix, L-BFGS + GMRES", words, _optimistix(_lbfgs, _gmres), budget)
         if not (ready.problem.wide and dense):
             continue
         for budget in budgets[1::2]:

@@ -111,9 +111,6 @@ DIGITS = Problem(
 CLEANING = Problem(
     "cleaning", "Data cleaning on digits: a weight per example", _cleaning, 1e-2, wide=True, cold=True, repeats=7
 )
-MLP = Problem(
-    "MLP 1e4", "Tanh MLP on digits: a strength per synapse", _mlp, 2e-2, convex=False, wide=True, cold=True, repeats=3
-)
 SUITE: Sequence[Problem] = (
     RIDGE,
     DIGITS,
@@ -123,7 +120,7 @@ SUITE: Sequence[Problem] = (
     Problem("MNIST", "Softmax regression on MNIST: a strength per weight", _mnist, 1e-2, repeats=3),
     Problem("MNIST cleaning", "Data cleaning on MNIST: a weight per example", _mnist_cleaning, 1e-2, repeats=3),
     Problem("CNN", "Tanh CNN on MNIST: a strength per synapse", _cnn, 1e-2, convex=False, repeats=3),
-    MLP,
+    Problem("MLP 1e4", "Tanh MLP on digits: a strength per synapse", _mlp, 2e-2, convex=False, repeats=3),
     Problem("newsgroups", "Softmax regression on newsgroups: a strength per weight", _newsgroups, 1e-3, repeats=3),
     Problem("MLP 1e5", "Tanh MLP on MNIST: a strength per synapse", _large_mlp, 2e-2, convex=False, repeats=3),
     Problem("sinusoids", "Sinusoids, 10 tasks: the anchor of a tanh MLP", _sinusoids, 0.5, convex=False, batched=True),

@@ -54,7 +54,12 @@ class Ready(NamedTuple):
     @property
     def tolerances(self) -> Sequence[float]:
         """Of linear solves and of their likes; networks, worse conditioned, need smaller ones."""
-        return (1e-1, 1e-2, 5e-3, 2e-3, 1e-3, 1e-4) if self.problem.convex else (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+        return (1e-1, 1e-2, 5e-3, 2e-3, 1e-3, 1e-4) if self.problem.convex else (1e-2, 1e-3, 1e-4, 1e-5)
+
+    @property
+    def free_steps(self) -> Sequence[int]:
+        """Of L-BFGS, to finish an unfinished free phase with."""
+        return (4, 8, 16, 32, 64) if self.problem.convex else (64, 256, 512)
 
     @property
     def momentum(self) -> float:
