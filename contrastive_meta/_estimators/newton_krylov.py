@@ -15,10 +15,10 @@ class NewtonKrylov:
     What a nudge of strength beta does to the minimum is, for small beta, a straight line: phase k ends at
     base - beta_k u, where H u = v. Both are found from gradients of the inner loss alone. A pass solves two linear
     systems by conjugate gradients, in which a Hessian-vector product is the difference of two gradients:
-    one for u, one for the step that the free phase had left to take. Then the phases are evaluated where they should
-    have ended. The contrast of their gradients is what is left of the nudge, v - H u, to the order of the scheme and
-    free of the products' error; the gradient at the base point is what is left of learning. Both are the right-hand
-    sides of the next pass. Usually two passes do.
+    one for the step that the free phase had left to take and, where that leads, one for u. Then the phases are
+    evaluated where they should have ended. The contrast of their gradients is what is left of the nudge, v - H u, to
+    the order of the scheme and free of the products' error; the gradient at the base point is what is left of
+    learning. Both are the right-hand sides of the next pass. Usually one or two passes do.
 
     From far off a minimum the step is kept within a radius, which grows and shrinks with how well the fall of the loss
     was foretold (by the trapezoidal rule, from gradients alone), and the nudge is not answered before the base point
