@@ -12,6 +12,7 @@ import contrastive_meta as cm
 from benchmarks.speed_reference import ACCURATE, COLD, UNFINISHED, Ready
 
 FAST = "contrast, fast"
+LEAN = "contrast, fast, lean"
 IMPLICIT_CG = "implicit, CG"
 BACKPROP = "backprop"
 CHECKPOINTED = "backprop, checkpointed"
@@ -116,8 +117,11 @@ def _contrasts(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
         for budget in budgets((0, 8), (1e-1, 1e-2, 1e-4)):
             estimator = dataclasses.replace(fast(_lbfgs(budget[0]), budget[1]), scheme=scheme)
             yield _point(ready, start, name, budget, estimator)
-    estimator = dataclasses.replace(fast(_lbfgs(0), 1e-2), sequential=True)
-    yield _point(ready, start, f"{FAST}, sequential", (0, 1e-2), estimator)
+    # One phase after another, and no program for a learner to fall back on.
+    tol = ready.tolerances[2]
+    alone = cm.NewtonKrylov(tol=tol, fall_back=False)
+    estimator = dataclasses.replace(fast(_lbfgs(0), tol), nudged_solver=alone, sequential=True)
+    yield _point(ready, start, LEAN, (0, tol), estimator)
     for num_steps in (10, 30, 100):
         nudged = cm.LBFGS(tol=0.0, max_steps=num_steps)
         estimator = cm.Contrastive(_lbfgs(0), nudged_solver=nudged)

@@ -43,7 +43,7 @@ from benchmarks.harness import Progress, Session, plain, precision
 from benchmarks.plasticity_equilibrium import equilibrium_digits
 from benchmarks.registry import BENCHMARKS
 from benchmarks.speed_measure import Programs, measure
-from benchmarks.speed_methods import FAST, FREE_PHASE, IMPLICIT_CG, Outcome, Point
+from benchmarks.speed_methods import FAST, FREE_PHASE, IMPLICIT_CG, LEAN, Outcome, Point
 
 
 def _session(folder: Path | None = None) -> Session:
@@ -295,6 +295,15 @@ def test_speed_compares_the_fastest_points_that_are_close_enough() -> None:
     assert "0.88 (0.50-1.25)" in text  # the median over the seeds and their range
     assert "'jaxopt, x' on ridge: ValueError: no" in text and "higher: not installed" in text
     assert max(map(len, text.splitlines())) <= tables.WIDTH
+
+
+def test_speed_compares_the_largest_programs_of_a_problem_but_cold_ones() -> None:
+    sizes = [(FAST, "accurate", 300), (FAST, "unfinished", 250), (FAST, "cold", 900), (LEAN, "accurate", 110)]
+    rows = [_speed_record(method=m, start=s, temp_bytes=b) for m, s, b in (*sizes, (IMPLICIT_CG, "accurate", 100))]
+    (line,) = speed_tables._over_implicit(rows, "temp_bytes", "Memory")
+    assert "the fast contrast 3.00 (at most 3.00)" in line.replace("\n", " ")
+    assert "without the fallback 1.10 (at most 1.10)" in line.replace("\n", " ")
+    assert speed_tables._over_implicit(rows[:2], "temp_bytes", "Memory") == []
 
 
 def test_speed_points_of_one_program_are_compiled_once_and_one_that_raises_is_alone() -> None:
