@@ -16,14 +16,14 @@ from contrastive_meta._estimators._free_point import (
     newton_length,
 )
 from contrastive_meta._estimators._phases import Nudging, Phases, mean_of, statistic_noise
-from contrastive_meta._nudging import LinearNudge
+from contrastive_meta._nudging import LinearNudge, NudgeScheme
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._result import Status, flag, worst
 
 # The truncation error of a scheme of order p is of the order of bend^p.
 _UNTRUNCATED = 1e-2
 # Learning has ended, next to a nudge, when its residual is below this part of what the nudge adds.
-ENDED = 1e-3
+_ENDED = 1e-3
 
 
 class Judged(NamedTuple):
@@ -143,7 +143,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     off_line = tree.subtract(tree.add_scaled(center, -mean_nudge, response), point.params)
     of_path = tree.norm_in(point.scale, off_line) / tree.or_one(strength * moved)
     # Before learning ends the phases drift on together, which bends nothing.
-    ended = before < ENDED * strength * nudge
+    ended = learning_ended(point, scheme)
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
     spent = off_center + 2 * unlearned + (of_sought > 0)
     return Judged(
@@ -181,8 +181,18 @@ def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: Meta
 
 
 def ran_away(point: FreePoint, phases: Phases) -> jax.Array:
-    """Whether a nudged loss has no minimum where its phase went."""
-    return jnp.any(phases.status >= Status.DIVERGED) | _curves_downwards(point, phases)
+    """Whether a nudged loss has no minimum where its phase went.
+
+    Phases that go on with unfinished learning may cross downward curvature that is not the nudge's.
+    """
+    ended = ~phases.at_minima | learning_ended(point, phases.scheme)
+    return jnp.any(phases.status >= Status.DIVERGED) | (ended & _curves_downwards(point, phases))
+
+
+def learning_ended(point: FreePoint, scheme: NudgeScheme) -> jax.Array:
+    """Whether what the free phase left to learn is little beside what the nudges add."""
+    strength = scheme.strength(point.scale.dtype)
+    return tree.norm_in(point.usual_grad, point.inner_grad) < _ENDED * strength * tree.or_one(point.nudge_norm)
 
 
 def _curves_downwards(point: FreePoint, phases: Phases) -> jax.Array:

@@ -18,6 +18,11 @@ from contrastive_meta._problem import Params
 _FORCING = 0.45
 # A step is taken if the loss falls by this part of what was foretold.
 _FALLS = 0.1
+# Where it falls by this part the next may be as long again.
+AS_FORETOLD = 0.7
+# A step on which the gradient grows by more than this, on a way longer than that part of `params`, leads out of the
+# neighbourhood of the free solution: the loss has to fall as foretold.
+GROWN, LONG = 2.0, 0.1
 
 
 class Line(NamedTuple):
@@ -189,7 +194,9 @@ class Mover:
         # Within the noise there is nowhere to go.
         anywhere = before > NOISE_FLOOR * noise
         # Far from a minimum no step goes most of the way, and gradients may grow while the loss falls.
-        falls = (foretold > _FALLS) & anywhere & (distance > 0)
+        gone = self._norm(tree.subtract(base, self.point.params)) > LONG * self.point.scale
+        wanted = jnp.where(gone & (now > GROWN * before), AS_FORETOLD, _FALLS)
+        falls = (foretold > wanted) & anywhere & (distance > 0)
         sound = jnp.isfinite(now) & ((now <= jnp.maximum(before, NOISE_FLOOR * noise)) | falls)
         far = (distance > 0.99 * line.radius) & anywhere
         arrived = (distance == 0) & (self._norm(solved.x) > 0)

@@ -10,17 +10,12 @@ from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, UNANSWERED, FreePoint
 from contrastive_meta._estimators._gauge import Gauge
 from contrastive_meta._estimators._krylov import LEAST
-from contrastive_meta._estimators._line import Line, Moved, Mover
+from contrastive_meta._estimators._line import AS_FORETOLD, GROWN, LONG, Line, Moved, Mover
 from contrastive_meta._estimators._phases import Goal, Nudging, Phases, on_line
 from contrastive_meta._problem import Params
 
 # Newton's step may move the base point by this fraction of the length of `params`.
 _RADIUS = 0.3
-# A step on which the gradient grows by more than this, on a way longer than that part of `params`, leads out of the
-# neighbourhood of the free solution.
-_GROWN, _LONG = 2.0, 0.1
-# The next may go twice as far if the loss falls by this part of what was foretold.
-_AS_FORETOLD = 0.7
 
 
 class Outcome(NamedTuple):
@@ -173,13 +168,13 @@ class Search:
         progress = (better & ((left <= 0.5 * left_before) | learning)) | refused | before.far
         done = better & answered & learned & ~moved.away
         # Near a minimum gradients fall with the loss: where they grow lies a valley, or a saddle, with other ways out.
-        grown = before.grown | (better & place.falls & (base_now > _GROWN * base_left))
+        grown = before.grown | (better & place.falls & (base_now > GROWN * base_left))
         gone = self._norm(tree.subtract(taken.base, self.point.params))
-        astray = before.astray | (grown & better & (gone > _LONG * self.point.scale))
+        astray = before.astray | (grown & better & (gone > LONG * self.point.scale))
 
         taken = taken._replace(learned=learned, change=change)
         kept: Line = tree.where(better, cast_like(taken, before), before)
-        wider = jnp.where(learning & place.far & (place.foretold > _AS_FORETOLD), 2.0, 1.0) * before.radius
+        wider = jnp.where(learning & place.far & (place.foretold > AS_FORETOLD), 2.0, 1.0) * before.radius
         radius = jnp.where(retry, 0.25 * place.distance, wider)
         far = retry | (better & place.far)
         after = kept._replace(learned=kept.learned | over, radius=radius, far=far, grown=grown, astray=astray)

@@ -9,7 +9,8 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if
 from contrastive_meta._estimators._doubt import Doubt, answer, relative_error, without_truncation
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
-from contrastive_meta._estimators._judge import ENDED, Judged, judge, nudged_status, ran_away
+from contrastive_meta._estimators._judge import Judged, judge, nudged_status, ran_away
+from contrastive_meta._estimators._line import LONG
 from contrastive_meta._estimators._phases import Goal, Nudging, Phases
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators._setting import Setting
@@ -242,11 +243,7 @@ class Contrastive(MetaGradientEstimator):
                 phases = run_again(instead, point, own, self.nudged_tol)
                 return phases._replace(num_gradients=before.num_gradients + phases.num_gradients, chosen=before.chosen)
 
-            # Phases that go on with unfinished learning may look like it.
-            strength = phases.scheme.strength(setting.dtype)
-            ended = tree.norm(point.inner_grad) < ENDED * strength * point.nudge_norm
-            broken = jnp.any(phases.status >= Status.DIVERGED)
-            unbounded = (broken | (ended & ran_away(point, phases))) & tree.all_finite((point.params, point.outer_grad))
+            unbounded = ran_away(point, phases) & tree.all_finite((point.params, point.outer_grad))
             return only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
         phases, failed, unlearned, astray = learner.run(nudging, point, goal)
         # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
@@ -267,7 +264,11 @@ class Contrastive(MetaGradientEstimator):
             return chosen._replace(num_gradients=slow.num_gradients + fast.num_gradients)
 
         needed = failed | unlearned | astray
-        return only_if(needed, again, phases), flag(needed, Status.FELL_BACK)
+        phases = only_if(needed, again, phases)
+        # From so far off another minimum may have been found than learning would have.
+        far = tree.norm(tree.subtract(phases.base, point.params)) > LONG * point.scale
+        told = jnp.where(far, Status.FREE_NOT_CONVERGED, Status.FELL_BACK).astype(jnp.int32)
+        return phases, jnp.where(needed, told, Status.CONVERGED).astype(jnp.int32)
 
 
 def _settled(state: EstimatorState, chosen: jax.Array, doubling: jax.Array) -> tuple[jax.Array, jax.Array]:
