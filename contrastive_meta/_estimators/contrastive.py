@@ -265,10 +265,9 @@ class Contrastive(MetaGradientEstimator):
 
         needed = failed | unlearned | astray
         phases = only_if(needed, again, phases)
-        # From so far off another minimum may have been found than learning would have.
-        far = tree.norm(tree.subtract(phases.base, point.params)) > LONG * point.scale
-        told = jnp.where(far, Status.FREE_NOT_CONVERGED, Status.FELL_BACK).astype(jnp.int32)
-        return phases, jnp.where(needed, told, Status.CONVERGED).astype(jnp.int32)
+        # On such a way phases may find another minimum than learning would have.
+        lost = astray & (tree.norm(tree.subtract(phases.base, point.params)) > LONG * point.scale)
+        return phases, worst(flag(needed, Status.FELL_BACK), flag(lost, Status.FREE_NOT_CONVERGED))
 
 
 def _settled(state: EstimatorState, chosen: jax.Array, doubling: jax.Array) -> tuple[jax.Array, jax.Array]:
