@@ -150,6 +150,14 @@ def test_errors_below_the_floor_count_as_the_floor() -> None:
     assert trust_tables.told(_row(error=None)) == 0.0
 
 
+def test_hindsight_does_not_count_on_luck() -> None:
+    """Errors fall to 2e-8 and rise again; that a noisy one of 1e-9 was lucky nobody could know."""
+    errors = [1e-6, 1e-9, 1e-7, 3e-8, 2e-8, 2.5e-8, None]
+    row = _row(swept={"error": errors, "cost": [1] * 7, "status": ["CONVERGED"] * 7})
+    assert trust_tables.regret_by_hindsight(row) == pytest.approx(20.0)
+    assert trust_tables.regret_by_hindsight(row | {"floor": 1e-8}) == pytest.approx(2.0)
+
+
 def test_a_low_estimate_must_be_flagged() -> None:
     rows = [_row() for _ in range(100)] + [_row(estimate=1e-7, status="LOST_IN_NOISE")]
     low, silent = (_promise(rows, text) for text in ("below a third", "flagged by no status"))
