@@ -174,6 +174,21 @@ def test_an_accuracy_asked_for_is_reached_at_less_cost(name, dtype):
             assert costs[0] < 0.9 * costs[-1]
 
 
+@pytest.mark.parametrize("name", ["ridge", "softmax"])
+def test_unfinished_learning_costs_its_own_steps_and_no_second_answer(name):
+    """The nudge is answered once, where learning ends: 11 and 13 gradients more; answered before as well, 22 and 21."""
+    case = small_problem(name, jnp.float32)
+    scheme = cm.relative(cm.central_difference)
+    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(tol=1e-3), scheme, estimate_error=False)
+    accurate, unfinished = (
+        estimator.estimate(started_at(case.problem, away(case.params, distance)), *case[2:4])
+        for distance in (0.0, 1e-2)
+    )
+    for result in (accurate, unfinished):
+        assert relative_error(result.grad, case.exact.grad) < 2e-3
+    assert unfinished.diagnostics.num_gradients - accurate.diagnostics.num_gradients < 17
+
+
 def test_learning_that_is_run_again_goes_on_until_the_accuracy_is_reached():
     case = small_problem("ridge")
     learner = cm.OptaxDescent(optax.sgd(0.1, momentum=0.9, nesterov=True), num_steps=50)
