@@ -115,7 +115,7 @@ def _contrasts(ready: Ready, start: str, budgets: Any) -> Iterator[Point]:
     }
     # What lies below the floor of central differences matters on networks, what a forward one leaves does not.
     for name, scheme in list(schemes.items())[0 if convex else 1 :] if wide or not convex else ():
-        for budget in budgets((0, 8), (1e-1, 1e-2, 1e-4)) if convex else budgets((0, 256), (1e-2, 1e-3, 1e-4)):
+        for budget in budgets((0, 8), (1e-1, 1e-2, 1e-4)) if convex else budgets((0, 256), (1e-3, 1e-4, 1e-5)):
             estimator = dataclasses.replace(fast(_lbfgs(budget[0]), budget[1]), scheme=scheme)
             yield _point(ready, start, name, budget, estimator)
     # One phase after another, and no program for a learner to fall back on.
