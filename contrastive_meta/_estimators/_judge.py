@@ -143,7 +143,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     off_line = tree.subtract(tree.add_scaled(center, -mean_nudge, response), point.params)
     of_path = tree.norm_in(point.scale, off_line) / tree.or_one(strength * moved)
     # Before learning ends the phases drift on together, which bends nothing.
-    ended = learning_ended(point, scheme)
+    ended = _learning_ended(point, scheme)
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
     spent = off_center + 2 * unlearned + (of_sought > 0)
     return Judged(
@@ -185,11 +185,11 @@ def ran_away(point: FreePoint, phases: Phases) -> jax.Array:
 
     Phases that go on with unfinished learning may cross downward curvature that is not the nudge's.
     """
-    ended = ~phases.at_minima | learning_ended(point, phases.scheme)
+    ended = ~phases.at_minima | _learning_ended(point, phases.scheme)
     return jnp.any(phases.status >= Status.DIVERGED) | (ended & _curves_downwards(point, phases))
 
 
-def learning_ended(point: FreePoint, scheme: NudgeScheme) -> jax.Array:
+def _learning_ended(point: FreePoint, scheme: NudgeScheme) -> jax.Array:
     """Whether what the free phase left to learn is little beside what the nudges add."""
     strength = scheme.strength(point.scale.dtype)
     return tree.norm_in(point.usual_grad, point.inner_grad) < _ENDED * strength * tree.or_one(point.nudge_norm)
