@@ -1,6 +1,7 @@
 """The exact meta-gradient of each case of `trust` in float64, at the minimum that its own learning approaches."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 import contrastive_meta as cm
 from benchmarks.cases import upcast
 from benchmarks.harness import Vector, flatten, precision
-from benchmarks.trust_cases import Case, moved
+from benchmarks.trust_cases import Case, Learner, moved
 
 # Solutions that differ by less, relative to their norm, are one minimum.
 _SAME = 1e-3
@@ -53,6 +54,7 @@ class Ready:
       meta_params: in the working precision.
       data: in the working precision.
       start: in the working precision.
+      learner: of the free phase, which goes on to its minimum; None for a learner that is not asked.
       minima: found so far.
       step_size: of descent, from the largest curvature at the start and at the solution.
       momentum: of descent, from the condition number.
@@ -63,6 +65,7 @@ class Ready:
     data: Any
     start: Any
     convex: bool
+    learner: Learner | None = None
     minima: list[Minimum] = dataclasses.field(default_factory=list)
     step_size: float = 0.0
     momentum: float = 0.0
@@ -73,7 +76,13 @@ class Ready:
             return self.minima[0]
         with precision(True):
             meta_params, task = upcast(self.meta_params), upcast(self.data)
-            settled = upcast(free) if self.convex else _settle(self.losses, meta_params, task, upcast(free))
+            settled = upcast(free)
+            if not self.convex:
+                if self.learner is not None:
+                    settled = _learn_on(
+                        self.learner, self.losses, meta_params, task, settled, self.step_size, self.momentum
+                    )
+                settled = _settle(self.losses, meta_params, task, settled)
             here = flatten(settled)
             for known in self.minima:
                 if np.linalg.norm(here - known.params) <= _SAME * np.linalg.norm(known.params):
@@ -116,8 +125,21 @@ def prepare(case: Case, folder: Path | None) -> Ready:
     # On the way to a network's solution the curvature may be larger than at its ends.
     largest = (1.05 if case.family.convex else 2.0) * max(float(largest), minimum.largest)
     root = np.sqrt(largest / max(minimum.least, 1e-4 * largest))
-    ready.step_size, ready.momentum = 1 / largest, float((root - 1) / (root + 1))
+    ready.step_size, ready.momentum, ready.learner = 1 / largest, float((root - 1) / (root + 1)), case.family.learner
     return ready
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _learn_on(
+    learner: Learner, losses: cm.BilevelProblem, meta_params: Any, task: Any, free: Any, step_size: Any, momentum: Any
+) -> Any:
+    """Where the case's own learner goes from where it stopped: another one may cross to another minimum."""
+
+    def loss(params: Any) -> jax.Array:
+        return losses.inner(params, meta_params, task)
+
+    first = jnp.linalg.norm(ravel_pytree(jax.grad(loss)(free))[0])
+    return learner(1e-6 * first, step_size, momentum).solve(loss, free).params
 
 
 @jax.jit

@@ -11,12 +11,12 @@ from scipy.interpolate import PchipInterpolator
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._compare._findings import Segment
-from contrastive_meta._estimators import Contrastive
+from contrastive_meta._estimators import Contrastive, NewtonKrylov
 from contrastive_meta._estimators._free_point import NOISE_FLOOR
 from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge
 from contrastive_meta._problem import Params, same_arrays
-from contrastive_meta._result import EstimatorState
+from contrastive_meta._result import EstimatorState, Status
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
 NUM_POSITIONS = 21
@@ -39,7 +39,7 @@ class Seen(NamedTuple):
       statuses: of each phase's learner.
       response: dphi/dbeta.
       num_gradients: spent by the phases.
-      fell_back: status that says whether the solver ran the phases because the fast learner failed.
+      replaced: whether what was to run the phases, or to nudge them, failed and another did.
       on: where learning is when it went on without a nudge.
       drift: distance that it moved.
       statistic: norm of what that changes in the statistic, over the norm of what a unit nudge does.
@@ -56,7 +56,7 @@ class Seen(NamedTuple):
     statuses: jax.Array
     response: Params
     num_gradients: jax.Array
-    fell_back: jax.Array
+    replaced: jax.Array
     on: Params
     drift: jax.Array
     statistic: jax.Array
@@ -80,7 +80,7 @@ def look(estimator: Contrastive, setting: Setting, state: EstimatorState) -> See
     by_nudge = tree.norm(phases.scheme.contrast(phases.statistic))
     return Seen(
         free=free,
-        free_residual=tree.norm(point.inner_grad),
+        free_residual=free.residual,
         noise=point.noise,
         nudge_norm=point.nudge_norm,
         scale=point.scale,
@@ -90,7 +90,7 @@ def look(estimator: Contrastive, setting: Setting, state: EstimatorState) -> See
         statuses=phases.status,
         response=unflatten(phases.scheme.contrast(phases.params)),
         num_gradients=phases.num_gradients,
-        fell_back=fell_back,
+        replaced=phases.at_minima if isinstance(learner, NewtonKrylov) else fell_back == Status.FELL_BACK,
         on=on.params,
         drift=tree.norm(tree.subtract(on.params, free.params)),
         statistic=tree.norm(tree.subtract(after, before)) / by_nudge,
@@ -113,10 +113,10 @@ def _nudge_of(estimator: Contrastive, learner: Any) -> Nudge:
     return estimator.nudge or (LossNudge() if isinstance(learner, InnerSolver) else LinearNudge())
 
 
-def nudge_used(estimator: Contrastive, setting: Setting, fell_back: bool) -> Nudge:
-    """What nudged the phases: where those asked for failed, it is not their own."""
+def nudge_used(estimator: Contrastive, setting: Setting, replaced: bool) -> Nudge:
+    """What nudged the phases: where what was asked for failed, it is another."""
     learner = estimator._learner(setting)
-    if not fell_back:
+    if not replaced:
         return _nudge_of(estimator, learner)
     # In place of the fast learner the solver ran with the loss nudge; in place of the loss nudge, with the linear one.
     return estimator.nudge or (LinearNudge() if isinstance(learner, InnerSolver) else LossNudge())

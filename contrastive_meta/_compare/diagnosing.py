@@ -245,7 +245,7 @@ def _drift(subject: _Subject, seen: Seen, result: MetaGradient) -> Drift:
 
 
 def _segments(subject: _Subject, seen: Seen, result: MetaGradient) -> tuple[Segment, ...]:
-    nudge = nudge_used(subject.estimator, subject.setting, int(seen.fell_back) == Status.FELL_BACK)
+    nudge = nudge_used(subject.estimator, subject.setting, bool(seen.replaced))
     nudges, base = np.asarray(seen.nudges), jax.device_get(result.params)
     setting = subject.setting.at(result.model_state)
     if np.iscomplexobj(nudges):

@@ -67,13 +67,15 @@ class Gauge:
         """The remainder to reach, relative to the nudge: not below what rounding alone leaves of the contrast."""
         return jnp.maximum(tol, 3 * scheme.noise_gain(self.dtype) * self.point.noise / self.nudge).astype(self.dtype)
 
-    def seek(self, wanted: jax.Array, chosen: jax.Array, nudged: Setting, base: Params, response: Params) -> Found:
+    def seek(
+        self, wanted: jax.Array, chosen: jax.Array, nudged: Setting, base: Params, base_grad: Params, response: Params
+    ) -> Found:
         """The strength to measure at, as a displacement: sought where wanted and not known; 0 where it never is."""
         if self.nudging.sought is None:
             return Found(jnp.zeros_like(chosen), jnp.int32(0))
         found: Found = only_if(
             wanted & (chosen == 0),
-            lambda _: seek(self.nudging, self.point, nudged, base, response, to_minima=False),
+            lambda _: seek(self.nudging, self.point, nudged, base, base_grad, response, to_minima=False),
             Found(chosen, jnp.int32(0)),
         )
         return found

@@ -130,9 +130,8 @@ def _strength(nudging: Nudging, point: FreePoint) -> tuple[NudgeScheme, jax.Arra
     # A pilot's response gives the line along which strengths are compared.
     def look(_: Any) -> tuple[Found, jax.Array]:
         response, spent = measure_response(probe, num_steps)
-        found = seek(
-            nudging, point, nudging.nudged(point.params, point.outer_grad), point.params, response, to_minima=True
-        )
+        at_base = nudging.nudged(point.params, point.outer_grad), point.params, point.inner_grad
+        found = seek(nudging, point, *at_base, response, to_minima=True)
         return found._replace(num_gradients=found.num_gradients + spent), tree.norm(response)
 
     before = Found(nudging.chosen, none), tree.norm(nudging.response).astype(nudging.chosen.dtype)

@@ -115,7 +115,8 @@ class Search:
         moved = self.mover.move(line, target, self.max_steps - line.num_steps)
         place = moved.place
         nudged = self.nudging.nudged(place.base, place.base_outer[1])
-        chosen, sought = self.gauge.seek(~moved.away, line.chosen, nudged, place.base, moved.response)
+        at_base = nudged, place.base, place.base_grad
+        chosen, sought = self.gauge.seek(~moved.away, line.chosen, *at_base, moved.response)
         # Nothing was done about the remainder on the way: that it is large is no sign of too large a nudge.
         before = jnp.where(moved.away, jnp.inf, moved.left)
         tried = self.gauge.measure(line.phases, nudged, place.base, moved.response, before, line.tol, chosen)

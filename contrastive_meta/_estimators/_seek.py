@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like
 from contrastive_meta._estimators._free_point import FreePoint
-from contrastive_meta._estimators._phases import Nudging, on_line, statistic_noise, stiffening
+from contrastive_meta._estimators._phases import Nudging, mean_of, on_line, statistic_noise, stiffening
 from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._problem import MetaParams, Params
 
@@ -18,6 +18,8 @@ _FACTOR = 8.0
 _LARGEST = 1.0
 # Differences that rise by more than this are no accident of the noise.
 _RISE = 2.0
+# Nor may what phases have in common be more than this part of the nudge: beyond, nudged losses lose their minima.
+_MOST_BENT = 0.1
 # Of the noise that the dtype and the gradients' own lead to expect, the least that is believed.
 _BELIEVED = 0.3
 
@@ -42,7 +44,14 @@ class Found(NamedTuple):
 
 
 def seek(
-    nudging: Nudging, point: FreePoint, nudged: Setting, base: Params, response: Params, *, to_minima: bool
+    nudging: Nudging,
+    point: FreePoint,
+    nudged: Setting,
+    base: Params,
+    base_grad: Params,
+    response: Params,
+    *,
+    to_minima: bool,
 ) -> Found:
     """Climb from weak to strong nudges until truncation shows, and balance it against the noise below.
 
@@ -54,6 +63,7 @@ def seek(
       point: where the free phase ended.
       nudged: the setting whose outer loss is what nudges.
       base: the point from which phases are moved.
+      base_grad: gradient of the inner loss there.
       response: u; a phase of strength b is taken to end at base - b u.
       to_minima: whether phases will go to the minima of their own losses, instead of staying on that line. What the
         nudge adds to the curvature along it is then truncation as well.
@@ -79,11 +89,9 @@ def seek(
         # Relative to the meta-gradient, to the nudge, and to the curvature without a nudge.
         units = tree.or_one(tree.norm(contrasts[0])), tree.or_one(point.nudge_norm)
         apart = [tree.norm(x) / unit for x, unit in zip(tree.subtract(contrasts, last.contrasts), units, strict=True)]
-        stiffer = (
-            stiffening(nudging, point, scheme, tree.subtract(residuals, point.inner_grad), response)
-            if to_minima
-            else 0.0
-        )
+        moved = tree.subtract(residuals, base_grad)
+        bend = tree.norm(mean_of(moved)) / (units[1] * scheme.strength(dtype))
+        stiffer = stiffening(nudging, point, scheme, moved, response) if to_minima else 0.0
         noise = default.noise_gain(dtype) * jnp.hypot(
             statistic_noise(point, statistic) / units[0], point.noise / units[1]
         )
@@ -93,7 +101,8 @@ def seek(
         change = jnp.where(jnp.isnan(change), _FACTOR ** (order + 1) * last.change, change)
         rung = Rung(
             factor, contrasts, jnp.where(first, noise, last.noise), last.change, change, last.num_rungs + 1,
-            climbing=first | ((change < _RISE * last.change) & (_FACTOR * factor * usual <= _LARGEST)),
+            climbing=(first | ((change < _RISE * last.change) & (_FACTOR * factor * usual <= _LARGEST)))
+            & (_FACTOR * bend <= _MOST_BENT),
         )  # fmt: skip
         return cast_like(rung, last)
 

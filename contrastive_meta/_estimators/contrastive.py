@@ -1,5 +1,6 @@
 """The contrastive estimator: run learning twice, free and nudged, and contrast what each phase measures."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,12 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if
 from contrastive_meta._estimators._doubt import Doubt, answer, relative_error, without_truncation
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
+from contrastive_meta._estimators._go_on import find
 from contrastive_meta._estimators._judge import Judged, judge, nudged_status, ran_away
 from contrastive_meta._estimators._line import LONG
 from contrastive_meta._estimators._phases import Goal, Nudging, Phases
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
+from contrastive_meta._estimators._search import Outcome
 from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
@@ -25,7 +28,7 @@ from contrastive_meta._nudging import (
     is_concrete,
 )
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
-from contrastive_meta._problem import MetaParams
+from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver, Solution
@@ -171,7 +174,9 @@ class Contrastive(MetaGradientEstimator):
         setting = setting.in_dtype_of_loss()
         flattening = tree.Flattening.of(free.params)
         flat = setting.flattened(flattening)
-        point = survey(flat, flattening.flatten(free.params), free, flattening.flatten(init))
+
+        def look(params: Params) -> FreePoint:
+            return survey(flat, params, free, flattening.flatten(init))
 
         # Nudged phases: learn a little towards the outer loss.
         response = tree.scale(-1.0, flattening.flatten(state.displacement))
@@ -180,9 +185,13 @@ class Contrastive(MetaGradientEstimator):
         nudging = Nudging(
             flat, flattening, setting, self.scheme, nudge, self.rule, self.sequential, response, state.strength
         )
-        goal = None if self.target_error is None else self._goal(nudging, point)
-        phases, fell_back = self._nudged_phases(nudging, point, learner, goal)
-        return Ran(free, nudging, point, phases, fell_back)
+        template = self.scheme.template()
+        if template.is_complex:
+            require_complex_capable(flat, template, flattening.flatten(free.params))
+        if isinstance(learner, InnerSolver):
+            point = look(flattening.flatten(free.params))
+            return Ran(free, nudging, point, *self._learned_again(nudging, point, learner))
+        return Ran(free, nudging, *self._found_fast(nudging, free, look, learner))
 
     def _assess(
         self, nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams
@@ -202,8 +211,10 @@ class Contrastive(MetaGradientEstimator):
         spent = judged.num_gradients + lacking.num_gradients + 3 * len(phases.scheme.nudges)
         return judged, Doubt(error, untruncated.doubling, spent), told
 
-    def _goal(self, nudging: Nudging, point: FreePoint) -> Goal:
+    def _goal(self, nudging: Nudging, point: FreePoint) -> Goal | None:
         """The accuracy asked for, as learners take it."""
+        if self.target_error is None:
+            return None
 
         def error(phases: Phases) -> tuple[jax.Array, jax.Array]:
             _, doubt, _ = self._assess(nudging, point, phases, phases.scheme.contrast(phases.statistic))
@@ -223,41 +234,51 @@ class Contrastive(MetaGradientEstimator):
         fast = self.solver.bind(setting.meta_params).descends_loss and setting.problem.sample is None
         return self.nudged_solver or (NewtonKrylov() if fast else self.solver)
 
-    def _nudged_phases(
-        self, nudging: Nudging, point: FreePoint, learner: InnerSolver | NewtonKrylov, goal: Goal | None
-    ) -> tuple[Phases, jax.Array]:
-        """The phases by the learner asked for, and what became of it if that was the fast one and it failed."""
-        setting = nudging.setting
-        template = self.scheme.template()
-        if template.is_complex:
-            require_complex_capable(setting, template, point.params)
-        if isinstance(learner, InnerSolver):
-            own = learner.bind(setting.meta_params)
-            phases = run_again(nudging, point, own, self.nudged_tol, goal)
-            if self.nudge is not None or template.is_complex:
-                return phases, jnp.int32(Status.CONVERGED)
+    def _learned_again(self, nudging: Nudging, point: FreePoint, learner: InnerSolver) -> tuple[Phases, jax.Array]:
+        """The phases as published, and whether another nudge had to take the place of the loss's."""
+        own, goal = learner.bind(nudging.setting.meta_params), self._goal(nudging, point)
+        phases = run_again(nudging, point, own, self.nudged_tol, goal)
+        if self.nudge is not None or self.scheme.template().is_complex:
+            return phases, jnp.int32(Status.CONVERGED)
 
-            # A nudge that takes the loss's minimum away: its linearisation cannot.
-            def linearised(before: Phases) -> Phases:
-                instead = nudging._replace(nudge=LinearNudge(), scheme=before.scheme)
-                phases = run_again(instead, point, own, self.nudged_tol)
-                return phases._replace(num_gradients=before.num_gradients + phases.num_gradients, chosen=before.chosen)
+        # A nudge that takes the loss's minimum away: its linearisation cannot.
+        def linearised(before: Phases) -> Phases:
+            instead = nudging._replace(nudge=LinearNudge(), scheme=before.scheme)
+            phases = run_again(instead, point, own, self.nudged_tol)
+            return phases._replace(num_gradients=before.num_gradients + phases.num_gradients, chosen=before.chosen)
 
-            unbounded = ran_away(point, phases) & tree.all_finite((point.params, point.outer_grad))
-            return only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
-        phases, failed, unlearned, astray = learner.run(nudging, point, goal)
+        unbounded = ran_away(point, phases) & tree.all_finite((point.params, point.outer_grad))
+        return only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
+
+    def _found_fast(
+        self, nudging: Nudging, free: Solution, look: Callable[[Params], FreePoint], learner: NewtonKrylov
+    ) -> tuple[FreePoint, Phases, jax.Array]:
+        """Where the fast learner set out, its phases or those of the solver in its place, and what became of it."""
+        own, unflatten = self.solver.bind(nudging.setting.meta_params), nudging.flattening.unflatten
+
+        def search(point: FreePoint) -> Outcome:
+            return learner.run(nudging, point, self._goal(nudging, point))
+
+        may_fall_back = learner.fall_back and own.takes_losses
+        if may_fall_back:
+            point, found, tries = find(nudging, free, look, search, own)
+        else:
+            point, tries = look(nudging.flattening.flatten(free.params)), jnp.int32(1)
+            found = search(point)
+        phases, failed, unlearned, astray = found
         # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
-        own, unflatten = self.solver.bind(setting.meta_params), nudging.flattening.unflatten
         failed |= ~own.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
-        if not (learner.fall_back and own.takes_losses) or template.is_complex:
-            return phases, worst(flag(astray, Status.FREE_NOT_CONVERGED), flag(failed, Status.NUDGED_NOT_CONVERGED))
+        went_on = flag(tries > 1, Status.FELL_BACK)
+        if not may_fall_back or phases.scheme.is_complex:
+            lost = worst(flag(astray, Status.FREE_NOT_CONVERGED), flag(failed, Status.NUDGED_NOT_CONVERGED))
+            return point, phases, worst(went_on, lost)
 
         # One phase after another, lest what hardly ever runs decides how much memory is set aside.
         def again(fast: Phases) -> Phases:
             # Nor is a strength sought for it: that would double what there is to compile.
             scheme = self.scheme if nudging.sought is None else nudging.sought.default
             as_published = nudging._replace(sequential=True, nudge=self.nudge or LossNudge(), scheme=scheme)
-            slow = run_again(as_published, point, own, self.nudged_tol, goal)
+            slow = run_again(as_published, point, own, self.nudged_tol, self._goal(nudging, point))
             # From far off a minimum either may learn further.
             further = failed | astray | (tree.norm(slow.base_grad) < tree.norm(fast.base_grad))
             chosen: Phases = tree.where(further, slow, fast)
@@ -267,7 +288,8 @@ class Contrastive(MetaGradientEstimator):
         phases = only_if(needed, again, phases)
         # On such a way phases may find another minimum than learning would have.
         lost = astray & (tree.norm(tree.subtract(phases.base, point.params)) > LONG * point.scale)
-        return phases, worst(flag(needed, Status.FELL_BACK), flag(lost, Status.FREE_NOT_CONVERGED))
+        fell_back = worst(went_on, flag(needed, Status.FELL_BACK), flag(lost, Status.FREE_NOT_CONVERGED))
+        return point, phases, fell_back
 
 
 def _settled(state: EstimatorState, chosen: jax.Array, doubling: jax.Array) -> tuple[jax.Array, jax.Array]:
