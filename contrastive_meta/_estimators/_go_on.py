@@ -11,7 +11,7 @@ from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, NUM_GRADIENTS, FreePoint
 from contrastive_meta._estimators._phases import Nudging
 from contrastive_meta._estimators._search import Outcome
-from contrastive_meta._problem import Params, same_arrays
+from contrastive_meta._problem import Params
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
 # How often the fast learner is tried.
@@ -27,7 +27,6 @@ class Try(NamedTuple):
     point: dict[str, Any]  # what changes of a `FreePoint` from try to try, by name
     outcome: Outcome
     params: Params  # flattened: where the next try begins
-    memory: Any  # of the user's learner there
     num_gradients: jax.Array  # of all tries, and of learning in between
     num_tries: jax.Array
     running: jax.Array
@@ -57,7 +56,6 @@ def find(
     """
     setting, flattening = nudging.tree_setting, nudging.flattening
     eps = tree.coarsest_eps(setting.dtype, free.params)
-    keeps = same_arrays(free.memory, solver.init_memory(free.params))
 
     def learn_on(before: Try) -> Try:
         residual = tree.norm(before.point["inner_grad"])
@@ -65,15 +63,12 @@ def find(
             setting.inner,
             flattening.unflatten(before.params),
             minibatch_loss=None if setting.problem.sample is None else setting.inner_minibatch,
-            memory=before.memory,
             stop=Stop(tol=jnp.maximum(_FURTHER * residual, 2 * before.point["noise"]).astype(setting.dtype)),
         )
         # A learner that does not rest where the gradient vanishes comes no nearer.
         nearer = solution.residual <= _WORTH_A_TRY * residual
-        there = flattening.flatten(solution.params), solution.memory if keeps else ()
         spent = before.num_gradients + solution.num_gradients
-        params, memory = tree.where(nearer, there, (before.params, before.memory))
-        return before._replace(params=params, memory=memory, num_gradients=spent, running=nearer)
+        return before._replace(params=flattening.flatten(solution.params), num_gradients=spent, running=nearer)
 
     @jax.jit  # traced once, for its shapes and in the loop
     def try_from(params: Params) -> tuple[dict[str, Any], Outcome]:
@@ -97,9 +92,10 @@ def find(
 
     begin, none = flattening.flatten(free.params), jnp.int32(0)
     point, outcome = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(try_from, begin))
-    first = Try(point, outcome, begin, free.memory if keeps else (), none, none, jnp.asarray(True))
+    first = Try(point, outcome, begin, none, none, jnp.asarray(True))
     last: Try = jax.lax.while_loop(lambda now: now.running, one_try, first)
     found = last.outcome
     phases = found.phases._replace(num_gradients=last.num_gradients)
-    solution = free._replace(memory=last.memory) if keeps else free
+    # What the learner remembers is of another place, and dear to carry along.
+    solution = free._replace(memory=())
     return FreePoint(solution=solution, eps=eps, **last.point), found._replace(phases=phases), last.num_tries
