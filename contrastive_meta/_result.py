@@ -43,9 +43,10 @@ class Status(enum.IntEnum):
 _DESCRIPTIONS = {
     Status.CONVERGED: "Every check passed.",
     Status.FELL_BACK: (
-        "The nudged phases as they were to run failed, and others took their place and passed every check: the user's "
-        "own learner, where the inner loss was not nearly quadratic, or the linear nudge, where the outer loss took "
-        "the minimum away. Where this is the rule, `nudged_solver=` or `nudge=LinearNudge()` saves the failed attempt."
+        "The nudged phases as they were to run failed, and others took their place and passed every check: from where "
+        "the user's learner went on to, or run by it, where the inner loss was not nearly quadratic; with the linear "
+        "nudge, where the outer loss took the minimum away. Where this is the rule, a tighter tolerance of the free "
+        "phase, `nudged_solver=` or `nudge=LinearNudge()` saves the failed attempt."
     ),
     Status.APPROXIMATE: (
         "The estimator is biased or noisy by construction, or its nudge is large enough to be, so convergence cannot "

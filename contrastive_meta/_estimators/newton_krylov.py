@@ -26,7 +26,9 @@ class NewtonKrylov:
 
     It ends when the remainder of the nudge is below `tol`, or a pass no longer helps, or the budget is spent. Where
     the loss curves downwards, or no pass helped, or the base point did not arrive or went astray, the user's own
-    learner runs the phases instead, as published, and the status is `FELL_BACK`.
+    learner goes on learning, without a nudge and with its budget of steps, and passes begin anew where that leads: up
+    to three times, while its gradient falls. If they fail there too, or had nothing left to learn, it runs the phases
+    instead, as published. Either way the status is `FELL_BACK`.
 
     Args:
       tol: norm of v - H u relative to that of v, dimensionless; by default as small as the rounding noise of the
@@ -34,9 +36,10 @@ class NewtonKrylov:
       max_steps: budget of conjugate-gradient iterations of each system, all passes together; an iteration is one
         gradient for each system that still needs it.
       max_passes: most passes.
-      fall_back: run the estimator's own learner where this one fails, or where a way to a minimum that is longer than
-        a tenth of `params` leads through a valley or past a saddle, on which gradients grow while the loss falls: the
-        learner may take another. False goes on, says `FREE_NOT_CONVERGED`, and saves its compilation.
+      fall_back: let the estimator's own learner go on, or run the phases, where this one fails, or where a way to a
+        minimum that is longer than a tenth of `params` leads through a valley or past a saddle, on which gradients
+        grow while the loss falls: the learner may take another. False goes on by itself, says `FREE_NOT_CONVERGED`,
+        and saves the learner's compilation.
 
     Reference:
       Knoll & Keyes (2004), Jacobian-free Newton-Krylov methods; Dembo, Eisenstat & Steihaug (1982) for the accuracy
