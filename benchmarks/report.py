@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import estimators, plasticity, scaling_steps, speed, speed_tables, tuning
+from benchmarks import estimators, plasticity, scaling_steps, speed, speed_scaling, speed_tables, trust, tuning
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE
 from benchmarks.registry import BENCHMARKS, Benchmark
@@ -27,10 +27,9 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
     pages = {PACKAGE_FOLDER.parent / "README.md": render_readme_block(records)}
     if newest_runs(records, speed.NAME):
         pages[PACKAGE_FOLDER.parent / "docs" / "performance.md"] = render_speed_block(records)
-    if newest_runs(records, tuning.NAME):
-        pages[PACKAGE_FOLDER.parent / "docs" / "optax.md"] = render_shown_block(records, tuning)
-    if newest_runs(records, plasticity.NAME):
-        pages[PACKAGE_FOLDER.parent / "docs" / "plasticity.md"] = render_shown_block(records, plasticity)
+    for module, name in ((trust, "trust.md"), (tuning, "optax.md"), (plasticity, "plasticity.md")):
+        if newest_runs(records, module.NAME):
+            pages[PACKAGE_FOLDER.parent / "docs" / name] = render_shown_block(records, module)
     if check:
         return max(_check(page, block) for page, block in pages.items())
     for benchmark in BENCHMARKS.values():
@@ -124,6 +123,8 @@ def render_speed_block(records: Sequence[Record]) -> str:
         seeds = sorted({row["seed"] for row in rows})
         text = "\n".join(speed_tables.summary(rows))
         parts.append(f"In {rows[0]['precision']}, seeds {seeds[0]} to {seeds[-1]}:\n\n```text\n{text}\n```")
+    for rows in newest_runs(records, speed_scaling.NAME):
+        parts.append(f"```text\n{speed_scaling.show(rows)}\n```")
     speed_records = [record for record in records if record["benchmark"] == speed.NAME]
     return "\n\n".join([*parts, _provenance(speed_records, "python -m benchmarks run speed")])
 

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, NUM_GRADIENTS, FreePoint
-from contrastive_meta._estimators._phases import Nudging
+from contrastive_meta._estimators._line import LONG
+from contrastive_meta._estimators._phases import Nudging, Phases
 from contrastive_meta._estimators._search import Outcome
 from contrastive_meta._problem import Params
+from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
 # How often the fast learner is tried.
@@ -24,15 +26,63 @@ _WORTH_A_TRY = 0.5
 class Try(NamedTuple):
     """A try of the fast learner, and where the next one begins."""
 
-    point: dict[str, Any]  # what changes of a `FreePoint` from try to try, by name
-    outcome: Outcome
+    found: list[jax.Array]  # leaves of where it set out and of what came of it
     params: Params  # flattened: where the next try begins
     num_gradients: jax.Array  # of all tries, and of learning in between
     num_tries: jax.Array
     running: jax.Array
 
 
-def find(
+def run_fast(
+    nudging: Nudging,
+    free: Solution,
+    look: Callable[[Params], FreePoint],
+    search: Callable[[FreePoint], Outcome],
+    solver: InnerSolver,
+    published: Callable[[FreePoint], Phases] | None,
+) -> tuple[FreePoint, Phases, jax.Array]:
+    """The phases by the fast learner, or by the user's where it fails for good, and what became of it.
+
+    Args:
+      nudging: what the phases are to be.
+      free: the free phase.
+      look: what the losses say at flattened `params`.
+      search: the fast learner, from there.
+      solver: the user's learner, bound to the meta-parameters.
+      published: the phases by that learner, from there; None for neither falling back on it nor going on with it.
+
+    Returns:
+      The point from which the phases were found, the phases, and their status as far as the learner knows.
+    """
+    unflatten = nudging.flattening.unflatten
+    if published is None:
+        point, num_tries = look(nudging.flattening.flatten(free.params)), jnp.int32(1)
+        found = search(point)
+    else:
+        point, found, num_tries = _find(nudging, free, look, search, solver)
+    phases, failed, unlearned, astray = found
+    # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
+    failed |= ~solver.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
+    went_on = flag(num_tries > 1, Status.FELL_BACK)
+    if published is None or phases.scheme.is_complex:
+        lost = worst(flag(astray, Status.FREE_NOT_CONVERGED), flag(failed, Status.NUDGED_NOT_CONVERGED))
+        return point, phases, worst(went_on, lost)
+
+    def again(fast: Phases) -> Phases:
+        slow = published(point)
+        # From far off a minimum either may learn further.
+        further = failed | astray | (tree.norm(slow.base_grad) < tree.norm(fast.base_grad))
+        chosen: Phases = tree.where(further, slow, fast)
+        return chosen._replace(num_gradients=slow.num_gradients + fast.num_gradients)
+
+    needed = failed | unlearned | astray
+    phases = only_if(needed, again, phases)
+    # On such a way phases may find another minimum than learning would have.
+    lost = astray & (tree.norm(tree.subtract(phases.base, point.params)) > LONG * point.scale)
+    return point, phases, worst(went_on, flag(needed, Status.FELL_BACK), flag(lost, Status.FREE_NOT_CONVERGED))
+
+
+def _find(
     nudging: Nudging,
     free: Solution,
     look: Callable[[Params], FreePoint],
@@ -44,58 +94,47 @@ def find(
     Which minimum an unfinished phase would have ended in, only the learner itself can tell: it goes on, without a
     nudge, and the fast one sets out again from where that leads.
 
-    Args:
-      nudging: what the phases are to be.
-      free: the free phase.
-      look: what the losses say at flattened `params`.
-      search: the fast learner, from there.
-      solver: the user's learner, bound to the meta-parameters.
-
     Returns:
       The point of the last try and what came of it, gradients of all tries counted; and the number of tries.
     """
     setting, flattening = nudging.tree_setting, nudging.flattening
-    eps = tree.coarsest_eps(setting.dtype, free.params)
-
-    def learn_on(before: Try) -> Try:
-        residual = tree.norm(before.point["inner_grad"])
-        solution = solver.solve(
-            setting.inner,
-            flattening.unflatten(before.params),
-            minibatch_loss=None if setting.problem.sample is None else setting.inner_minibatch,
-            stop=Stop(tol=jnp.maximum(_FURTHER * residual, 2 * before.point["noise"]).astype(setting.dtype)),
-        )
-        # A learner that does not rest where the gradient vanishes comes no nearer.
-        nearer = solution.residual <= _WORTH_A_TRY * residual
-        spent = before.num_gradients + solution.num_gradients
-        return before._replace(params=flattening.flatten(solution.params), num_gradients=spent, running=nearer)
+    begin = flattening.flatten(free.params)
+    # Neither changes from try to try.
+    fixed: dict[str, Any] = {"solution": free._replace(memory=()), "eps": tree.coarsest_eps(setting.dtype, free.params)}
 
     @jax.jit  # traced once, for its shapes and in the loop
     def try_from(params: Params) -> tuple[dict[str, Any], Outcome]:
         point = look(params)
-        return {name: x for name, x in point._asdict().items() if name not in ("solution", "eps")}, search(point)
+        return {name: x for name, x in point._asdict().items() if name not in fixed}, search(point)
 
     def one_try(before: Try) -> Try:
-        point, outcome = try_from(before.params)
+        found = try_from(before.params)
+        point, outcome = FreePoint(**fixed, **found[0]), found[1]
+        residual = tree.norm(point.inner_grad)
+
+        def learn_on(tried: Try) -> Try:
+            solution = solver.solve(
+                setting.inner,
+                flattening.unflatten(tried.params),
+                minibatch_loss=None if setting.problem.sample is None else setting.inner_minibatch,
+                stop=Stop(tol=jnp.maximum(_FURTHER * residual, 2 * point.noise).astype(setting.dtype)),
+            )
+            # A learner that does not rest where the gradient vanishes comes no nearer.
+            nearer = solution.residual <= _WORTH_A_TRY * residual
+            spent = tried.num_gradients + solution.num_gradients
+            return tried._replace(params=flattening.flatten(solution.params), num_gradients=spent, running=nearer)
+
         # The first look is not counted here: it is the estimator's.
         looked = jnp.where(before.num_tries > 0, NUM_GRADIENTS, 0)
+        spent = before.num_gradients + looked + outcome.phases.num_gradients
+        tried = Try(jax.tree.leaves(found), before.params, spent, before.num_tries + 1, jnp.asarray(False))
         needed = outcome.failed | outcome.unlearned | outcome.astray
-        needed &= tree.norm(point["inner_grad"]) > NOISE_FLOOR * point["noise"]
-        tried = before._replace(
-            point=point,
-            outcome=outcome,
-            num_gradients=before.num_gradients + looked + outcome.phases.num_gradients,
-            num_tries=before.num_tries + 1,
-            running=jnp.asarray(False),
-        )
-        return cast_like(only_if(needed & (tried.num_tries < _MOST_TRIES), learn_on, tried), before)
+        needed &= (residual > NOISE_FLOOR * point.noise) & (tried.num_tries < _MOST_TRIES)
+        return cast_like(only_if(needed, learn_on, tried), before)
 
-    begin, none = flattening.flatten(free.params), jnp.int32(0)
-    point, outcome = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(try_from, begin))
-    first = Try(point, outcome, begin, none, none, jnp.asarray(True))
-    last: Try = jax.lax.while_loop(lambda now: now.running, one_try, first)
-    found = last.outcome
-    phases = found.phases._replace(num_gradients=last.num_gradients)
-    # What the learner remembers is of another place, and dear to carry along.
-    solution = free._replace(memory=())
-    return FreePoint(solution=solution, eps=eps, **last.point), found._replace(phases=phases), last.num_tries
+    shapes, structure = jax.tree.flatten(jax.eval_shape(try_from, begin))
+    nothing, none = [jnp.zeros(x.shape, x.dtype) for x in shapes], jnp.int32(0)
+    last: Try = jax.lax.while_loop(lambda now: now.running, one_try, Try(nothing, begin, none, none, jnp.asarray(True)))
+    changing, outcome = jax.tree.unflatten(structure, last.found)
+    phases = outcome.phases._replace(num_gradients=last.num_gradients)
+    return FreePoint(**fixed, **changing), outcome._replace(phases=phases), last.num_tries

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like
-from contrastive_meta._estimators._free_point import FreePoint
+from contrastive_meta._estimators._free_point import NOISE_FLOOR, FreePoint
 from contrastive_meta._estimators._phases import Nudging, mean_of, on_line, statistic_noise, stiffening
 from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._nudging import LinearNudge
 from contrastive_meta._problem import MetaParams, Params
 
 # Strengths compared are this factor apart; the first is as much below the default.
@@ -18,7 +19,7 @@ _FACTOR = 8.0
 _LARGEST = 1.0
 # Differences that rise by more than this are no accident of the noise.
 _RISE = 2.0
-# Nor may what phases have in common be more than this part of the nudge: beyond, nudged losses lose their minima.
+# Nor is what a nudge of curvature adds to all phases to be more than this part of it: its minimum is lost beyond.
 _MOST_BENT = 0.1
 # Of the noise that the dtype and the gradients' own lead to expect, the least that is believed.
 _BELIEVED = 0.3
@@ -77,6 +78,8 @@ def seek(
     usual = default.strength(dtype) * length / point.scale
     order = default.order
 
+    # Phases at minima tell of it by themselves, see `stiffening`; a linear nudge has no curvature.
+    curved = not to_minima and not isinstance(nudging.nudge, LinearNudge)
     _, weights = default.arrays(dtype)
 
     def climb(last: Rung) -> Rung:
@@ -90,7 +93,7 @@ def seek(
         units = tree.or_one(tree.norm(contrasts[0])), tree.or_one(point.nudge_norm)
         apart = [tree.norm(x) / unit for x, unit in zip(tree.subtract(contrasts, last.contrasts), units, strict=True)]
         moved = tree.subtract(residuals, base_grad)
-        bend = tree.norm(mean_of(moved)) / (units[1] * scheme.strength(dtype))
+        bent = jnp.maximum(tree.norm(mean_of(moved)) - NOISE_FLOOR * point.noise, 0.0) if curved else 0.0
         stiffer = stiffening(nudging, point, scheme, moved, response) if to_minima else 0.0
         noise = default.noise_gain(dtype) * jnp.hypot(
             statistic_noise(point, statistic) / units[0], point.noise / units[1]
@@ -102,7 +105,7 @@ def seek(
         rung = Rung(
             factor, contrasts, jnp.where(first, noise, last.noise), last.change, change, last.num_rungs + 1,
             climbing=(first | ((change < _RISE * last.change) & (_FACTOR * factor * usual <= _LARGEST)))
-            & (_FACTOR * bend <= _MOST_BENT),
+            & (_FACTOR * bent <= _MOST_BENT * units[1] * scheme.strength(dtype)),
         )  # fmt: skip
         return cast_like(rung, last)
 

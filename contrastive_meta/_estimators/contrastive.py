@@ -10,9 +10,8 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if
 from contrastive_meta._estimators._doubt import Doubt, answer, relative_error, without_truncation
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
-from contrastive_meta._estimators._go_on import find
+from contrastive_meta._estimators._go_on import run_fast
 from contrastive_meta._estimators._judge import Judged, judge, nudged_status, ran_away
-from contrastive_meta._estimators._line import LONG
 from contrastive_meta._estimators._phases import Goal, Nudging, Phases
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators._search import Outcome
@@ -254,42 +253,20 @@ class Contrastive(MetaGradientEstimator):
         self, nudging: Nudging, free: Solution, look: Callable[[Params], FreePoint], learner: NewtonKrylov
     ) -> tuple[FreePoint, Phases, jax.Array]:
         """Where the fast learner set out, its phases or those of the solver in its place, and what became of it."""
-        own, unflatten = self.solver.bind(nudging.setting.meta_params), nudging.flattening.unflatten
+        own = self.solver.bind(nudging.setting.meta_params)
 
         def search(point: FreePoint) -> Outcome:
             return learner.run(nudging, point, self._goal(nudging, point))
 
-        may_fall_back = learner.fall_back and own.takes_losses
-        if may_fall_back:
-            point, found, tries = find(nudging, free, look, search, own)
-        else:
-            point, tries = look(nudging.flattening.flatten(free.params)), jnp.int32(1)
-            found = search(point)
-        phases, failed, unlearned, astray = found
-        # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
-        failed |= ~own.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
-        went_on = flag(tries > 1, Status.FELL_BACK)
-        if not may_fall_back or phases.scheme.is_complex:
-            lost = worst(flag(astray, Status.FREE_NOT_CONVERGED), flag(failed, Status.NUDGED_NOT_CONVERGED))
-            return point, phases, worst(went_on, lost)
+        # One phase after another, lest what hardly ever runs decides how much memory is set aside. Nor is a strength
+        # sought: that would double what there is to compile.
+        scheme = self.scheme if nudging.sought is None else nudging.sought.default
+        as_published = nudging._replace(sequential=True, nudge=self.nudge or LossNudge(), scheme=scheme)
 
-        # One phase after another, lest what hardly ever runs decides how much memory is set aside.
-        def again(fast: Phases) -> Phases:
-            # Nor is a strength sought for it: that would double what there is to compile.
-            scheme = self.scheme if nudging.sought is None else nudging.sought.default
-            as_published = nudging._replace(sequential=True, nudge=self.nudge or LossNudge(), scheme=scheme)
-            slow = run_again(as_published, point, own, self.nudged_tol, self._goal(nudging, point))
-            # From far off a minimum either may learn further.
-            further = failed | astray | (tree.norm(slow.base_grad) < tree.norm(fast.base_grad))
-            chosen: Phases = tree.where(further, slow, fast)
-            return chosen._replace(num_gradients=slow.num_gradients + fast.num_gradients)
+        def published(point: FreePoint) -> Phases:
+            return run_again(as_published, point, own, self.nudged_tol, self._goal(nudging, point))
 
-        needed = failed | unlearned | astray
-        phases = only_if(needed, again, phases)
-        # On such a way phases may find another minimum than learning would have.
-        lost = astray & (tree.norm(tree.subtract(phases.base, point.params)) > LONG * point.scale)
-        fell_back = worst(went_on, flag(needed, Status.FELL_BACK), flag(lost, Status.FREE_NOT_CONVERGED))
-        return point, phases, fell_back
+        return run_fast(nudging, free, look, search, own, published if learner.fall_back and own.takes_losses else None)
 
 
 def _settled(state: EstimatorState, chosen: jax.Array, doubling: jax.Array) -> tuple[jax.Array, jax.Array]:
