@@ -23,6 +23,9 @@ _FURTHER = 1e-3
 _WORTH_A_TRY = 0.5
 
 
+Attempt = Callable[[Params], tuple[FreePoint, Outcome]]
+
+
 class Try(NamedTuple):
     """A try of the fast learner, and where the next one begins."""
 
@@ -36,8 +39,7 @@ class Try(NamedTuple):
 def run_fast(
     nudging: Nudging,
     free: Solution,
-    look: Callable[[Params], FreePoint],
-    search: Callable[[FreePoint], Outcome],
+    attempt: Attempt,
     solver: InnerSolver,
     published: Callable[[FreePoint], Phases] | None,
 ) -> tuple[FreePoint, Phases, jax.Array]:
@@ -46,8 +48,7 @@ def run_fast(
     Args:
       nudging: what the phases are to be.
       free: the free phase.
-      look: what the losses say at flattened `params`.
-      search: the fast learner, from there.
+      attempt: what the losses say at flattened `params`, and how far the fast learner comes from there.
       solver: the user's learner, bound to the meta-parameters.
       published: the phases by that learner, from there; None for neither falling back on it nor going on with it.
 
@@ -56,10 +57,9 @@ def run_fast(
     """
     unflatten = nudging.flattening.unflatten
     if published is None:
-        point, num_tries = look(nudging.flattening.flatten(free.params)), jnp.int32(1)
-        found = search(point)
+        (point, found), num_tries = attempt(nudging.flattening.flatten(free.params)), jnp.int32(1)
     else:
-        point, found, num_tries = _find(nudging, free, look, search, solver)
+        point, found, num_tries = _find(nudging, free, attempt, solver)
     phases, failed, unlearned, astray = found
     # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
     failed |= ~solver.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
@@ -85,8 +85,7 @@ def run_fast(
 def _find(
     nudging: Nudging,
     free: Solution,
-    look: Callable[[Params], FreePoint],
-    search: Callable[[FreePoint], Outcome],
+    attempt: Attempt,
     solver: InnerSolver,
 ) -> tuple[FreePoint, Outcome, jax.Array]:
     """Try the fast learner, and where it fails or goes astray let the user's own go on learning first.
@@ -104,8 +103,8 @@ def _find(
 
     @jax.jit  # traced once, for its shapes and in the loop
     def try_from(params: Params) -> tuple[dict[str, Any], Outcome]:
-        point = look(params)
-        return {name: x for name, x in point._asdict().items() if name not in fixed}, search(point)
+        point, outcome = attempt(params)
+        return {name: x for name, x in point._asdict().items() if name not in fixed}, outcome
 
     def one_try(before: Try) -> Try:
         found = try_from(before.params)

@@ -255,8 +255,9 @@ class Contrastive(MetaGradientEstimator):
         """Where the fast learner set out, its phases or those of the solver in its place, and what became of it."""
         own = self.solver.bind(nudging.setting.meta_params)
 
-        def search(point: FreePoint) -> Outcome:
-            return learner.run(nudging, point, self._goal(nudging, point))
+        def attempt(params: Params) -> tuple[FreePoint, Outcome]:
+            point = look(params)
+            return point, learner.run(nudging, point, self._goal(nudging, point))
 
         # One phase after another, lest what hardly ever runs decides how much memory is set aside. Nor is a strength
         # sought: that would double what there is to compile.
@@ -266,7 +267,7 @@ class Contrastive(MetaGradientEstimator):
         def published(point: FreePoint) -> Phases:
             return run_again(as_published, point, own, self.nudged_tol, self._goal(nudging, point))
 
-        return run_fast(nudging, free, look, search, own, published if learner.fall_back and own.takes_losses else None)
+        return run_fast(nudging, free, attempt, own, published if learner.fall_back and own.takes_losses else None)
 
 
 def _settled(state: EstimatorState, chosen: jax.Array, doubling: jax.Array) -> tuple[jax.Array, jax.Array]:
