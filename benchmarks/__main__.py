@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Compare meta-gradient estimators on real data. Without a command: the main job, in about "
-        "four minutes on two cores.",
+        "six to eight minutes on two cores.",
     )
     parser.set_defaults(seed=0, seeds=None, cases=None, half=None, x64=None, smoke=False, records=None, data=None)
     commands = parser.add_subparsers(dest="command", title="commands")
