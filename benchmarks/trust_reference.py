@@ -76,13 +76,10 @@ class Ready:
             return self.minima[0]
         with precision(True):
             meta_params, task = upcast(self.meta_params), upcast(self.data)
-            settled = upcast(free)
-            if not self.convex:
-                if self.learner is not None:
-                    settled = _learn_on(
-                        self.learner, self.losses, meta_params, task, settled, self.step_size, self.momentum
-                    )
-                settled = _settle(self.losses, meta_params, task, settled)
+            settled, numbers = upcast(free), (self.step_size, self.momentum)
+            # The case's own learner chooses the minimum: another one may cross to another.
+            for learner in () if self.convex else filter(None, (self.learner, _to_the_floor)):
+                settled = _learn_on(learner, self.losses, meta_params, task, settled, numbers)
             here = flatten(settled)
             for known in self.minima:
                 if np.linalg.norm(here - known.params) <= _SAME * np.linalg.norm(known.params):
@@ -108,7 +105,7 @@ def prepare(case: Case, folder: Path | None) -> Ready:
         meta_params = moved(upcast(built.meta_params), case.meta_seed)
         if case.warm:
             before = moved(meta_params, case.meta_seed + 1, distance=0.2)
-            start = _settle(built.losses, before, task, start)
+            start = _learn_on(_to_the_floor, built.losses, before, task, start, (0.0, 0.0))
     dtype = np.float64 if case.x64 else np.float32
 
     def rounded(leaf: Any) -> Any:
@@ -129,30 +126,23 @@ def prepare(case: Case, folder: Path | None) -> Ready:
     return ready
 
 
+def _to_the_floor(tol: Any, step_size: Any, momentum: Any) -> cm.InnerSolver:
+    """L-BFGS to the end."""
+    # From a start that learning left almost settled, a fall is too much to ask for: the loss's own scale is the unit.
+    return cm.LBFGS(tol=jnp.minimum(tol, 1e-8), max_steps=5000)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _learn_on(
-    learner: Learner, losses: cm.BilevelProblem, meta_params: Any, task: Any, free: Any, step_size: Any, momentum: Any
+    learner: Learner, losses: cm.BilevelProblem, meta_params: Any, task: Any, start: Any, numbers: tuple[Any, Any]
 ) -> Any:
-    """Where the case's own learner goes from where it stopped: another one may cross to another minimum."""
-
-    def loss(params: Any) -> jax.Array:
-        return losses.inner(params, meta_params, task)
-
-    first = jnp.linalg.norm(ravel_pytree(jax.grad(loss)(free))[0])
-    return learner(1e-6 * first, step_size, momentum).solve(loss, free).params
-
-
-@jax.jit
-def _settle(losses: cm.BilevelProblem, meta_params: Any, task: Any, start: Any) -> Any:
-    """Where L-BFGS ends that starts there."""
+    """Where a learner of a step size and a momentum goes from a start, until the gradient has fallen by 1e-6."""
 
     def loss(params: Any) -> jax.Array:
         return losses.inner(params, meta_params, task)
 
     first = jnp.linalg.norm(ravel_pytree(jax.grad(loss)(start))[0])
-    # From a start that learning left almost settled, a fall is too much to ask for: the loss's own scale is the unit.
-    tol = jnp.minimum(1e-6 * first, 1e-8)
-    return cm.LBFGS(tol=tol, max_steps=5000).solve(loss, start).params
+    return learner(1e-6 * first, *numbers).solve(loss, start).params
 
 
 @jax.jit

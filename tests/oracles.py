@@ -132,6 +132,15 @@ def small_problems(dtype: Any = jnp.float64) -> list[SmallProblem]:
     return [small_problem(name, dtype) for name in SMALL_PROBLEMS]
 
 
+def double_well() -> BilevelProblem:
+    """Minima near -1 and 1, where the curvature is 8 and dw/dtheta = -1/8; the task is where learning starts."""
+    return BilevelProblem(
+        inner_loss=lambda w, theta, task: jnp.sum((w**2 - 1.0) ** 2) + theta * jnp.sum(w),
+        outer_loss=lambda w, theta, task: jnp.sum((w - 0.5) ** 2),
+        init_params=lambda theta, task: jnp.full(2, task),
+    )
+
+
 def started_at(problem: BilevelProblem, params: PyTree) -> BilevelProblem:
     """The same problem, learning from `params`."""
     return BilevelProblem(problem.inner_loss, problem.outer_loss, lambda meta, task: params)

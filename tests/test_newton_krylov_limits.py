@@ -8,30 +8,24 @@ import optax
 import pytest
 
 import contrastive_meta as cm
-from tests.oracles import STILL, relative_error, small_problem, started_at
+from tests.oracles import STILL, double_well, relative_error, small_problem, started_at
 
-
-def double_well():
-    """Two minima at -1 and 1; learning starts on the rim between them, where the loss curves downwards."""
-    return cm.BilevelProblem(
-        inner_loss=lambda w, theta, task: jnp.sum((w**2 - 1.0) ** 2) + theta * jnp.sum(w),
-        outer_loss=lambda w, theta, task: jnp.sum((w - 0.5) ** 2),
-        init_params=lambda theta, task: jnp.full(2, 0.1),
-    )
+# Of the double well: on the rim between its minima, where the loss curves downwards.
+RIM = np.float64(0.1)
 
 
 def test_downward_curvature_falls_back_to_the_users_learner():
     problem, theta = double_well(), jnp.array(0.0)
     # After two small steps the loss still curves downwards; the nudged phases of the published rule go on learning.
     start = cm.OptaxDescent(optax.sgd(0.01), num_steps=2)
-    fast = cm.Contrastive(start).estimate(problem, theta, None)
+    fast = cm.Contrastive(start).estimate(problem, theta, RIM)
     # In reserve no strength is sought.
-    published = cm.Contrastive(start, start, cm.relative(cm.central_difference)).estimate(problem, theta, None)
+    published = cm.Contrastive(start, start, cm.relative(cm.central_difference)).estimate(problem, theta, RIM)
     np.testing.assert_allclose(fast.grad, published.grad, rtol=1e-12)
     assert fast.diagnostics.status >= cm.Status.FELL_BACK
-    alone = cm.Contrastive(start, cm.NewtonKrylov(fall_back=False)).estimate(problem, theta, None)
+    alone = cm.Contrastive(start, cm.NewtonKrylov(fall_back=False)).estimate(problem, theta, RIM)
     assert alone.diagnostics.status > cm.Status.APPROXIMATE
-    settled = cm.Contrastive(cm.OptaxDescent(optax.sgd(0.05), num_steps=400)).estimate(problem, theta, None)
+    settled = cm.Contrastive(cm.OptaxDescent(optax.sgd(0.05), num_steps=400)).estimate(problem, theta, RIM)
     assert settled.diagnostics.status == cm.Status.CONVERGED
     # At w = 1 the curvature is 8 and dw/dtheta = -1/8; the outer gradient is 1 in each of two entries.
     np.testing.assert_allclose(settled.grad, -2 / 8, rtol=1e-7)
@@ -78,7 +72,7 @@ def test_a_step_beyond_the_domain_of_the_loss_is_taken_back():
 def test_a_successful_fallback_is_no_failure():
     """A loose tolerance ends the free phase on the rim; nudged phases, asked for more, slide down to the minimum."""
     loose = cm.OptaxDescent(optax.sgd(0.02), tol=1.0, max_steps=2000)
-    result = cm.Contrastive(loose).estimate(double_well(), jnp.array(0.0), None)
+    result = cm.Contrastive(loose).estimate(double_well(), jnp.array(0.0), RIM)
     assert result.diagnostics.status == cm.Status.FELL_BACK
     np.testing.assert_allclose(result.params, 1.0, rtol=1e-6)
     np.testing.assert_allclose(result.grad, -2 / 8, rtol=1e-4)
@@ -87,11 +81,7 @@ def test_a_successful_fallback_is_no_failure():
 
 def test_tasks_in_a_batch_fall_back_one_by_one():
     """One task curves downwards and one does not: each gets what it would get alone."""
-    problem = cm.BilevelProblem(
-        inner_loss=lambda w, theta, task: jnp.sum((w**2 - 1.0) ** 2) + theta * jnp.sum(w),
-        outer_loss=lambda w, theta, task: jnp.sum((w - 0.5) ** 2),
-        init_params=lambda theta, task: jnp.full(2, task),
-    )
+    problem = double_well()
     solver, theta = cm.OptaxDescent(optax.sgd(0.01), num_steps=2), jnp.array(0.0)
     tasks = jnp.array([0.1, 1.0])
     estimator = cm.Contrastive(solver)

@@ -100,13 +100,7 @@ def look(estimator: Contrastive, setting: Setting, state: EstimatorState) -> See
 def _learn_on(solver: InnerSolver, setting: Setting, free: Solution, budget: jax.Array) -> Solution:
     """The learner of the nudged phases from the free solution, started as those are, but without a nudge."""
     memory = free.memory if same_arrays(free.memory, solver.init_memory(free.params)) else ()
-    return solver.solve(
-        setting.inner,
-        free.params,
-        minibatch_loss=setting.inner_minibatch if setting.problem.sample is not None else None,
-        memory=memory,
-        stop=Stop(tol=jnp.zeros((), setting.dtype), max_steps=budget),
-    )
+    return setting.learn_on(solver, free.params, Stop(tol=jnp.zeros((), setting.dtype), max_steps=budget), memory)
 
 
 def _nudge_of(estimator: Contrastive, learner: Any) -> Nudge:

@@ -60,26 +60,26 @@ def run_fast(
         (point, found), num_tries = attempt(nudging.flattening.flatten(free.params)), jnp.int32(1)
     else:
         point, found, num_tries = _find(nudging, free, attempt, solver)
-    phases, failed, unlearned, astray = found
+    phases = found.phases
     # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
-    failed |= ~solver.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
+    rests = solver.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
+    found = found._replace(failed=found.failed | ~rests)
     went_on = flag(num_tries > 1, Status.FELL_BACK)
     if published is None or phases.scheme.is_complex:
-        lost = worst(flag(astray, Status.FREE_NOT_CONVERGED), flag(failed, Status.NUDGED_NOT_CONVERGED))
-        return point, phases, worst(went_on, lost)
+        astray, failed = flag(found.astray, Status.FREE_NOT_CONVERGED), flag(found.failed, Status.NUDGED_NOT_CONVERGED)
+        return point, phases, worst(went_on, astray, failed)
 
     def again(fast: Phases) -> Phases:
         slow = published(point)
         # From far off a minimum either may learn further.
-        further = failed | astray | (tree.norm(slow.base_grad) < tree.norm(fast.base_grad))
+        further = found.failed | found.astray | (tree.norm(slow.base_grad) < tree.norm(fast.base_grad))
         chosen: Phases = tree.where(further, slow, fast)
         return chosen._replace(num_gradients=slow.num_gradients + fast.num_gradients)
 
-    needed = failed | unlearned | astray
-    phases = only_if(needed, again, phases)
+    phases = only_if(found.missed, again, phases)
     # On such a way phases may find another minimum than learning would have.
-    lost = astray & (tree.norm(tree.subtract(phases.base, point.params)) > LONG * point.scale)
-    return point, phases, worst(went_on, flag(needed, Status.FELL_BACK), flag(lost, Status.FREE_NOT_CONVERGED))
+    lost = found.astray & (tree.norm(tree.subtract(phases.base, point.params)) > LONG * point.scale)
+    return point, phases, worst(went_on, flag(found.missed, Status.FELL_BACK), flag(lost, Status.FREE_NOT_CONVERGED))
 
 
 def _find(
@@ -98,7 +98,7 @@ def _find(
     """
     setting, flattening = nudging.tree_setting, nudging.flattening
     begin = flattening.flatten(free.params)
-    # Neither changes from try to try.
+    # Neither changes from try to try. What the learner remembers is of another place, and dear to carry along.
     fixed: dict[str, Any] = {"solution": free._replace(memory=()), "eps": tree.coarsest_eps(setting.dtype, free.params)}
 
     @jax.jit  # traced once, for its shapes and in the loop
@@ -112,12 +112,8 @@ def _find(
         residual = tree.norm(point.inner_grad)
 
         def learn_on(tried: Try) -> Try:
-            solution = solver.solve(
-                setting.inner,
-                flattening.unflatten(tried.params),
-                minibatch_loss=None if setting.problem.sample is None else setting.inner_minibatch,
-                stop=Stop(tol=jnp.maximum(_FURTHER * residual, 2 * point.noise).astype(setting.dtype)),
-            )
+            tol = jnp.maximum(_FURTHER * residual, 2 * point.noise).astype(setting.dtype)
+            solution = setting.learn_on(solver, flattening.unflatten(tried.params), Stop(tol=tol))
             # A learner that does not rest where the gradient vanishes comes no nearer.
             nearer = solution.residual <= _WORTH_A_TRY * residual
             spent = tried.num_gradients + solution.num_gradients
@@ -127,9 +123,8 @@ def _find(
         looked = jnp.where(before.num_tries > 0, NUM_GRADIENTS, 0)
         spent = before.num_gradients + looked + outcome.phases.num_gradients
         tried = Try(jax.tree.leaves(found), before.params, spent, before.num_tries + 1, jnp.asarray(False))
-        needed = outcome.failed | outcome.unlearned | outcome.astray
-        needed &= (residual > NOISE_FLOOR * point.noise) & (tried.num_tries < _MOST_TRIES)
-        return cast_like(only_if(needed, learn_on, tried), before)
+        more = (residual > NOISE_FLOOR * point.noise) & (tried.num_tries < _MOST_TRIES)
+        return cast_like(only_if(outcome.missed & more, learn_on, tried), before)
 
     shapes, structure = jax.tree.flatten(jax.eval_shape(try_from, begin))
     nothing, none = [jnp.zeros(x.shape, x.dtype) for x in shapes], jnp.int32(0)

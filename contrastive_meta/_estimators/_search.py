@@ -33,6 +33,11 @@ class Outcome(NamedTuple):
     unlearned: jax.Array
     astray: jax.Array
 
+    @property
+    def missed(self) -> jax.Array:
+        """Whether the phases are not what was looked for."""
+        return self.failed | self.unlearned | self.astray
+
 
 class Search:
     """One search for the line, with what stays the same in all passes."""

@@ -19,7 +19,7 @@ _FACTOR = 8.0
 _LARGEST = 1.0
 # Differences that rise by more than this are no accident of the noise.
 _RISE = 2.0
-# Nor is what a nudge of curvature adds to all phases to be more than this part of it: its minimum is lost beyond.
+# Nor may a nudge's curvature add more than this part of it to gradients: beyond, nudged losses lose their minima.
 _MOST_BENT = 0.1
 # Of the noise that the dtype and the gradients' own lead to expect, the least that is believed.
 _BELIEVED = 0.3

@@ -8,7 +8,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import BilevelProblem, MetaParams, ModelState, Params, Task, check_same_structure
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState
-from contrastive_meta._solvers.base import InnerSolver, MovingLosses, Solution
+from contrastive_meta._solvers.base import InnerSolver, MinibatchLoss, MovingLosses, Solution, Stop
 
 
 @strategy
@@ -96,15 +96,35 @@ class Setting:
 
         return MovingLosses(loss, None if self.problem.sample is None else on_minibatch)
 
+    @property
+    def _minibatch_loss(self) -> MinibatchLoss | None:
+        """As learners take it."""
+        return None if self.problem.sample is None else self.inner_minibatch
+
+    def learn_on(self, solver: InnerSolver, params: Params, stop: Stop, memory: Any = ()) -> Solution:
+        """Go on minimising the inner loss, without a nudge, from where learning stopped.
+
+        Args:
+          solver: bound to the meta-parameters.
+          params: where learning stopped.
+          stop: when to end now.
+          memory: of the learner there; by default it starts afresh.
+        """
+        return solver.solve(self.inner, params, minibatch_loss=self._minibatch_loss, memory=memory, stop=stop)
+
     def free_phase(self, solver: InnerSolver, state: EstimatorState) -> Solution:
         """Learn: minimise the inner loss from where `state` stands.
 
         Where the problem has a model state, `solution.model_state` is what to hold from then on: `setting.at(...)`.
         """
         if self.problem.init_model_state is None:
-            minibatch = self.inner_minibatch if self.problem.sample is not None else None
             solution = solver.solve_free(
-                self.inner, state.params, self.meta_params, self.task, minibatch_loss=minibatch, memory=state.memory
+                self.inner,
+                state.params,
+                self.meta_params,
+                self.task,
+                minibatch_loss=self._minibatch_loss,
+                memory=state.memory,
             )
         else:
             solution = solver.bind(self.meta_params).solve_with_state(
