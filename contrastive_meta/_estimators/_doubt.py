@@ -1,6 +1,7 @@
 """How wrong a contrast is: what twice the strength, and an answer to what is left, would make of it."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ _SHARE_OF_A_STEP = 0.5
 _MOST_STEPS = 200
 # Down to which part of what is left it is looked for; or to which part of the noise in one direction of many.
 _ANSWERED = 1e-2
+# The same of what may be left instead, whose size alone matters.
+_ROUGHLY = 1e-1
 _OF_NOISE = 0.3
 
 
@@ -42,14 +45,14 @@ class Untruncated(NamedTuple):
     """What is known of the truncation of a contrast.
 
     Attributes:
-      remainder: v - H u, free of the leading truncation.
+      remainders: v - H u, free of the leading truncation; and what truncation and noise may have made of nothing.
       lacking: what truncation takes from the meta-gradient.
       doubling: what twice the strength changes in the meta-gradient and in what is left of the nudge, relative to each.
       unseen: what shows in neither contrast, relative to the meta-gradient: truncation (see `stiffening`), or noise of
         the statistic.
     """
 
-    remainder: Params
+    remainders: tuple[Params, Params]
     lacking: MetaParams
     doubling: jax.Array
     unseen: jax.Array
@@ -89,7 +92,9 @@ def without_truncation(nudging: Nudging, point: FreePoint, phases: Phases, grad:
     at_best = math.hypot(1, 1 / p) / math.hypot((2**p - 1) / p, math.hypot(1, 1 / 2))
     rounded = phases.scheme.noise_gain(dtype) * statistic_noise(point, phases.statistic) / tree.or_one(tree.norm(grad))
     unseen = jnp.maximum(unseen, jnp.where(phases.chosen > 0, at_best * relative[0], rounded)).astype(dtype)
-    return Untruncated(tree.add(remainder, truncation), tree.scale(-share, change), doubling, unseen)
+    # The noise of a remainder may cancel what is left of it; then not what twice the strength changes, noise as well.
+    changed = tree.scale(jnp.where(phases.chosen > 0, at_best, share).astype(dtype), unanswered)
+    return Untruncated((tree.add(remainder, truncation), changed), tree.scale(-share, change), doubling, unseen)
 
 
 class Lacking(NamedTuple):
@@ -98,21 +103,28 @@ class Lacking(NamedTuple):
     Attributes:
       ahead: the base point, had learning ended.
       outer_grad: there.
-      response: H^-1 of what is left of the nudge there.
+      responses: H^-1 of what is left of the nudge there, of each remainder that it may be; along a leading axis.
       num_gradients: spent on finding out.
     """
 
     ahead: Params
     outer_grad: Params
-    response: Params
+    responses: Params
     num_gradients: jax.Array
 
 
-def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged) -> Lacking:
+def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged, remainders: Sequence[Params]) -> Lacking:
     """Solve for what is left to learn, and for what is left of the nudge there.
 
     Along low curvature a remainder within the noise may hide much of the response, and a step down the remainder would
     not show it. Whoever learned to noise has left as much of it as this finds.
+
+    Args:
+      nudging: what the phases were to be.
+      point: where the free phase ended.
+      phases: what they left behind.
+      judged: where.
+      remainders: what may be left of the nudge; of the first, `judged` knows a step down.
     """
     setting = nudging.setting
     dtype = setting.dtype
@@ -121,36 +133,45 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged) -
     size = sum(x.size for x in jax.tree.leaves(point.params))
     # At the dtype's floor what is left to learn is noise.
     unlearned = judged.residual > NOISE_FLOOR * point.noise
-    # Of the base point, and of the response: the noise of what is left, the longest answer, and a step towards it.
-    noise = _OF_NOISE * point.noise / size**0.5 * jnp.stack([jnp.ones(()), phases.scheme.noise_gain(dtype)])
-    radius = jnp.stack([point.scale, jnp.inf]).astype(dtype)
-    steps = jax.tree.map(lambda *x: jnp.stack(x), tree.subtract(judged.ahead, judged.params), judged.more)
+    # The base point comes first. Of each system: noise in it, what may be left of it, the longest answer; and a step
+    # towards it.
+    others = len(remainders)
+    gains = jnp.stack([jnp.ones(()), *[phases.scheme.noise_gain(dtype)] * others])
+    radii = jnp.stack([point.scale, *[jnp.inf] * others]).astype(dtype)
+    parts = jnp.asarray([_ANSWERED, _ANSWERED, *[_ROUGHLY] * (others - 1)], dtype)
+    steps = [tree.subtract(judged.ahead, judged.params), judged.more, *[tree.zeros_like(judged.more)] * (others - 1)]
+    sides = [tree.scale(-1.0, judged.base_grad), *remainders]
+    noise = _OF_NOISE * point.noise / size**0.5 * gains
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *sides), jax.tree.map(lambda *x: jnp.stack(x), *steps)
 
-    def look(before: Lacking, turn: tuple[jax.Array, jax.Array, jax.Array, Params]) -> tuple[Lacking, None]:
-        of_response, noise, radius, step = turn
-        remainder = tree.add(judged.remainder, tree.subtract(before.outer_grad, judged.outer_grad))
-        sought = tree.where(of_response, remainder, tree.scale(-1.0, judged.base_grad))
+    def look(
+        before: tuple[Params, Params, jax.Array],
+        turn: tuple[jax.Array, jax.Array, jax.Array, jax.Array, Params, Params],
+    ) -> tuple[tuple[Params, Params, jax.Array], Params]:
+        (ahead, outer_grad, spent), (of_response, noise, part, radius, side, step) = before, turn
+        sought = tree.where(of_response, tree.add(side, tree.subtract(outer_grad, judged.outer_grad)), side)
         left = tree.norm(sought).astype(dtype)
         unit = tree.or_one(left)
         none, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
-        limits = Limits(jnp.maximum(noise / unit, _ANSWERED).astype(dtype), none, infinite, radius / unit)
-        wanted = of_response | unlearned
+        # Beside a larger remainder a small one does not matter.
+        answered = part * jnp.maximum(left, jnp.where(of_response, first, 0.0))
+        limits = Limits((jnp.maximum(noise, answered) / unit).astype(dtype), none, infinite, radius / unit)
+        wanted = (of_response | unlearned) & (left > answered)
         scaled, nothing = tree.scale(1 / unit, sought), tree.zeros_like(sought)
-        system = solve(difference, scaled, nothing, (left > 0) & wanted, limits, jnp.int32(_MOST_STEPS))
+        system = solve(difference, scaled, nothing, wanted, limits, jnp.int32(_MOST_STEPS))
         found = system.x
         # An answer is longer than a step down the remainder, by the Cauchy-Schwarz inequality.
         solved = tree.all_finite(found) & (tree.norm(found) * unit >= tree.norm(step))
         found = tree.where(solved, tree.scale(unit, found), tree.scale(1 / _SHARE_OF_A_STEP, step))
         moves = ~of_response & unlearned
-        ahead = tree.where(moves, tree.add(judged.params, found), before.ahead)
-        outer_grad = only_if(moves, lambda _: tree.grad(setting.outer)(ahead), before.outer_grad)
-        response = tree.where(of_response, found, before.response)
-        spent = before.num_gradients + system.num_steps + moves
-        return cast_like(Lacking(ahead, outer_grad, response, spent), before), None
+        ahead = tree.where(moves, tree.add(judged.params, found), ahead)
+        outer_grad = only_if(moves, lambda _: tree.grad(setting.outer)(ahead), outer_grad)
+        return cast_like((ahead, outer_grad, spent + system.num_steps + moves), before), found
 
-    start = Lacking(judged.params, judged.outer_grad, tree.zeros_like(judged.more), jnp.int32(0))
-    lacking, _ = jax.lax.scan(look, start, (jnp.array([False, True]), noise, radius, steps))
-    return lacking
+    of_response, first = jnp.arange(1 + others) > 0, tree.norm(remainders[0]).astype(dtype)
+    start = judged.params, judged.outer_grad, jnp.int32(0)
+    (ahead, outer_grad, spent), found = jax.lax.scan(look, start, (of_response, noise, parts, radii, *stacked))
+    return Lacking(ahead, outer_grad, jax.tree.map(lambda xs: xs[1:], found), spent)
 
 
 def relative_error(
@@ -158,7 +179,7 @@ def relative_error(
 ) -> jax.Array:
     """Estimated relative error of a contrast: what it lacks by truncation, and by unfinished phases.
 
-    Costs a statistic for each phase.
+    Costs a statistic for each phase and each response that may be lacking; the largest error counts.
 
     Args:
       nudging: what the phases were to be.
@@ -172,13 +193,15 @@ def relative_error(
       The error over what would be right; 0 where both vanish, infinite where the latter alone does.
     """
     nudges, _ = phases.scheme.arrays(nudging.setting.dtype)
+    nudged = nudging.nudged(lacking.ahead, lacking.outer_grad)
 
     def step(ends: jax.Array, base: jax.Array, ahead: jax.Array, more: jax.Array) -> jax.Array:
         return ends + (ahead - base) - nudges.astype(ends.dtype).reshape(-1, *[1] * base.ndim) * more
 
-    ends = jax.tree.map(step, phases.params, judged.params, lacking.ahead, lacking.response)
-    nudged = nudging.nudged(lacking.ahead, lacking.outer_grad)
-    changed = phases.scheme.contrast(nudging.measure(nudged, ends, nudges))
-    nearer = tree.add(truncation, changed)
-    error = tree.norm(tree.subtract(nearer, grad))
-    return jnp.where(error == 0, 0.0, error / tree.norm(nearer))
+    def with_response(response: Params) -> jax.Array:
+        ends = jax.tree.map(step, phases.params, judged.params, lacking.ahead, response)
+        nearer = tree.add(truncation, phases.scheme.contrast(nudging.measure(nudged, ends, nudges)))
+        error = tree.norm(tree.subtract(nearer, grad))
+        return jnp.where(error == 0, 0.0, error / tree.norm(nearer))
+
+    return jnp.max(jax.lax.map(with_response, lacking.responses))

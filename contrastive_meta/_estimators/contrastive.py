@@ -76,8 +76,8 @@ class Contrastive(MetaGradientEstimator):
       sequential: run phases one after another instead of in one vmapped solve: about half the memory, and slower.
       estimate_error: whether to estimate how wrong the result is, `diagnostics.error_estimate`: from the contrasts of
         phases at twice the distance from their base point, and from what answers to what is left of the nudge and of
-        learning would change. Costs a residual and two statistics for each phase, and a solve by conjugate gradients
-        for each of the two, of at most 200 gradients; no phase. Infinite where phases ran away.
+        learning would change. Costs a residual and three statistics for each phase, and three solves by conjugate
+        gradients of at most 200 gradients each; no phase. Infinite where phases ran away.
 
     Raises:
       ValueError: a target that is not positive, or without `estimate_error`.
@@ -198,16 +198,16 @@ class Contrastive(MetaGradientEstimator):
         """What the phases left behind, how wrong their contrast is estimated to be, and their status."""
         remainder, unknown = phases.scheme.contrast(phases.residual), jnp.asarray(jnp.nan, nudging.setting.dtype)
         untruncated = without_truncation(nudging, point, phases, grad) if self.estimate_error else None
-        judged = judge(nudging, point, phases, remainder if untruncated is None else untruncated.remainder)
+        judged = judge(nudging, point, phases, remainder if untruncated is None else untruncated.remainders[0])
         told = nudged_status(nudging, point, phases, grad, judged)
         if untruncated is None:
             return judged, Doubt(unknown, jnp.zeros_like(unknown), judged.num_gradients), told
-        lacking = answer(nudging, point, phases, judged)
+        lacking = answer(nudging, point, phases, judged, untruncated.remainders)
         error = relative_error(nudging, phases, judged, grad, untruncated.lacking, lacking)
         error = jnp.where(error > 0, jnp.hypot(error, untruncated.unseen), error)
         # What ran away, or was never finite, says nothing.
         error = jnp.where((told >= Status.UNBOUNDED_NUDGE) | jnp.isnan(error), jnp.inf, error)
-        spent = judged.num_gradients + lacking.num_gradients + 3 * len(phases.scheme.nudges)
+        spent = judged.num_gradients + lacking.num_gradients + 4 * len(phases.scheme.nudges)
         return judged, Doubt(error, untruncated.doubling, spent), told
 
     def _goal(self, nudging: Nudging, point: FreePoint) -> Goal | None:
