@@ -168,8 +168,8 @@ def test_an_accuracy_asked_for_is_reached_at_less_cost(name, dtype):
             assert result.diagnostics.error_estimate <= target
             assert relative_error(result.grad, case.exact.grad) <= 2 * target
             costs.append(int(result.diagnostics.num_gradients))
-        # Off the minimum, and on ridge, where one pass is enough for all, a loose target may cost a little more: what is
-        # left is further above the noise, and takes more steps to answer (in float32 on ridge 86 gradients against 77).
+        # Off the minimum, and on ridge, where one pass is enough for all, a loose target may cost a little more: what
+        # it leaves is further above the noise, and takes more steps to answer (in float32 on ridge 86 gradients to 77).
         assert costs[0] < (1.0 if distance == 0 and name != "ridge" else 1.15) * costs[-1]
         if distance and name != "ridge" and dtype == jnp.float64:
             assert costs[0] < 0.9 * costs[-1]
