@@ -1,7 +1,6 @@
 """How wrong a contrast is: what twice the strength, and an answer to what is left, would make of it."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,9 +21,9 @@ _SHARE_OF_A_STEP = 0.5
 _MOST_STEPS = 200
 # Down to which part of what is left it is looked for; or to which part of the noise in one direction of many.
 _ANSWERED = 1e-2
-# The same of what may be left instead, whose size alone matters.
-_ROUGHLY = 1e-1
 _OF_NOISE = 0.3
+# The former of what may be left instead, whose size alone matters.
+_ROUGHLY = 1e-1
 
 
 class Doubt(NamedTuple):
@@ -45,14 +44,16 @@ class Untruncated(NamedTuple):
     """What is known of the truncation of a contrast.
 
     Attributes:
-      remainders: v - H u, free of the leading truncation; and what truncation and noise may have made of nothing.
+      remainder: v - H u, free of the leading truncation.
+      changed: what truncation and noise may have made of nothing: what may be left instead.
       lacking: what truncation takes from the meta-gradient.
       doubling: what twice the strength changes in the meta-gradient and in what is left of the nudge, relative to each.
       unseen: what shows in neither contrast, relative to the meta-gradient: truncation (see `stiffening`), or noise of
         the statistic.
     """
 
-    remainders: tuple[Params, Params]
+    remainder: Params
+    changed: Params
     lacking: MetaParams
     doubling: jax.Array
     unseen: jax.Array
@@ -94,7 +95,7 @@ def without_truncation(nudging: Nudging, point: FreePoint, phases: Phases, grad:
     unseen = jnp.maximum(unseen, jnp.where(phases.chosen > 0, at_best * relative[0], rounded)).astype(dtype)
     # The noise of a remainder may cancel what is left of it; then not what twice the strength changes, noise as well.
     changed = tree.scale(jnp.where(phases.chosen > 0, at_best, share).astype(dtype), unanswered)
-    return Untruncated((tree.add(remainder, truncation), changed), tree.scale(-share, change), doubling, unseen)
+    return Untruncated(tree.add(remainder, truncation), changed, tree.scale(-share, change), doubling, unseen)
 
 
 class Lacking(NamedTuple):
@@ -103,7 +104,7 @@ class Lacking(NamedTuple):
     Attributes:
       ahead: the base point, had learning ended.
       outer_grad: there.
-      responses: H^-1 of what is left of the nudge there, of each remainder that it may be; along a leading axis.
+      responses: H^-1 of what is left of the nudge there, and of what may be left instead, along a leading axis.
       num_gradients: spent on finding out.
     """
 
@@ -113,7 +114,7 @@ class Lacking(NamedTuple):
     num_gradients: jax.Array
 
 
-def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged, remainders: Sequence[Params]) -> Lacking:
+def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged, changed: Params) -> Lacking:
     """Solve for what is left to learn, and for what is left of the nudge there.
 
     Along low curvature a remainder within the noise may hide much of the response, and a step down the remainder would
@@ -124,7 +125,7 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged, r
       point: where the free phase ended.
       phases: what they left behind.
       judged: where.
-      remainders: what may be left of the nudge; of the first, `judged` knows a step down.
+      changed: what may be left of the nudge instead.
     """
     setting = nudging.setting
     dtype = setting.dtype
@@ -133,16 +134,16 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged, r
     size = sum(x.size for x in jax.tree.leaves(point.params))
     # At the dtype's floor what is left to learn is noise.
     unlearned = judged.residual > NOISE_FLOOR * point.noise
-    # The base point comes first. Of each system: noise in it, what may be left of it, the longest answer; and a step
-    # towards it.
-    others = len(remainders)
-    gains = jnp.stack([jnp.ones(()), *[phases.scheme.noise_gain(dtype)] * others])
-    radii = jnp.stack([point.scale, *[jnp.inf] * others]).astype(dtype)
-    parts = jnp.asarray([_ANSWERED, _ANSWERED, *[_ROUGHLY] * (others - 1)], dtype)
-    steps = [tree.subtract(judged.ahead, judged.params), judged.more, *[tree.zeros_like(judged.more)] * (others - 1)]
-    sides = [tree.scale(-1.0, judged.base_grad), *remainders]
-    noise = _OF_NOISE * point.noise / size**0.5 * gains
+    # Of the base point, of the response and of what it may lack instead: what is to be answered and a step towards it,
+    # the noise in it, down to which part of it, and the longest answer.
+    sides = tree.scale(-1.0, judged.base_grad), judged.remainder, changed
+    steps = tree.subtract(judged.ahead, judged.params), judged.more, tree.zeros_like(judged.more)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *sides), jax.tree.map(lambda *x: jnp.stack(x), *steps)
+    gain = phases.scheme.noise_gain(dtype)
+    noise = _OF_NOISE * point.noise / size**0.5 * jnp.stack([jnp.ones(()), gain, gain])
+    parts = jnp.asarray([_ANSWERED, _ANSWERED, _ROUGHLY], dtype)
+    radii = jnp.stack([point.scale, jnp.inf, jnp.inf]).astype(dtype)
+    left_over = tree.norm(judged.remainder).astype(dtype)
 
     def look(
         before: tuple[Params, Params, jax.Array],
@@ -154,7 +155,7 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged, r
         unit = tree.or_one(left)
         none, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         # Beside a larger remainder a small one does not matter.
-        answered = part * jnp.maximum(left, jnp.where(of_response, first, 0.0))
+        answered = part * jnp.maximum(left, jnp.where(of_response, left_over, 0.0))
         limits = Limits((jnp.maximum(noise, answered) / unit).astype(dtype), none, infinite, radius / unit)
         wanted = (of_response | unlearned) & (left > answered)
         scaled, nothing = tree.scale(1 / unit, sought), tree.zeros_like(sought)
@@ -168,7 +169,7 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged, r
         outer_grad = only_if(moves, lambda _: tree.grad(setting.outer)(ahead), outer_grad)
         return cast_like((ahead, outer_grad, spent + system.num_steps + moves), before), found
 
-    of_response, first = jnp.arange(1 + others) > 0, tree.norm(remainders[0]).astype(dtype)
+    of_response = jnp.array([False, True, True])
     start = judged.params, judged.outer_grad, jnp.int32(0)
     (ahead, outer_grad, spent), found = jax.lax.scan(look, start, (of_response, noise, parts, radii, *stacked))
     return Lacking(ahead, outer_grad, jax.tree.map(lambda xs: xs[1:], found), spent)
@@ -179,7 +180,7 @@ def relative_error(
 ) -> jax.Array:
     """Estimated relative error of a contrast: what it lacks by truncation, and by unfinished phases.
 
-    Costs a statistic for each phase and each response that may be lacking; the largest error counts.
+    Costs a statistic for each phase and each of the two responses that may be lacking; the larger error counts.
 
     Args:
       nudging: what the phases were to be.

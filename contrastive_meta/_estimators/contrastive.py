@@ -198,11 +198,11 @@ class Contrastive(MetaGradientEstimator):
         """What the phases left behind, how wrong their contrast is estimated to be, and their status."""
         remainder, unknown = phases.scheme.contrast(phases.residual), jnp.asarray(jnp.nan, nudging.setting.dtype)
         untruncated = without_truncation(nudging, point, phases, grad) if self.estimate_error else None
-        judged = judge(nudging, point, phases, remainder if untruncated is None else untruncated.remainders[0])
+        judged = judge(nudging, point, phases, remainder if untruncated is None else untruncated.remainder)
         told = nudged_status(nudging, point, phases, grad, judged)
         if untruncated is None:
             return judged, Doubt(unknown, jnp.zeros_like(unknown), judged.num_gradients), told
-        lacking = answer(nudging, point, phases, judged, untruncated.remainders)
+        lacking = answer(nudging, point, phases, judged, untruncated.changed)
         error = relative_error(nudging, phases, judged, grad, untruncated.lacking, lacking)
         error = jnp.where(error > 0, jnp.hypot(error, untruncated.unseen), error)
         # What ran away, or was never finite, says nothing.
