@@ -97,13 +97,17 @@ def solve(
     Returns:
       The system at its end.
     """
+    return go_on(difference, begin(difference.dtype, rhs, guess, active, limits), limits, budget)
+
+
+def begin(dtype: Any, rhs: Params, guess: Params, active: jax.Array, limits: Limits) -> System:
+    """A system as it sets out; arguments as of `solve`."""
     length = tree.norm(guess)
     unit = tree.scale(1 / tree.or_one(length), guess)
     along = tree.vdot(rhs, unit)
     warm = (length > 0) & jnp.isfinite(length) & (jnp.abs(along) > _USEFUL)
-    dtype = difference.dtype
     one, zero, false = jnp.ones((), dtype), jnp.zeros((), dtype), jnp.asarray(False)
-    start = System(
+    return System(
         x=tree.zeros_like(rhs),
         remainder=rhs,
         direction=tree.where(warm, unit, rhs),
@@ -119,7 +123,11 @@ def solve(
         least=limits.least,
         active=active,
     )
-    solved: System = jax.lax.while_loop(lambda s: s.active, lambda s: _iterate(difference, budget, limits, s), start)
+
+
+def go_on(difference: Difference, system: System, limits: Limits, budget: jax.Array) -> System:
+    """The system at its end; arguments as of `solve`."""
+    solved: System = jax.lax.while_loop(lambda s: s.active, lambda s: _iterate(difference, budget, limits, s), system)
     return solved
 
 

@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import cast_like, only_if
+from contrastive_meta._control import only_if
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, FreePoint, OuterEvaluated, difference_step
 from contrastive_meta._estimators._gauge import Measured
-from contrastive_meta._estimators._krylov import FLAT, Difference, Limits, solve
+from contrastive_meta._estimators._krylov import FLAT, Difference, Limits, System, begin
+from contrastive_meta._estimators._krylov_pair import solve_pair
 from contrastive_meta._estimators._phases import Nudging
 from contrastive_meta._problem import Params
 
 # Of a remainder, one pass is asked to leave this power of the dtype's eps: what products that are one-sided gradient
 # differences are accurate to, 1e-7 in float64 and 1e-3 in float32.
 _FORCING = 0.45
+# A step of that part of the length of `params` changes gradients and responses by about this part of itself.
+_MOVES = 0.5
 # A step is taken if the loss falls by this part of what was foretold.
 _FALLS = 0.1
 # Where it falls by this part the next may be as long again.
@@ -41,8 +44,9 @@ class Line(NamedTuple):
     far: jax.Array  # whether the last pass went that far or too far: no place yet to answer the nudge
     grown: jax.Array  # whether gradients grew on the way while the loss fell
     astray: jax.Array  # whether it was then so long that it may lead to another minimum than the learner's
+    waits: jax.Array  # whether the nudge is not to be answered before the base point has arrived
     change: jax.Array  # of the response by the last pass, relative, times what the pass left of the remainder
-    num_steps: jax.Array
+    num_steps: jax.Array  # of each of the two systems, shape (2,)
     num_passes: jax.Array
     num_gradients: jax.Array
     indefinite: jax.Array
@@ -79,6 +83,14 @@ class Turn(NamedTuple):
     num_steps: jax.Array
 
 
+class Solved(NamedTuple):
+    """Both systems, solved."""
+
+    learned: Turn
+    answer: Turn
+    too_long: jax.Array  # whether the second is not, because both at once take too many steps
+
+
 class Moved(NamedTuple):
     """Where a pass leads."""
 
@@ -90,7 +102,8 @@ class Moved(NamedTuple):
     away: jax.Array  # whether the base point is on its way: nothing was done about the response
     least: jax.Array
     indefinite: jax.Array
-    num_steps: jax.Array  # of both systems
+    too_long: jax.Array  # whether the response is to wait: both at once take too many steps
+    num_steps: jax.Array  # of each of the two systems, shape (2,)
     num_gradients: jax.Array
 
 
@@ -105,7 +118,8 @@ class Mover:
     """
 
     def __init__(self, nudging: Nudging, point: FreePoint, first_nudge: Params, nudge: jax.Array) -> None:
-        self.setting, self.point, self.guess = nudging.setting, point, nudging.response
+        self.nudging, self.setting, self.point = nudging, nudging.setting, point
+        self.guess = nudging.response
         self.first_nudge, self.nudge = first_nudge, nudge
         self.dtype = self.setting.dtype
         self.inner_grad = tree.grad(self.setting.inner)
@@ -113,24 +127,21 @@ class Mover:
         self.distance, _ = difference_step(self.setting, point)
 
     def move(self, line: Line, target: jax.Array, budget: jax.Array) -> Moved:
-        """Newton's step of the base point, and the response where it ends unless that is on the way.
+        """Newton's step of the base point and, unless that is on the way, the response.
+
+        Both are solved for at once, which leaves of the nudge what the step changes in its answer. Where they take many
+        steps that is too much: then the nudge waits until the base point has arrived.
 
         Args:
           line: from where.
           target: remainder of the nudge to reach, relative to it.
-          budget: most steps of conjugate gradients for each of the two.
+          budget: most steps of conjugate gradients for each of the two, shape (2,).
         """
-
-        def turn(at: Place, answers: jax.Array) -> tuple[Place, Turn]:
-            solved = self._solve(line, at, answers, target, budget)
-            return cast_like(tree.where(answers, at, self._learn(line, at, solved, ~answers)), at), solved
-
-        none, false = jnp.zeros((), self.dtype), jnp.asarray(False)
-        start = Place(line.base, line.base_grad, line.base_outer, none, false, false, none, false, jnp.asarray(True))
-        place, turns = jax.lax.scan(turn, start, jnp.array([False, True]))
-        answer = jax.tree.map(lambda x: x[1], turns)
+        solved = self._solve(line, target, budget)
+        learned, answer = solved.learned, solved.answer
+        place = self._learn(line, learned)
         # A remainder e along curvature h hides a response of length ||e|| / h.
-        resolution = self._difference(line, place).resolution
+        resolution = self._difference(line).resolution
         hidden = answer.left * jnp.sqrt(answer.squared) / tree.or_one(FLAT * resolution)
         return Moved(
             place,
@@ -138,59 +149,74 @@ class Mover:
             answer.left,
             self._norm(answer.x),
             jnp.where(answer.flat, hidden, 0.0),
-            line.far | place.far | ~place.sound,
+            line.far | place.far | ~place.sound | line.waits | solved.too_long,
             # What is left of learning lies along low curvature.
-            jnp.min(turns.least),
+            jnp.minimum(learned.least, answer.least),
             answer.indefinite,
-            turns.num_steps,
-            jnp.sum(turns.num_steps) + 2 * (place.distance > 0),
+            solved.too_long,
+            jnp.stack([learned.num_steps, answer.num_steps]),
+            learned.num_steps + answer.num_steps + 2 * (place.distance > 0),
         )
 
-    def _solve(self, line: Line, at: Place, answers: jax.Array, target: jax.Array, budget: jax.Array) -> Turn:
-        """The system for what learning left over or, where it `answers`, for what is left of the nudge."""
-        unanswered, anew = self._unanswered(line, at)
-        rhs = tree.where(answers, unanswered, tree.scale(-1.0, at.base_grad))
-        left, scale = self._norm(rhs), self.point.scale
-        unit, none = tree.or_one(left), jnp.zeros((), self.dtype)
-        limits = Limits(
-            remainder=jnp.maximum(jnp.where(answers, 0.3 * target * self.nudge, self._resolved) / unit, self.forcing),
-            step=jnp.where(answers, none, 0.1 * target * scale / unit),
-            least=line.least,
-            radius=jnp.where(answers, jnp.inf, line.radius / unit),
-        )
-        limits = jax.tree.map(lambda limit: limit.astype(self.dtype), limits)
-        guess = tree.scale(jnp.where(answers & (line.num_passes == 0), 1.0, 0.0), self.guess)
-        # Of the response at another place nothing can be kept.
-        wanted = jnp.where(answers, ~line.far & ~at.far & at.sound & (left > 0), ~line.learned)
-        system = solve(self._difference(line, at), tree.scale(1 / unit, rhs), guess, wanted, limits, budget)
-        unforeseen = unit**2 * tree.vdot(system.x, system.remainder).astype(self.dtype)
-        return Turn(
-            left, anew, tree.scale(unit, system.x), unforeseen, system.squared, system.least, system.indefinite,
-            system.flat, system.num_steps,
-        )  # fmt: skip
+    def _solve(self, line: Line, target: jax.Array, budget: jax.Array) -> Solved:
+        """The systems for what learning left over and for what is left of the nudge, at the base point."""
+        scale, none = self.point.scale, jnp.zeros((), self.dtype)
+        unanswered, anew = self._unanswered(line)
+        lefts = self._norm(line.base_grad), self._norm(unanswered)
+        units = tree.or_one(lefts[0]), tree.or_one(lefts[1])
 
-    def _unanswered(self, line: Line, at: Place) -> tuple[Params, jax.Array]:
-        """What is left of the nudge at a place, and whether to answer it anew: less is left without any response."""
-        left = tree.add(line.phases.remainder, tree.subtract(at.base_outer[1], line.base_outer[1]))
-        whole = tree.add(self.first_nudge, tree.subtract(at.base_outer[1], self.point.outer_grad))
+        def limits(remainder: jax.Array, step: jax.Array, radius: jax.Array) -> Limits:
+            told = jnp.maximum(remainder, self.forcing), step, line.least, radius
+            return Limits(*(limit.astype(self.dtype) for limit in told))
+
+        of_learning = limits(self._resolved / units[0], 0.1 * target * scale / units[0], line.radius / units[0])
+        of_nudge = limits(0.3 * target * self.nudge / units[1], none, jnp.full_like(none, jnp.inf))
+        guess = tree.scale(jnp.where(line.num_passes == 0, 1.0, 0.0), self.guess)
+        right = tree.scale(-1 / units[0], line.base_grad), tree.scale(1 / units[1], unanswered)
+        # On the way the nudge is not answered.
+        answers = ~line.far & ~line.waits & (lefts[1] > 0)
+        pair = (
+            begin(self.dtype, right[0], tree.zeros_like(guess), ~line.learned, of_learning),
+            begin(self.dtype, right[1], guess, answers, of_nudge),
+        )
+        forcing = (_MOVES * units[0] / scale).astype(self.dtype)
+        difference, ends = self._difference(line), (of_learning, of_nudge)
+        *found, too_long = solve_pair(difference, pair, ends, forcing, budget, sequential=self.nudging.sequential)
+
+        def taken(left: jax.Array, unit: jax.Array, system: System) -> Turn:
+            unforeseen = unit**2 * tree.vdot(system.x, system.remainder).astype(self.dtype)
+            return Turn(
+                left, anew, tree.scale(unit, system.x), unforeseen, system.squared, system.least, system.indefinite,
+                system.flat, system.num_steps,
+            )  # fmt: skip
+
+        learned, answer = map(taken, lefts, units, found)
+        # A part of an answer is of no use at another place.
+        answer = answer._replace(x=tree.where(too_long, tree.zeros_like(answer.x), answer.x))
+        return Solved(learned, answer, too_long)
+
+    def _unanswered(self, line: Line) -> tuple[Params, jax.Array]:
+        """What is left of the nudge, and whether to answer it anew: less is left without any response."""
+        left = line.phases.remainder
+        whole = tree.add(self.first_nudge, tree.subtract(line.base_outer[1], self.point.outer_grad))
         anew = ~(self._norm(left) <= self._norm(whole))
         return tree.where(anew, whole, left), anew
 
-    def _learn(self, line: Line, at: Place, solved: Turn, moves: jax.Array) -> Place:
-        """Where a step leads; nothing is evaluated unless it `moves`."""
-        base, noise = tree.add(at.base, solved.x), self.point.noise
-        distance = self._norm(tree.subtract(base, at.base))
+    def _learn(self, line: Line, solved: Turn) -> Place:
+        """Where a step leads; nothing is evaluated unless it moves."""
+        base, noise = tree.add(line.base, solved.x), self.point.noise
+        distance = self._norm(tree.subtract(base, line.base))
         # Differences are taken from the gradient at the base point, so that has to be exact, not interpolated.
         base_grad, base_outer = only_if(
-            moves & (distance > 0),
+            distance > 0,
             lambda _: (self.inner_grad(base), self.setting.outer_value_and_grad(base)),
-            (at.base_grad, at.base_outer),
+            (line.base_grad, line.base_outer),
         )
         # By the trapezoidal rule, from the slopes along the step.
-        here, there = tree.vdot(solved.x, at.base_grad), tree.vdot(solved.x, base_grad)
+        here, there = tree.vdot(solved.x, line.base_grad), tree.vdot(solved.x, base_grad)
         expected = here - solved.unforeseen
         foretold = jnp.where(expected < 0, (here + there) / jnp.where(expected < 0, expected, -1.0), 0.0)
-        before, now = self._norm(at.base_grad), self._norm(base_grad)
+        before, now = self._norm(line.base_grad), self._norm(base_grad)
         # Within the noise there is nowhere to go.
         anywhere = before > NOISE_FLOOR * noise
         # Far from a minimum no step goes most of the way, and gradients may grow while the loss falls.
@@ -202,9 +228,9 @@ class Mover:
         arrived = (distance == 0) & (self._norm(solved.x) > 0)
         return Place(base, base_grad, base_outer, distance, far, arrived, foretold, falls, sound)
 
-    def _difference(self, line: Line, at: Place) -> Difference:
+    def _difference(self, line: Line) -> Difference:
         distance = self.distance / line.phases.shrink
-        return Difference(self.inner_grad, at.base, at.base_grad, distance, self.point.noise, self.dtype)
+        return Difference(self.inner_grad, line.base, line.base_grad, distance, self.point.noise, self.dtype)
 
     @property
     def _resolved(self) -> jax.Array:

@@ -78,8 +78,9 @@ class Search:
             far=false,
             grown=false,
             astray=false,
+            waits=false,
             change=one,
-            num_steps=none,
+            num_steps=jnp.zeros((2,), jnp.int32),
             num_passes=none,
             num_gradients=none,
             indefinite=false,
@@ -127,12 +128,13 @@ class Search:
         tried = self.gauge.measure(line.phases, nudged, place.base, moved.response, before, line.tol, chosen)
         spent = line._replace(
             least=jnp.minimum(line.least, moved.least),
-            num_steps=line.num_steps + jnp.max(moved.num_steps),
+            num_steps=line.num_steps + moved.num_steps,
             num_passes=line.num_passes + 1,
             num_gradients=line.num_gradients
             + moved.num_gradients
             + sought
             + tried.num_tries * 2 * len(tried.best.scheme.nudges),
+            waits=line.waits | moved.too_long,
             # What is known of the response that is kept.
             indefinite=jnp.where(moved.away, line.indefinite, moved.indefinite),
             hidden=jnp.where(moved.away, line.hidden, moved.hidden),
@@ -171,7 +173,7 @@ class Search:
         # Within the noise no shorter step is any better: learning is over, and the nudge to be answered here.
         over = refused & near_noise
         retry = refused & ~over
-        progress = (better & ((left <= 0.5 * left_before) | learning)) | refused | before.far
+        progress = (better & ((left <= 0.5 * left_before) | learning)) | refused | before.far | taken.waits
         done = better & answered & learned & ~moved.away
         # Near a minimum gradients fall with the loss: where they grow lies a valley, or a saddle, with other ways out.
         grown = before.grown | (better & place.falls & (base_now > GROWN * base_left))
@@ -184,6 +186,8 @@ class Search:
         radius = jnp.where(retry, 0.25 * place.distance, wider)
         far = retry | (better & place.far)
         after = kept._replace(learned=kept.learned | over, radius=radius, far=far, grown=grown, astray=astray)
+        # What no longer learns has arrived.
+        after = after._replace(waits=taken.waits & (learning | refused | place.far) & ~after.learned)
         return after._replace(running=~done & progress & self._may_go_on(after))
 
     def measure(self, line: Line) -> Outcome:
@@ -215,7 +219,7 @@ class Search:
 
     def _may_go_on(self, line: Line) -> jax.Array:
         """Whether passes are left, and the way is one to follow."""
-        within: jax.Array = (line.num_passes < self.max_passes) & (line.num_steps < self.max_steps)
+        within: jax.Array = (line.num_passes < self.max_passes) & jnp.all(line.num_steps < self.max_steps)
         return within if self.go_astray else within & ~line.astray
 
     def _norm(self, values: Params) -> jax.Array:
