@@ -91,8 +91,7 @@ def _iterate(
     enough = jnp.sqrt(squared) <= jnp.maximum(limits.remainder, difference.resolution * jnp.sqrt(xx))
     enough |= jnp.sqrt(squared) <= jnp.maximum(limits.step * LEAST * least, forcing * jnp.sqrt(xx[0]))
     # A first direction that leads nowhere is replaced by the remainder itself.
-    second = ~s.fresh[1]
-    flat = span.flat[0] | (span.flat[1] & second)
+    flat = span.flat & ~s.fresh
     num_steps = s.num_steps + 1
     turns = span.inverse @ _gram(products, remainder, difference)
     new = s._replace(
@@ -103,8 +102,8 @@ def _iterate(
         xx=xx,
         fresh=jnp.zeros_like(s.fresh),
         num_steps=num_steps,
-        indefinite=jnp.full_like(s.indefinite, span.indefinite[0] | (span.indefinite[1] & second)),
-        flat=jnp.full_like(s.flat, flat),
+        indefinite=span.indefinite & ~s.fresh,
+        flat=flat,
         least=least,
         active=~flat & jnp.all(inside) & ~enough & (squared > 0) & (num_steps < budget),
     )

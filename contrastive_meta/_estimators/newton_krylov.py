@@ -14,11 +14,12 @@ class NewtonKrylov:
 
     What a nudge of strength beta does to the minimum is, for small beta, a straight line: phase k ends at
     base - beta_k u, where H u = v. Both are found from gradients of the inner loss alone. A pass solves two linear
-    systems by conjugate gradients, in which a Hessian-vector product is the difference of two gradients:
-    one for the step that the free phase had left to take and, where that leads, one for u. Then the phases are
-    evaluated where they should have ended. The contrast of their gradients is what is left of the nudge, v - H u, to
-    the order of the scheme and free of the products' error; the gradient at the base point is what is left of
-    learning. Both are the right-hand sides of the next pass. Usually one or two passes do.
+    systems at once, by conjugate gradients in which a Hessian-vector product is the difference of two gradients: one
+    for the step that the free phase had left to take and one for u. Where that takes more than 32 steps the nudge waits
+    until the base point has learned. Then the phases are evaluated where they should have ended. The contrast of their
+    gradients is what is left of the nudge, v - H u, to the order of the scheme and free of the products' error; the
+    gradient at the base point is what is left of learning. Both are the right-hand sides of the next pass. Usually one
+    or two passes do.
 
     From far off a minimum the step is kept within a radius, which grows and shrinks with how well the fall of the loss
     was foretold (by the trapezoidal rule, from gradients alone), and the nudge is not answered before the base point
@@ -42,8 +43,9 @@ class NewtonKrylov:
         and saves the learner's compilation.
 
     Reference:
-      Knoll & Keyes (2004), Jacobian-free Newton-Krylov methods; Dembo, Eisenstat & Steihaug (1982) for the accuracy
-      asked of a pass; Steihaug (1983), and Conn, Gould & Toint (2000), Trust-Region Methods, for the radius.
+      Knoll & Keyes (2004), Jacobian-free Newton-Krylov methods; O'Leary (1980) for two systems at once; Dembo,
+      Eisenstat & Steihaug (1982) for the accuracy asked of a pass; Steihaug (1983), and Conn, Gould & Toint (2000),
+      Trust-Region Methods, for the radius.
 
     Example:
       >>> import contrastive_meta as cm
