@@ -130,12 +130,13 @@ def _span(lengths: jax.Array, curvatures: jax.Array, resolution: jax.Array) -> _
     apart = length > _DEPENDENT * (1 + ratio**2)
     upward = jnp.stack([upward, apart & (second > FLAT * resolution * length)])
     along, by_length = jnp.stack([first, second]), jnp.stack([first, second / tree.or_one(length)])
-    conjugate = jnp.stack([jnp.stack([jnp.ones_like(ratio), 0 * ratio]), jnp.stack([-ratio, jnp.ones_like(ratio)])])
+    told = jnp.array([True, apart])
+    conjugate = jnp.array([[1, 0], [-ratio, 1]])
     return _Span(
         inverse=conjugate.T @ (jnp.where(upward, 1 / jnp.where(upward, along, 1), 0)[:, None] * conjugate),
         least=jnp.min(jnp.where(upward, by_length, jnp.inf)),
-        flat=~upward & jnp.stack([jnp.asarray(True), apart]),
-        indefinite=(by_length < -resolution) & jnp.stack([jnp.asarray(True), apart]),
+        flat=~upward & told,
+        indefinite=(by_length < -resolution) & told,
     )
 
 

@@ -83,20 +83,12 @@ class Turn(NamedTuple):
     num_steps: jax.Array
 
 
-class Solved(NamedTuple):
-    """Both systems, solved."""
-
-    learned: Turn
-    answer: Turn
-    too_long: jax.Array  # whether the second is not, because both at once take too many steps
-
-
 class Moved(NamedTuple):
     """Where a pass leads."""
 
     place: Place
     response: Params
-    left: jax.Array  # norm of what was left of the nudge at that place
+    left: jax.Array  # norm of what was left of the nudge before the step
     more: jax.Array  # norm of what is added to the response; 0 on the way
     hidden: jax.Array
     away: jax.Array  # whether the base point is on its way: nothing was done about the response
@@ -137,8 +129,7 @@ class Mover:
           target: remainder of the nudge to reach, relative to it.
           budget: most steps of conjugate gradients for each of the two, shape (2,).
         """
-        solved = self._solve(line, target, budget)
-        learned, answer = solved.learned, solved.answer
+        learned, answer, too_long = self._solve(line, target, budget)
         place = self._learn(line, learned)
         # A remainder e along curvature h hides a response of length ||e|| / h.
         resolution = self._difference(line).resolution
@@ -149,17 +140,17 @@ class Mover:
             answer.left,
             self._norm(answer.x),
             jnp.where(answer.flat, hidden, 0.0),
-            line.far | place.far | ~place.sound | line.waits | solved.too_long,
+            line.far | place.far | ~place.sound | line.waits | too_long,
             # What is left of learning lies along low curvature.
             jnp.minimum(learned.least, answer.least),
             answer.indefinite,
-            solved.too_long,
+            too_long,
             jnp.stack([learned.num_steps, answer.num_steps]),
             learned.num_steps + answer.num_steps + 2 * (place.distance > 0),
         )
 
-    def _solve(self, line: Line, target: jax.Array, budget: jax.Array) -> Solved:
-        """The systems for what learning left over and for what is left of the nudge, at the base point."""
+    def _solve(self, line: Line, target: jax.Array, budget: jax.Array) -> tuple[Turn, Turn, jax.Array]:
+        """What learning left over and what is left of the nudge, solved; whether the second waits instead."""
         scale, none = self.point.scale, jnp.zeros((), self.dtype)
         unanswered, anew = self._unanswered(line)
         lefts = self._norm(line.base_grad), self._norm(unanswered)
@@ -193,7 +184,7 @@ class Mover:
         learned, answer = map(taken, lefts, units, found)
         # A part of an answer is of no use at another place.
         answer = answer._replace(x=tree.where(too_long, tree.zeros_like(answer.x), answer.x))
-        return Solved(learned, answer, too_long)
+        return learned, answer, too_long
 
     def _unanswered(self, line: Line) -> tuple[Params, jax.Array]:
         """What is left of the nudge, and whether to answer it anew: less is left without any response."""
