@@ -75,7 +75,10 @@ def _iterate(
     lengths = jnp.sqrt(_dots(s.direction, s.direction, difference))
     units = _each(1 / tree.or_one(lengths), s.direction)
     products = _products(difference, units, s.num_steps[0], sequential)
-    span = _span(_gram(units, units, difference), _gram(units, products, difference), difference.resolution)
+    curvatures = _gram(units, products, difference)
+    span = _span(_gram(units, units, difference), curvatures, difference.resolution)
+    # Outside the domain of the loss a product is not finite: that ends its own system alone.
+    products = jax.vmap(tree.where)(jnp.isfinite(jnp.diagonal(curvatures)), products, tree.zeros_like(products))
 
     # In each system as far as its quadratic falls within the span, but not beyond the radius.
     steps = span.inverse @ _gram(units, s.remainder, difference)
@@ -123,7 +126,7 @@ def _span(lengths: jax.Array, curvatures: jax.Array, resolution: jax.Array) -> _
     """Of two unit directions, from their inner products among themselves and with H times themselves."""
     first, mixed = curvatures[0, 0], (curvatures[0, 1] + curvatures[1, 0]) / 2
     upward = first > FLAT * resolution
-    ratio = jnp.where(upward, mixed / jnp.where(upward, first, 1), 0)
+    ratio = jnp.where(upward & jnp.isfinite(mixed), mixed / jnp.where(upward, first, 1), 0)
     # The second less `ratio` times the first.
     length = 1 - 2 * ratio * lengths[0, 1] + ratio**2
     second = curvatures[1, 1] - ratio * mixed
