@@ -1,5 +1,7 @@
 """Where the fast nudged learner does not apply, and whether it knows: curvature, other learners, units, old states."""
 
+import dataclasses
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import optax
 import pytest
 
 import contrastive_meta as cm
-from tests.oracles import STILL, double_well, relative_error, small_problem, started_at
+from tests.oracles import STILL, away, double_well, relative_error, small_problem, started_at
 
 # Of the double well: on the rim between its minima, where the loss curves downwards.
 RIM = np.float64(0.1)
@@ -70,6 +72,20 @@ def test_a_step_beyond_the_domain_of_the_loss_is_taken_back():
     assert result.diagnostics.status == cm.Status.CONVERGED
     # Learned is w = 1 / theta^2.
     np.testing.assert_allclose(result.grad, (1.0 - 2.0) * -2.0, rtol=1e-7)
+
+
+def test_a_direction_out_of_the_domain_of_the_loss_takes_no_other_along():
+    """At 1e-6 the nudge points to the roots of negative numbers, and learning away from them."""
+    problem = cm.BilevelProblem(
+        inner_loss=lambda w, theta, task: theta * w[0] ** 1.5 / 1.5 - w[0] + 0.5 * (w[1] - 100.0) ** 2,
+        outer_loss=lambda w, theta, task: 0.5 * (w[0] - 2.0) ** 2,
+        init_params=lambda theta, task: jnp.array([1e-6, 100.0]),
+    )
+    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(fall_back=False))
+    result = estimator.estimate(problem, jnp.array(1.0), None)
+    assert result.diagnostics.status == cm.Status.CONVERGED
+    # Learned is w = 1 / theta^2.
+    np.testing.assert_allclose(result.grad, (1.0 - 2.0) * -2.0, rtol=1e-5)
 
 
 def test_a_successful_fallback_is_no_failure():
@@ -220,6 +236,50 @@ def test_a_nudge_that_is_zero_where_learning_stopped_is_looked_for_where_it_ends
     trusted = result.diagnostics.status == cm.Status.CONVERGED
     # At w = theta = 1 the outer gradient is 2 (1 - 0.5).
     assert abs(float(result.grad) - 1.0) < 1e-6 if trusted else abs(float(result.grad) - 1.0) > 1e-6, result
+
+
+@pytest.mark.parametrize("units", [1.0, 1e-3, 1e-6])
+@pytest.mark.parametrize("tol", [None, 1e-3, 1e-1])
+def test_a_nudge_that_appears_on_the_way_is_answered_in_its_own_units(units, tol):
+    """The outer loss has a dead zone, in which learning stopped and out of which it goes on."""
+    problem = cm.BilevelProblem(
+        inner_loss=lambda w, theta, task: 0.5 * (w - theta) ** 2,
+        outer_loss=lambda w, theta, task: units * jnp.maximum(w - 1.125, 0.0) ** 2,
+        init_params=lambda theta, task: jnp.array(1.0),
+    )
+    theta = jnp.array(1.25)
+    result = cm.Contrastive(STILL, cm.NewtonKrylov(tol=tol)).estimate(problem, theta, None)
+    assert result.diagnostics.status == cm.Status.CONVERGED
+    # At w = theta the outer gradient is 2 (1.25 - 1.125).
+    np.testing.assert_allclose(result.grad, 0.25 * units, rtol=1e-6)
+    # One pass goes there and answers nothing.
+    cut_short = cm.Contrastive(STILL, cm.NewtonKrylov(tol=tol, max_passes=1, fall_back=False))
+    assert cut_short.estimate(problem, theta, None).diagnostics.status >= cm.Status.NUDGED_NOT_CONVERGED
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", ["softmax", "mlp"])
+def test_without_a_nudge_learning_ends_as_with_one(name, dtype):
+    """What an outer loss that asks for nothing leaves unknown, rounding and curvature, any direction tells."""
+    case = small_problem(name, dtype)
+    indifferent = dataclasses.replace(case.problem, outer_loss=lambda params, meta_params, task: jnp.ones((), dtype))
+    for start in (case.params, away(case.params, 1e-2)):
+        asked, unasked = (
+            cm.Contrastive(STILL).estimate(started_at(problem, start), *case[2:4])
+            for problem in (case.problem, indifferent)
+        )
+        assert unasked.diagnostics.status == cm.Status.CONVERGED
+        assert unasked.diagnostics.num_gradients < asked.diagnostics.num_gradients
+        assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(unasked.grad))
+
+
+@pytest.mark.parametrize("budget", [{"max_steps": 0}, {"max_passes": 0}])
+def test_no_budget_is_none(budget):
+    case = small_problem("ridge")
+    problem = started_at(case.problem, case.params)
+    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(**budget, fall_back=False), cm.relative(cm.central_difference))
+    result = estimator.estimate(problem, *case[2:4])
+    assert result.diagnostics.status >= cm.Status.NUDGED_NOT_CONVERGED
 
 
 def test_an_old_response_of_no_use_is_left_alone():

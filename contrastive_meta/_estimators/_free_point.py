@@ -38,7 +38,7 @@ class FreePoint(NamedTuple):
       nudge_norm: norm of v.
       scale: length of `params`, see `length_scale`.
       noise: rounding noise of the inner gradient.
-      curvature: of the inner loss along v: the norm of H v over that of v.
+      curvature: of the inner loss along v: the norm of H v over that of v; along ones where v is 0.
       eps: relative rounding of the coarsest of losses and `params`.
       usual_grad: curvature * scale, a usual norm of inner gradients, to measure them in; 1 where that is 0.
     """
@@ -61,6 +61,13 @@ class FreePoint(NamedTuple):
         """What `Setting.outer_value_and_grad` gave here."""
         return (self.outer_loss, self.aux), self.outer_grad
 
+    def usual_nudge(self, outer_grad: Params) -> jax.Array:
+        """What nudges are measured in: the larger norm of the outer gradients here and elsewhere; 1 where both are 0.
+
+        Where learning has not ended there may be no nudge yet.
+        """
+        return tree.or_one(jnp.maximum(self.nudge_norm, tree.norm(outer_grad).astype(self.nudge_norm.dtype)))
+
 
 # Spent by `survey`: the inner gradient three times, the outer one once.
 NUM_GRADIENTS = 4
@@ -77,8 +84,10 @@ def survey(setting: Setting, params: Params, solution: Solution, init: Params) -
     """
     (outer_loss, aux), outer_grad = setting.outer_value_and_grad(params)
     scale, eps = length_scale(params, init, setting.dtype), tree.coarsest_eps(setting.dtype, params)
-    inner_grad, noise, curvature = measure_noise(tree.grad(setting.inner), params, outer_grad, scale, eps)
     nudge_norm = tree.norm(outer_grad).astype(setting.dtype)
+    # Without a nudge any direction does.
+    direction = tree.where(nudge_norm > 0, outer_grad, jax.tree.map(jnp.ones_like, params))
+    inner_grad, noise, curvature = measure_noise(tree.grad(setting.inner), params, direction, scale, eps)
     usual = curvature * scale
     usual = jnp.where((usual > 0) & jnp.isfinite(usual), usual, jnp.ones_like(usual))
     return FreePoint(

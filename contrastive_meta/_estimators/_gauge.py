@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if
-from contrastive_meta._estimators._free_point import FreePoint
+from contrastive_meta._estimators._free_point import FreePoint, OuterEvaluated
 from contrastive_meta._estimators._phases import Nudging, on_line
 from contrastive_meta._estimators._seek import Found, seek
 from contrastive_meta._estimators._setting import Setting
@@ -47,14 +47,22 @@ class Gauge:
     Args:
       nudging: what the phases are to be.
       point: where the free phase ended.
-      nudge: norm of what nudges.
+      first_nudge: what nudges there.
     """
 
-    def __init__(self, nudging: Nudging, point: FreePoint, nudge: jax.Array) -> None:
-        self.nudging, self.point, self.nudge = nudging, point, nudge
+    def __init__(self, nudging: Nudging, point: FreePoint, first_nudge: Params) -> None:
+        self.nudging, self.point, self.first_nudge = nudging, point, first_nudge
         self.dtype = nudging.setting.dtype
         # The length of a response that is not known yet, by the mean inverse curvature.
-        self.usual = nudge / tree.or_one(point.curvature)
+        self.usual = tree.or_one(self._norm(first_nudge)) / tree.or_one(point.curvature)
+
+    def nudge(self, base_outer: OuterEvaluated) -> jax.Array:
+        """What remainders are measured in: the norm of what nudges at the free solution or, if larger, at a base."""
+        return tree.or_one(jnp.maximum(self._norm(self.first_nudge), self._norm(self.nudge_at(base_outer))))
+
+    def nudge_at(self, base_outer: OuterEvaluated) -> Params:
+        """What nudges at a base point."""
+        return tree.add(self.first_nudge, tree.subtract(base_outer[1], self.point.outer_grad))
 
     def scheme(self, length: jax.Array, shrink: jax.Array, chosen: jax.Array) -> NudgeScheme:
         """The scheme for a response of a length."""
@@ -63,9 +71,9 @@ class Gauge:
         scheme: NudgeScheme = jax.tree.map(jnp.asarray, self.nudging.scheme.for_response(probe, length * shrink))
         return scheme
 
-    def target(self, scheme: NudgeScheme, tol: jax.Array) -> jax.Array:
+    def target(self, scheme: NudgeScheme, tol: jax.Array, nudge: jax.Array) -> jax.Array:
         """The remainder to reach, relative to the nudge: not below what rounding alone leaves of the contrast."""
-        return jnp.maximum(tol, 3 * scheme.noise_gain(self.dtype) * self.point.noise / self.nudge).astype(self.dtype)
+        return jnp.maximum(tol, 3 * scheme.noise_gain(self.dtype) * self.point.noise / nudge).astype(self.dtype)
 
     def seek(
         self, wanted: jax.Array, chosen: jax.Array, nudged: Setting, base: Params, base_grad: Params, response: Params
@@ -92,7 +100,15 @@ class Gauge:
         return Measured(scheme, residuals, statistic, first_nudge, one)
 
     def measure(
-        self, before: Measured, nudged: Setting, base: Params, response: Params, left: jax.Array, tol: Any, chosen: Any
+        self,
+        before: Measured,
+        nudged: Setting,
+        base: Params,
+        response: Params,
+        left: jax.Array,
+        tol: Any,
+        nudge: jax.Array,
+        chosen: Any,
     ) -> Tried:
         """Phases on another line, at a smaller strength where this one goes beyond what is nearly quadratic.
 
@@ -103,6 +119,7 @@ class Gauge:
           response: u.
           left: norm of the remainder before.
           tol: of the remainder, relative to the nudge.
+          nudge: what that is, see `nudge`.
           chosen: the displacement that was found best; 0 for none.
         """
         length = tree.norm(response).astype(self.dtype)
@@ -114,7 +131,7 @@ class Gauge:
             new = Measured(scheme, residuals, statistic, scheme.contrast(residuals), tried.shrink)
             now, num_tries = tree.norm(new.remainder).astype(self.dtype), tried.num_tries + 1
             better = (now < 0.5 * tried.left) | ~jnp.isfinite(tried.left)
-            suspicious = ~(now <= jnp.maximum(_SUSPICIOUS * left, self.target(scheme, tol) * self.nudge))
+            suspicious = ~(now <= jnp.maximum(_SUSPICIOUS * left, self.target(scheme, tol, nudge) * nudge))
             most_tries = _MOST_TRIES if self.nudging.scheme.adapts else 1
             best, now = tree.where(better, (cast_like(new, tried.best), now), (tried.best, tried.left))
             again = better & suspicious & (num_tries < most_tries)
@@ -123,3 +140,6 @@ class Gauge:
         begin = Tried(before, jnp.full_like(left, jnp.inf), before.shrink, jnp.int32(0), jnp.asarray(True))
         tried: Tried = jax.lax.while_loop(lambda tried: tried.running, attempt, begin)
         return tried
+
+    def _norm(self, values: Params) -> jax.Array:
+        return tree.norm(values).astype(self.dtype)

@@ -96,11 +96,13 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     center, expected = mean_of(phases.params), tree.add_scaled(mean_of(phases.residual), -mean_nudge, pull)
     common = scheme.at_zero(phases.residual)
     distance, least = difference_step(setting, point)
-    nudge, usual = tree.or_one(point.nudge_norm), point.usual_grad
+    usual = point.usual_grad
     of_common = tree.norm_in(usual, common)
     before, residual = tree.norm_in(usual, point.inner_grad), tree.norm_in(usual, phases.base_grad)
     better = residual < before
     residual = jnp.where(better, residual, before).astype(setting.dtype)
+    (outer_loss, aux), outer_grad = tree.where(better, phases.base_outer, point.outer)
+    nudge = point.usual_nudge(outer_grad)
     # At the dtype's floor what is left to learn is noise, and excused.
     unlearned = residual > NOISE_FLOOR * point.noise
     # The phases of a symmetric scheme center on the base point, but for rounding.
@@ -123,7 +125,6 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     length = jnp.where(unlearned, length * residual / tree.or_one(of_common), 0.0)
     learned, base_grad = tree.where(better, (base, phases.base_grad), (point.params, point.inner_grad))
     ahead = tree.add_scaled(learned, -length / tree.or_one(residual), base_grad)
-    (outer_loss, aux), outer_grad = tree.where(better, phases.base_outer, point.outer)
     there = only_if(unlearned, lambda _: tree.grad(setting.outer)(ahead), outer_grad)
     change = tree.subtract(there, outer_grad)
     left = LeftToLearn(residual, length, tree.norm_in(nudge, change), tree.norm_in(nudge, outer_grad))
@@ -155,14 +156,14 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
 def nudged_status(nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams, judged: Judged) -> jax.Array:
     """What went wrong in the nudged phases, judged from the same contrast as the meta-gradient."""
     dtype, scheme = nudging.setting.dtype, phases.scheme
-    nudge = tree.or_one(point.nudge_norm)
+    nudge = point.usual_nudge(judged.outer_grad)
     unanswered = (judged.unanswered > UNANSWERED * nudge) | (judged.missing > UNANSWERED * judged.moved)
     gain = scheme.noise_gain(dtype)
     # A response that never came leaves a zero that any noise exceeds: that is not the noise's doing.
     drowned = (point.noise * gain * NOISE_FLOOR > nudge) | (
         (statistic_noise(point, phases.statistic) * gain * NOISE_FLOOR > tree.norm(grad)) & ~unanswered
     )
-    anything = point.nudge_norm > 0
+    anything = (point.nudge_norm > 0) | (tree.norm(judged.outer_grad) > 0)
     # H response = remainder - v: its product with the response is the curvature that the nudge met.
     met = tree.scale(1 / nudge, tree.subtract(judged.remainder, judged.outer_grad))
     indefinite = tree.vdot(tree.scale(1 / tree.or_one(judged.moved), judged.response), met) < -1e-3

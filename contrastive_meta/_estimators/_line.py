@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, FreePoint, OuterEvaluated, difference_step
-from contrastive_meta._estimators._gauge import Measured
+from contrastive_meta._estimators._gauge import Gauge, Measured
 from contrastive_meta._estimators._krylov import FLAT, Difference, Limits, System, begin
 from contrastive_meta._estimators._krylov_pair import solve_pair
 from contrastive_meta._estimators._phases import Nudging
@@ -105,14 +105,12 @@ class Mover:
     Args:
       nudging: what the phases are to be.
       point: where the free phase ended.
-      first_nudge: what nudges there.
-      nudge: its norm.
+      gauge: what measures the nudge.
     """
 
-    def __init__(self, nudging: Nudging, point: FreePoint, first_nudge: Params, nudge: jax.Array) -> None:
-        self.nudging, self.setting, self.point = nudging, nudging.setting, point
+    def __init__(self, nudging: Nudging, point: FreePoint, gauge: Gauge) -> None:
+        self.nudging, self.setting, self.point, self.gauge = nudging, nudging.setting, point, gauge
         self.guess = nudging.response
-        self.first_nudge, self.nudge = first_nudge, nudge
         self.dtype = self.setting.dtype
         self.inner_grad = tree.grad(self.setting.inner)
         self.forcing = point.eps**_FORCING
@@ -131,6 +129,10 @@ class Mover:
         """
         learned, answer, too_long = self._solve(line, target, budget)
         place = self._learn(line, learned)
+        # What is answered on the way, or nothing was there to be answered yet: that is for the next place.
+        away = line.far | place.far | ~place.sound | line.waits | too_long
+        away |= (answer.left == 0) & (place.distance > 0)
+        answer = answer._replace(x=tree.where(away, tree.zeros_like(answer.x), answer.x))
         # A remainder e along curvature h hides a response of length ||e|| / h.
         resolution = self._difference(line).resolution
         hidden = answer.left * jnp.sqrt(answer.squared) / tree.or_one(FLAT * resolution)
@@ -140,7 +142,7 @@ class Mover:
             answer.left,
             self._norm(answer.x),
             jnp.where(answer.flat, hidden, 0.0),
-            line.far | place.far | ~place.sound | line.waits | too_long,
+            away,
             # What is left of learning lies along low curvature.
             jnp.minimum(learned.least, answer.least),
             answer.indefinite,
@@ -161,7 +163,9 @@ class Mover:
             return Limits(*(limit.astype(self.dtype) for limit in told))
 
         of_learning = limits(self._resolved / units[0], 0.1 * target * scale / units[0], line.radius / units[0])
-        of_nudge = limits(0.3 * target * self.nudge / units[1], none, jnp.full_like(none, jnp.inf))
+        of_nudge = limits(
+            0.3 * target * self.gauge.nudge(line.base_outer) / units[1], none, jnp.full_like(none, jnp.inf)
+        )
         guess = tree.scale(jnp.where(line.num_passes == 0, 1.0, 0.0), self.guess)
         right = tree.scale(-1 / units[0], line.base_grad), tree.scale(1 / units[1], unanswered)
         # On the way the nudge is not answered.
@@ -182,14 +186,12 @@ class Mover:
             )  # fmt: skip
 
         learned, answer = map(taken, lefts, units, found)
-        # A part of an answer is of no use at another place.
-        answer = answer._replace(x=tree.where(too_long, tree.zeros_like(answer.x), answer.x))
         return learned, answer, too_long
 
     def _unanswered(self, line: Line) -> tuple[Params, jax.Array]:
         """What is left of the nudge, and whether to answer it anew: less is left without any response."""
         left = line.phases.remainder
-        whole = tree.add(self.first_nudge, tree.subtract(line.base_outer[1], self.point.outer_grad))
+        whole = self.gauge.nudge_at(line.base_outer)
         anew = ~(self._norm(left) <= self._norm(whole))
         return tree.where(anew, whole, left), anew
 

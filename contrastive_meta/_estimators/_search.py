@@ -54,9 +54,8 @@ class Search:
         self.first_nudge = tree.grad(
             self.nudging.nudged(point.params, point.outer_grad).flattened(nudging.flattening).outer
         )(point.params)
-        self.nudge = tree.or_one(self._norm(self.first_nudge))
-        self.gauge = Gauge(nudging, point, self.nudge)
-        self.mover = Mover(nudging, point, self.first_nudge, self.nudge)
+        self.gauge = Gauge(nudging, point, self.first_nudge)
+        self.mover = Mover(nudging, point, self.gauge)
 
     def start(self) -> Line:
         """The free solution, with no response yet and all of the nudge left."""
@@ -86,7 +85,7 @@ class Search:
             indefinite=false,
             hidden=jnp.zeros((), self.dtype),
             measured=false,
-            running=self._may_start(learned),
+            running=self._may_start(learned) & (self.max_passes > 0) & (self.max_steps > 0),
         )
 
     def run(self, line: Line) -> Line:
@@ -117,15 +116,15 @@ class Search:
 
         While the base point is on its way the nudge is not answered: that waits for where it arrives.
         """
-        target = self.gauge.target(line.phases.scheme, line.tol)
+        target = self.gauge.target(line.phases.scheme, line.tol, self.gauge.nudge(line.base_outer))
         moved = self.mover.move(line, target, self.max_steps - line.num_steps)
-        place = moved.place
+        place, nudge = moved.place, self.gauge.nudge(moved.place.base_outer)
         nudged = self.nudging.nudged(place.base, place.base_outer[1])
         at_base = nudged, place.base, place.base_grad
         chosen, sought = self.gauge.seek(~moved.away, line.chosen, *at_base, moved.response)
         # Nothing was done about the remainder on the way: that it is large is no sign of too large a nudge.
         before = jnp.where(moved.away, jnp.inf, moved.left)
-        tried = self.gauge.measure(line.phases, nudged, place.base, moved.response, before, line.tol, chosen)
+        tried = self.gauge.measure(line.phases, nudged, place.base, moved.response, before, line.tol, nudge, chosen)
         spent = line._replace(
             least=jnp.minimum(line.least, moved.least),
             num_steps=line.num_steps + moved.num_steps,
@@ -154,7 +153,8 @@ class Search:
         """The line after a pass: the new one if it is better, and whether another pass is to follow."""
         place, left_before = moved.place, moved.left
         base_left, base_now, noise = self._norm(before.base_grad), self._norm(taken.base_grad), self.point.noise
-        target = self.gauge.target(taken.phases.scheme, before.tol)
+        nudge = self.gauge.nudge(taken.base_outer)
+        target = self.gauge.target(taken.phases.scheme, before.tol, nudge)
         # Along low curvature a gradient far within the noise is a long way: learning is over when a pass that looked
         # for more in each direction did not go far.
         small, within_noise = target * self.point.scale, base_now <= 2 * noise
@@ -165,7 +165,7 @@ class Search:
         change *= jnp.minimum(left / tree.or_one(left_before), 1.0)
         change = jnp.where(moved.away, before.change, change)
         # Along low curvature a small remainder is much of the response: what the pass changed tells.
-        answered = (left <= target * self.nudge) & (change <= 10 * target)
+        answered = (left <= target * nudge) & (change <= 10 * target)
         # A base point that learned takes its own measurement along, whatever the nudge was before.
         learning = place.sound & ((base_now <= 0.9 * base_left) | within_noise | place.falls) & ~before.learned
         better = place.sound & jnp.isfinite(left) & ((left <= left_before) | learning)
@@ -173,7 +173,11 @@ class Search:
         # Within the noise no shorter step is any better: learning is over, and the nudge to be answered here.
         over = refused & near_noise
         retry = refused & ~over
-        progress = (better & ((left <= 0.5 * left_before) | learning)) | refused | before.far | taken.waits
+        # Once the base point no longer learns, what waited for it is answered.
+        lost = within_noise & (base_left <= 2 * noise)
+        stalled = taken.waits & (lost | ~(learning | refused | place.far))
+        progress = (better & ((left <= 0.5 * left_before) | learning)) | refused | before.far
+        progress |= taken.waits & ~(stalled & answered)
         done = better & answered & learned & ~moved.away
         # Near a minimum gradients fall with the loss: where they grow lies a valley, or a saddle, with other ways out.
         grown = before.grown | (better & place.falls & (base_now > GROWN * base_left))
@@ -185,9 +189,9 @@ class Search:
         wider = jnp.where(learning & place.far & (place.foretold > AS_FORETOLD), 2.0, 1.0) * before.radius
         radius = jnp.where(retry, 0.25 * place.distance, wider)
         far = retry | (better & place.far)
+        over |= stalled
         after = kept._replace(learned=kept.learned | over, radius=radius, far=far, grown=grown, astray=astray)
-        # What no longer learns has arrived.
-        after = after._replace(waits=taken.waits & (learning | refused | place.far) & ~after.learned)
+        after = after._replace(waits=taken.waits & ~after.learned)
         return after._replace(running=~done & progress & self._may_go_on(after))
 
     def measure(self, line: Line) -> Outcome:
@@ -198,9 +202,10 @@ class Search:
         nudged = self.nudging.nudged(line.base, line.base_outer[1])
         statistic = only_if(unmeasured, lambda _: self.nudging.measure(nudged, ends, nudges), line.phases.statistic)
         enough = jnp.maximum(UNANSWERED, line.tol)
-        unanswered = (self._norm(line.phases.remainder) > enough * self.nudge) | (line.change > enough)
+        left = self._norm(line.phases.remainder)
+        unanswered = (left > enough * self.gauge.nudge(line.base_outer)) | (line.change > enough)
         unanswered |= line.hidden > enough * self._norm(line.response)
-        anything = (self.point.nudge_norm > 0) | (self._norm(line.phases.remainder) > 0)
+        anything = (self.point.nudge_norm > 0) | (left > 0)
         failed = anything & (line.indefinite | unanswered)
         status = jnp.zeros(nudges.shape, jnp.int32)
         spent = line.num_gradients + unmeasured * nudges.size

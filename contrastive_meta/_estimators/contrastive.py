@@ -151,7 +151,7 @@ class Contrastive(MetaGradientEstimator):
                 setting.dtype,
                 beta=beta,
                 free_residual=judged.residual,
-                nudged_residual=judged.unanswered / tree.or_one(point.nudge_norm),
+                nudged_residual=judged.unanswered / point.usual_nudge(judged.outer_grad),
                 displacement=beta * judged.moved / point.scale,
                 error_estimate=doubt.error,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + phases.num_gradients + doubt.num_gradients,
