@@ -20,7 +20,7 @@ Loss = Callable[..., Any]
 
 @strategy
 class BilevelProblem:
-    """Meta-parameters shape a learning process whose outcome is judged: algorithm (1) and (2).
+    """Meta-parameters shape a learning process whose outcome is judged: theory (1) and (2).
 
     All three functions take `task` last, but for a model state: any pytree of arrays, with support and query data,
     targets and PRNG keys. Nothing a task needs is captured by closure, so that tasks can be batched.
@@ -129,7 +129,7 @@ class BilevelProblem:
         return self._evaluate(self.outer_loss, "outer_loss", params, meta_params, task)
 
     def nudged(self, params: Params, meta_params: MetaParams, task: Task, beta: Any) -> jax.Array:
-        """The nudged loss L_in + beta L_out, algorithm (5)."""
+        """The nudged loss L_in + beta L_out, theory (5)."""
         inner = self.inner(params, meta_params, task)
         strength = beta if jnp.iscomplexobj(beta) else jnp.asarray(beta, inner.dtype)
         return inner + strength * self.outer(params, meta_params, task)

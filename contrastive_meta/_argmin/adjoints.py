@@ -40,7 +40,7 @@ class Adjoint(abc.ABC):
 
 @strategy
 class ContrastiveAdjoint(Adjoint):
-    """Contrast of phases that the cotangent nudges, algorithm (9): gradients only, any learner, constant memory.
+    """Contrast of phases that the cotangent nudges, theory (9): gradients only, any learner, constant memory.
 
     The cotangent is a linear nudge by itself, so that no strength takes the minimum away.
 
@@ -80,7 +80,7 @@ class ContrastiveAdjoint(Adjoint):
 
 @strategy
 class ImplicitAdjoint(Adjoint):
-    """The implicit function theorem, algorithm (4): a linear solve with the inner loss's Hessian.
+    """The implicit function theorem, theory (4): a linear solve with the inner loss's Hessian.
 
     It differentiates the inner loss twice, so no other `argmin` may lie within that.
 

@@ -70,7 +70,7 @@ def argmin(
       ValueError: `on_failure` is unknown, or `params` is not like `init`.
 
     Reference:
-      Griewank & Walther (2008), chapter 15, for derivatives of fixed points; algorithm (9) for the default adjoint.
+      Griewank & Walther (2008), chapter 15, for derivatives of fixed points; theory (9) for the default adjoint.
 
     Example:
       >>> import jax
@@ -181,7 +181,7 @@ def _learn(layer: _Layer, solver: InnerSolver, operands: Operands) -> tuple[Solu
 def _pull_back(
     layer: _Layer, strategies: Strategies, operands: Operands, wanted: Wanted, solution: Solution, cotangent: Params
 ) -> list[Any]:
-    """The cotangents of the wanted operands: the meta-gradient of <cotangent, phi>, algorithm (9)."""
+    """The cotangents of the wanted operands: the meta-gradient of <cotangent, phi>, theory (9)."""
     solver, adjoint = strategies
     differentiated, others = wanted.split(operands)
 

@@ -112,7 +112,7 @@ class Search:
         return found
 
     def one_pass(self, line: Line) -> Line:
-        """Move the base point, solve for what is left of the nudge there, and measure what is left now.
+        """Solve for a step of the base point and what is left of the nudge before it; measure what is left after it.
 
         While the base point is on its way the nudge is not answered: that waits for where it arrives.
         """

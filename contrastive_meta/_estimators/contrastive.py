@@ -52,7 +52,7 @@ class Contrastive(MetaGradientEstimator):
     """Meta-gradients by contrast: the equilibrium-propagation rule applied to learning itself.
 
     A free phase learns; nudged phases, started from its solution, learn with beta times the outer loss added; the
-    weighted sum of what each phase measures is dPhi/dtheta, algorithm (7) and (8). Needs gradients only, no second
+    weighted sum of what each phase measures is dPhi/dtheta, theory (7) and (8). Needs gradients only, no second
     derivatives, no trajectory: memory does not grow with the number of inner steps. It sees what the losses see: not
     the initialisation, nor the optimiser's settings.
 
@@ -126,7 +126,7 @@ class Contrastive(MetaGradientEstimator):
         free, nudging, point, phases, fell_back = self._run_phases(setting, state)
         setting, flattening = nudging.tree_setting, nudging.flattening
 
-        # Contrast: what the phases measured, weighted and summed, algorithm (8).
+        # Contrast: what the phases measured, weighted and summed, theory (8).
         grad = phases.scheme.contrast(phases.statistic)
 
         # The same contrast of where they ended, and of their residuals, says how far it can be trusted.

@@ -34,7 +34,7 @@ _UNKNOWN = 0.1
 
 @strategy
 class ImplicitDifferentiation(MetaGradientEstimator):
-    """Meta-gradients by the implicit function theorem, algorithm (4).
+    """Meta-gradients by the implicit function theorem, theory (4).
 
     Needs second derivatives (Hessian-vector products and one mixed derivative) of the inner loss. Exact at a minimum
     up to the linear solve; at an unfinished solution it is wrong without the linear solve noticing, which the status

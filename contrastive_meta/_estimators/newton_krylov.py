@@ -27,9 +27,9 @@ class NewtonKrylov:
 
     It ends when the remainder of the nudge is below `tol`, or a pass no longer helps, or the budget is spent. Where
     the loss curves downwards, or no pass helped, or the base point did not arrive or went astray, the user's own
-    learner goes on learning, without a nudge and with its budget of steps, and passes begin anew where that leads: up
-    to three times, while its gradient falls. If they fail there too, or had nothing left to learn, it runs the phases
-    instead, as published. Either way the status is `FELL_BACK`.
+    learner goes on learning, without a nudge and with its budget of steps, and passes begin anew where that leads:
+    three tries in all, while its gradient falls. If they fail there too, or had nothing left to learn, it runs the
+    phases instead, as published. Either way the status is `FELL_BACK`.
 
     Args:
       tol: norm of v - H u relative to that of v, dimensionless; by default as small as the rounding noise of the

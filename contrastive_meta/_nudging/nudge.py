@@ -28,7 +28,7 @@ class Nudge(abc.ABC):
 
 @strategy
 class LossNudge(Nudge):
-    """Nudge with the outer loss itself, algorithm (5).
+    """Nudge with the outer loss itself, theory (5).
 
     Accurate from unfinished free phases, since the pair of phases goes on refining its base point; but a negative
     beta can take the nudged loss's minimum away.
@@ -47,7 +47,7 @@ class LossNudge(Nudge):
 
 @strategy
 class LinearNudge(Nudge):
-    """Nudge with the outer loss linearised at the free solution, algorithm (9).
+    """Nudge with the outer loss linearised at the free solution, theory (9).
 
     The inner Hessian is untouched, so no beta destroys convexity, and phases never evaluate the outer loss. With a
     central scheme it is exact at any beta where the inner loss is quadratic in `params` and its meta-gradient at

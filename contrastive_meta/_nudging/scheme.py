@@ -45,7 +45,7 @@ class NudgeStrength(abc.ABC):
 
 @strategy
 class NudgeScheme(NudgeStrength):
-    """Phases and how they are contrasted: estimate = Re sum_k weights_k g(nudges_k), algorithm (8).
+    """Phases and how they are contrasted: estimate = Re sum_k weights_k g(nudges_k), theory (8).
 
     Args:
       nudges: strength beta_k of each phase, in the units of `outer_loss`.
@@ -163,7 +163,7 @@ class NudgeScheme(NudgeStrength):
         return jax.tree.map(interpolate, measured)
 
     def contrast(self, measured: PyTree) -> PyTree:
-        """Re sum_k w_k measured_k over the leading (phase) axis of every leaf: algorithm (8)."""
+        """Re sum_k w_k measured_k over the leading (phase) axis of every leaf: theory (8)."""
 
         def weigh(values: jax.Array) -> jax.Array:
             _, weights = self.arrays(jnp.real(values).dtype)

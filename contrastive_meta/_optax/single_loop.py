@@ -173,7 +173,7 @@ def _nudged_phase(params: Params, losses: _Losses, beta: jax.Array) -> _Phase:
 
 
 def _contrast(scheme: NudgeScheme, running: list[int], training: Training, dtype: Any, nudged: _Phase) -> Measured:
-    """The contrast of what the phases measure, algorithm (8), and of where they are and what they have left."""
+    """The contrast of what the phases measure, theory (8), and of where they are and what they have left."""
     problem, batch = training.problem, training.batch
     phases = nudged.params, nudged.residual, nudged.statistic
     if scheme.free_phase is not None:

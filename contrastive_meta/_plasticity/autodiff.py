@@ -35,7 +35,7 @@ class PlasticityRule(abc.ABC):
 
 @strategy
 class Autodiff(PlasticityRule):
-    """The partial derivative g(beta) = dL/dtheta by automatic differentiation, algorithm (7).
+    """The partial derivative g(beta) = dL/dtheta by automatic differentiation, theory (7).
 
     Example:
       >>> import contrastive_meta as cm

@@ -20,7 +20,7 @@ def exact_meta_gradient(
 ) -> ExactMetaGradient:
     """The meta-gradient by dense linear algebra, the reference that estimators are held to.
 
-    Solves the inner problem by damped Newton to the floor of the dtype, then applies algorithm (4) with the dense
+    Solves the inner problem by damped Newton to the floor of the dtype, then applies theory (4) with the dense
     Hessian. Shares no code with the solvers and estimators of this package. Work in float64 for a reference: its
     relative error is then about 1e-16 times the Hessian's condition number, 1e-7 times in float32. Time grows with
     the cube, memory with the square of the number of parameters: some thousands at most.
@@ -37,7 +37,7 @@ def exact_meta_gradient(
 
     Reference:
       Newton on |H|: Nocedal & Wright, "Numerical Optimization", 2nd ed. 2006, section 3.4. Gradient: the implicit
-      function theorem, algorithm (4).
+      function theorem, theory (4).
 
     Example:
       >>> import jax.numpy as jnp

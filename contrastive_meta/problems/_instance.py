@@ -11,7 +11,7 @@ from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
 
 
 class ExactMetaGradient(NamedTuple):
-    """A meta-gradient from a dense solve, algorithm (4), with what vouches for it.
+    """A meta-gradient from a dense solve, theory (4), with what vouches for it.
 
     Attributes:
       grad: dPhi/dtheta, a pytree like `meta_params`, the direct term included.
