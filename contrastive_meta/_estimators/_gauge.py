@@ -88,16 +88,16 @@ class Gauge:
         )
         return found
 
-    def at_rest(self, inner_grad: Params, first_nudge: Params, nudged: Setting, chosen: jax.Array) -> Measured:
+    def at_rest(self, nudged: Setting, chosen: jax.Array) -> Measured:
         """Phases at the free solution itself, where the nudged losses' gradients are known; no statistic yet."""
         one, at = jnp.ones((), self.dtype), self.point.params
         scheme = self.scheme(self.usual, one, chosen)
         nudges, _ = scheme.arrays(self.dtype)
-        residuals = on_line(inner_grad, tree.scale(-1.0, first_nudge), nudges)
+        residuals = on_line(self.point.inner_grad, tree.scale(-1.0, self.first_nudge), nudges)
         ends = on_line(at, tree.zeros_like(at), nudges)
         shapes = jax.eval_shape(lambda: self.nudging.measure(nudged, ends, nudges))
         statistic = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return Measured(scheme, residuals, statistic, first_nudge, one)
+        return Measured(scheme, residuals, statistic, self.first_nudge, one)
 
     def measure(
         self,

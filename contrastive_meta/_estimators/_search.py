@@ -51,10 +51,10 @@ class Search:
         self.dtype = setting.dtype
         self.tol = jnp.asarray(10 * point.eps if tol is None else tol, setting.dtype)
         # What nudges may be more than the outer loss.
-        self.first_nudge = tree.grad(
+        first_nudge = tree.grad(
             self.nudging.nudged(point.params, point.outer_grad).flattened(nudging.flattening).outer
         )(point.params)
-        self.gauge = Gauge(nudging, point, self.first_nudge)
+        self.gauge = Gauge(nudging, point, first_nudge)
         self.mover = Mover(nudging, point, self.gauge)
 
     def start(self) -> Line:
@@ -66,7 +66,7 @@ class Search:
         return Line(
             base=point.params,
             response=tree.zeros_like(point.params),
-            phases=self.gauge.at_rest(point.inner_grad, self.first_nudge, nudged, self.nudging.chosen),
+            phases=self.gauge.at_rest(nudged, self.nudging.chosen),
             base_grad=point.inner_grad,
             base_outer=point.outer,
             learned=learned,
@@ -220,7 +220,7 @@ class Search:
         """Whether there is anything to search for."""
         point = self.point
         # Without a nudge here there may be one where learning ends.
-        return tree.all_finite((self.first_nudge, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned)
+        return tree.all_finite((self.gauge.first_nudge, point.inner_grad)) & ((point.nudge_norm > 0) | ~learned)
 
     def _may_go_on(self, line: Line) -> jax.Array:
         """Whether passes are left, and the way is one to follow."""
