@@ -63,7 +63,7 @@ def run_fast(
     phases = found.phases
     # The fast learner goes to the minimum of the loss: where the user's would not stay, that is another question.
     rests = solver.rests_at(unflatten(phases.scheme.at_zero(phases.params)), unflatten(point.outer_grad))
-    found = found._replace(failed=found.failed | ~rests)
+    found = found._replace(failed=found.failed | ~rests, close=found.close & rests)
     went_on = flag(num_tries > 1, Status.FELL_BACK)
     if published is None or phases.scheme.is_complex:
         astray, failed = flag(found.astray, Status.FREE_NOT_CONVERGED), flag(found.failed, Status.NUDGED_NOT_CONVERGED)
@@ -73,6 +73,8 @@ def run_fast(
         slow = published(point)
         # From far off a minimum either may learn further.
         further = found.failed | found.astray | (tree.norm(slow.base_grad) < tree.norm(fast.base_grad))
+        # Of two answers that are not accurate enough, the better one.
+        further &= ~(found.close & (_left(fast) <= _left(slow)))
         chosen: Phases = tree.where(further, slow, fast)
         return chosen._replace(num_gradients=slow.num_gradients + fast.num_gradients)
 
@@ -80,6 +82,11 @@ def run_fast(
     # On such a way phases may find another minimum than learning would have.
     lost = found.astray & (tree.norm(tree.subtract(phases.base, point.params)) > LONG * point.scale)
     return point, phases, worst(went_on, flag(found.missed, Status.FELL_BACK), flag(lost, Status.FREE_NOT_CONVERGED))
+
+
+def _left(phases: Phases) -> jax.Array:
+    """What is left of the nudge."""
+    return tree.norm(phases.scheme.contrast(phases.residual))
 
 
 def _find(

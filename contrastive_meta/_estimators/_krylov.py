@@ -28,6 +28,7 @@ class Difference(NamedTuple):
       distance: length of the step.
       noise: rounding noise of the gradient.
       dtype: of scalars.
+      both: whether to take differences on both sides of the base, for two gradients instead of one.
     """
 
     inner_grad: Callable[[Params], Params]
@@ -36,16 +37,24 @@ class Difference(NamedTuple):
     distance: jax.Array
     noise: jax.Array
     dtype: Any
+    both: jax.Array | bool
 
     def product(self, direction: Params, squared: jax.Array, number: jax.Array) -> Params:
         """H times a direction of the given squared length, the `number`-th of a row.
 
-        Forwards and backwards in turn: neighbouring directions are alike, and what the third derivative adds to one
-        product it takes from the next.
+        On one side, forwards and backwards in turn: neighbouring directions are alike, and what the third derivative
+        adds to one product it takes from the next.
         """
         step = jnp.where(number % 2 == 0, self.distance, -self.distance) / jnp.sqrt(squared)
-        ahead = self.inner_grad(tree.add_scaled(self.base, step, direction))
-        return tree.scale(1 / step, tree.subtract(ahead, self.base_grad))
+
+        # A loop, lest the gradient is compiled twice.
+        def add_side(side: jax.Array, total: Params) -> Params:
+            signed = jnp.where(side == 0, step, -step)
+            there = self.inner_grad(tree.add_scaled(self.base, signed, direction))
+            return cast_like(tree.add_scaled(total, 1 / signed, tree.subtract(there, self.base_grad)), total)
+
+        total = jax.lax.fori_loop(0, 1 + self.both, add_side, tree.zeros_like(direction))
+        return tree.scale(jnp.where(self.both, 0.5, 1.0), total)
 
     @property
     def resolution(self) -> jax.Array:

@@ -26,12 +26,14 @@ class Outcome(NamedTuple):
       failed: whether the response was not found.
       unlearned: whether the base point is still on the way to a minimum.
       astray: whether that may be another minimum than the learner's.
+      close: whether what was found is right but for its accuracy.
     """
 
     phases: Phases
     failed: jax.Array
     unlearned: jax.Array
     astray: jax.Array
+    close: jax.Array
 
     @property
     def missed(self) -> jax.Array:
@@ -78,6 +80,7 @@ class Search:
             grown=false,
             astray=false,
             waits=false,
+            both=false,
             change=one,
             num_steps=jnp.zeros((2,), jnp.int32),
             num_passes=none,
@@ -134,6 +137,7 @@ class Search:
             + sought
             + tried.num_tries * 2 * len(tried.best.scheme.nudges),
             waits=line.waits | moved.too_long,
+            both=line.both | (self.mover.bent(moved, tried.left) & (tried.left > target * nudge)),
             # What is known of the response that is kept.
             indefinite=jnp.where(moved.away, line.indefinite, moved.indefinite),
             hidden=jnp.where(moved.away, line.hidden, moved.hidden),
@@ -214,7 +218,8 @@ class Search:
         phases = Phases(line.phases.scheme, ends, statistic, line.phases.residuals, status, *at_base, spent, *kind)
         # At the dtype's floor what is left to learn is noise, which nobody learns.
         unlearned = ~line.learned & (self._norm(line.base_grad) > NOISE_FLOOR * self.point.noise)
-        return Outcome(phases, failed, unlearned, line.astray)
+        close = line.measured & ~(line.indefinite | unlearned | line.astray)
+        return Outcome(phases, failed, unlearned, line.astray, close)
 
     def _may_start(self, learned: jax.Array) -> jax.Array:
         """Whether there is anything to search for."""
