@@ -19,7 +19,8 @@ class NewtonKrylov:
     until the base point has learned. Then the phases are evaluated where they should have ended. The contrast of their
     gradients is what is left of the nudge, v - H u, to the order of the scheme and free of the products' error; the
     gradient at the base point is what is left of learning. Both are the right-hand sides of the next pass. Usually one
-    or two passes do.
+    or two passes do. Where a pass at rest leaves more than such products are accurate to, the third derivative bends
+    them: from then on they are differences of gradients on both sides of the base point, two for a product.
 
     From far off a minimum the step is kept within a radius, which grows and shrinks with how well the fall of the loss
     was foretold (by the trapezoidal rule, from gradients alone), and the nudge is not answered before the base point
@@ -29,13 +30,14 @@ class NewtonKrylov:
     the loss curves downwards, or no pass helped, or the base point did not arrive or went astray, the user's own
     learner goes on learning, without a nudge and with its budget of steps, and passes begin anew where that leads:
     three tries in all, while its gradient falls. If they fail there too, or had nothing left to learn, it runs the
-    phases instead, as published. Either way the status is `FELL_BACK`.
+    phases instead, as published; of two answers that are not accurate enough the one that leaves less of the nudge is
+    kept. Either way the status is `FELL_BACK`, or says what is still wrong.
 
     Args:
       tol: norm of v - H u relative to that of v, dimensionless; by default as small as the rounding noise of the
         contrast lets it be, about 1e-10 in float64 and 1e-4 in float32 for `relative(central_difference)`.
       max_steps: budget of conjugate-gradient iterations of each system, all passes together; an iteration is one
-        gradient for each system that still needs it.
+        gradient, or two where products are taken on both sides, for each system that still needs it.
       max_passes: most passes.
       fall_back: let the estimator's own learner go on, or run the phases, where this one fails, or where a way to a
         minimum that is longer than a tenth of `params` leads through a valley or past a saddle, on which gradients
