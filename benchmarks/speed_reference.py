@@ -20,6 +20,8 @@ ACCURATE, UNFINISHED, COLD = "accurate", "unfinished", "cold"
 DISTANCE = 0.02
 # Steps between the points of the way down that are looked at.
 _SEGMENTS = (1,) * 20 + (4,) * 20 + (12,) * 200
+# Of the first residual: what L-BFGS learns to before Newton's steps are tried.
+_TOLERANCES = (1e-5, 1e-6, 1e-7)
 
 
 class Ready(NamedTuple):
@@ -121,14 +123,18 @@ def prepare(problem: Problem, session: Session, x64: bool) -> Ready:
 def _way_down(solve: "_Solve", cold: WarmTask) -> tuple[Any, Any]:
     """L-BFGS from the cold start, then Newton: the solution, and the first point within `DISTANCE` of it on the way."""
     first = solve.residual(cold)
-    points, memory = [cold.start], None
-    for num_steps in _SEGMENTS:
-        found = solve.descend(cold._replace(start=points[-1]), memory, 1e-5 * first, num_steps)
-        points.append(found.params)
-        memory = found.memory
-        if np.all(found.residual <= 1e-5 * first):
+    points, memory, solution = [cold.start], None, cold.start
+    # Where the loss still curves downwards Newton's steps lead nowhere: L-BFGS goes on.
+    for tol in _TOLERANCES:
+        for num_steps in _SEGMENTS:
+            found = solve.descend(cold._replace(start=points[-1]), memory, tol * first, num_steps)
+            points.append(found.params)
+            memory = found.memory
+            if np.all(found.residual <= tol * first):
+                break
+        solution = solve.polish(cold._replace(start=points[-1]))
+        if np.all(solve.residual(cold._replace(start=solution)) <= 1e-9 * first):
             break
-    solution = solve.polish(cold._replace(start=points[-1]))
     flat = flatten(solution)
     near = [at for at in points if np.linalg.norm(flatten(at) - flat) <= DISTANCE * np.linalg.norm(flat)]
     return solution, near[0] if near else points[-1]
