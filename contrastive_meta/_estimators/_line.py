@@ -159,8 +159,8 @@ class Mover:
 
     def bent(self, moved: Moved, left: jax.Array) -> jax.Array:
         """Whether a pass at rest left more of the nudge, by measurement, than products as accurate as can be."""
-        at_rest: jax.Array = ~moved.away & (moved.place.distance == 0)
-        return at_rest & (left > _BENT * self.forcing * moved.left)
+        bent: jax.Array = (left > _BENT * self.forcing * moved.left) & (moved.place.distance == 0) & ~moved.away
+        return bent
 
     def _solve(self, line: Line, target: jax.Array, budget: jax.Array) -> tuple[Turn, Turn, jax.Array]:
         """What learning left over and what is left of the nudge, solved; whether the second waits instead."""
