@@ -86,9 +86,8 @@ def prepare(problem: Problem, session: Session, x64: bool) -> Ready:
     with precision(True):
         meta_params, cold = upcast(instance.meta_params), WarmTask(upcast(instance.task), upcast(init))
         solve = _Solve(losses, meta_params, problem.batched)
-        solution, unfinished = _way_down(solve, cold)
+        solution, unfinished, converged = _way_down(solve, cold)
         result = solve.differentiate(cold._replace(start=solution))
-        converged = solve.residual(cold._replace(start=solution)) <= 1e-9 * solve.residual(cold)
         curvature = max(solve.curvature(cold._replace(start=at)) for at in (unfinished, solution))
         # A network's solution is one of many: a free phase from its random start might end in another one.
         begin = cold.start if problem.convex else unfinished
@@ -112,7 +111,7 @@ def prepare(problem: Problem, session: Session, x64: bool) -> Ready:
         tasks,
         distances,
         flatten(result),
-        bool(np.all(converged)),
+        converged,
         _rounded_up(curvature),
         first_residual,
         sum(leaf.size for leaf in jax.tree.leaves(init)) // num_tasks,
@@ -120,10 +119,10 @@ def prepare(problem: Problem, session: Session, x64: bool) -> Ready:
     )
 
 
-def _way_down(solve: "_Solve", cold: WarmTask) -> tuple[Any, Any]:
-    """L-BFGS from the cold start, then Newton: the solution, and the first point within `DISTANCE` of it on the way."""
+def _way_down(solve: "_Solve", cold: WarmTask) -> tuple[Any, Any, bool]:
+    """L-BFGS from the cold start, then Newton: the end, the first point near it (`DISTANCE`), whether it converged."""
     first = solve.residual(cold)
-    points, memory, solution = [cold.start], None, cold.start
+    points, memory, solution, converged = [cold.start], None, cold.start, False
     # Where the loss still curves downwards Newton's steps lead nowhere: L-BFGS goes on.
     for tol in _TOLERANCES:
         for num_steps in _SEGMENTS:
@@ -133,11 +132,12 @@ def _way_down(solve: "_Solve", cold: WarmTask) -> tuple[Any, Any]:
             if np.all(found.residual <= tol * first):
                 break
         solution = solve.polish(cold._replace(start=points[-1]))
-        if np.all(solve.residual(cold._replace(start=solution)) <= 1e-9 * first):
+        converged = bool(np.all(solve.residual(cold._replace(start=solution)) <= 1e-9 * first))
+        if converged:
             break
     flat = flatten(solution)
     near = [at for at in points if np.linalg.norm(flatten(at) - flat) <= DISTANCE * np.linalg.norm(flat)]
-    return solution, near[0] if near else points[-1]
+    return solution, near[0] if near else points[-1], converged
 
 
 class _Solve:
@@ -214,7 +214,7 @@ def _polish(losses: cm.BilevelProblem, meta_params: Any, task: WarmTask) -> Any:
         move = cm.ConjugateGradient(tol=1e-6, max_steps=3000).solve(hvp, grads).solution
         return jax.tree.map(jnp.subtract, params, move), count + 1
 
-    floor = 1e-9 * residual(task.start)  # of a start that L-BFGS left at 1e-5
+    floor = 1e-9 * residual(task.start)  # of a start that L-BFGS left at 1e-5 or below
 
     def unfinished(carry: tuple[Any, jax.Array]) -> Any:
         return (carry[1] < 12) & (residual(carry[0]) > floor)

@@ -130,9 +130,7 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged, c
     setting = nudging.setting
     dtype = setting.dtype
     distance, _ = difference_step(setting, point)
-    difference = Difference(
-        tree.grad(setting.inner), judged.params, judged.base_grad, distance, point.noise, dtype, False
-    )
+    difference = Difference(tree.grad(setting.inner), judged.params, judged.base_grad, distance, point.noise, dtype)
     size = sum(x.size for x in jax.tree.leaves(point.params))
     # At the dtype's floor what is left to learn is noise.
     unlearned = judged.residual > NOISE_FLOOR * point.noise

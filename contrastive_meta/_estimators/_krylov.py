@@ -37,7 +37,7 @@ class Difference(NamedTuple):
     distance: jax.Array
     noise: jax.Array
     dtype: Any
-    both: jax.Array | bool
+    both: jax.Array | bool = False
 
     def product(self, direction: Params, squared: jax.Array, number: jax.Array) -> Params:
         """H times a direction of the given squared length, the `number`-th of a row.

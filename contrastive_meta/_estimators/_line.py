@@ -119,7 +119,7 @@ class Mover:
         self.guess = nudging.response
         self.dtype = self.setting.dtype
         self.inner_grad = tree.grad(self.setting.inner)
-        self.forcing = point.eps**_FORCING
+        self.forcing: float = point.eps**_FORCING
         self.distance, _ = difference_step(self.setting, point)
 
     def move(self, line: Line, target: jax.Array, budget: jax.Array) -> Moved:
@@ -159,8 +159,7 @@ class Mover:
 
     def bent(self, moved: Moved, left: jax.Array) -> jax.Array:
         """Whether a pass at rest left more of the nudge, by measurement, than products as accurate as can be."""
-        bent: jax.Array = (left > _BENT * self.forcing * moved.left) & (moved.place.distance == 0) & ~moved.away
-        return bent
+        return (left > _BENT * self.forcing * moved.left) & (moved.place.distance == 0) & ~moved.away
 
     def _solve(self, line: Line, target: jax.Array, budget: jax.Array) -> tuple[Turn, Turn, jax.Array]:
         """What learning left over and what is left of the nudge, solved; whether the second waits instead."""
