@@ -22,6 +22,7 @@ class Probe(NamedTuple):
       scale: the length that displacements are relative to: the norm of `params`, or of the distance learned where
         that is larger (as when `params` end at zero).
       noise: norm of the rounding noise of `inner_grad`.
+      curvature: norm of the change of `inner_grad` per unit of length along v, or along ones where v is 0.
       dtype: real floating dtype of the losses.
       eps: relative rounding of the coarsest of losses and `params`.
       chosen: the displacement, relative to `scale`, that was found to be best; 0 where none has been looked for.
@@ -34,6 +35,7 @@ class Probe(NamedTuple):
     nudge_norm: jax.Array
     scale: jax.Array
     noise: jax.Array
+    curvature: jax.Array
     dtype: Any
     eps: float
     chosen: jax.Array
@@ -95,11 +97,9 @@ def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:
         moved = probe.inner_grad(tree.add_scaled(probe.params, step, direction))
         return tree.scale(1 / step, tree.subtract(moved, probe.free_grad))
 
-    # Step length of the differences: rounding and curvature balance at the square root of the relative noise, for
-    # which a first, long difference gives the scale.
-    unit = tree.scale(1 / jnp.where(probe.nudge_norm > 0, probe.nudge_norm, 1), probe.outer_grad)
-    coarse = tree.norm(curve(unit, 1e-2 * probe.scale)) * probe.scale
-    relative_noise = jnp.clip(probe.noise / jnp.where(coarse > 0, coarse, 1), probe.eps, 1e-3)
+    # Step length of the differences: rounding and curvature balance at the square root of the relative noise.
+    unit = tree.scale(1 / tree.or_one(probe.nudge_norm), probe.outer_grad)
+    relative_noise = jnp.clip(probe.noise / tree.or_one(probe.curvature * probe.scale), probe.eps, 1e-3)
     distance = 3 * jnp.sqrt(relative_noise) * probe.scale
 
     def go_on(carry: Any) -> Any:
@@ -122,4 +122,4 @@ def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:
 
     begin = (tree.zeros_like(unit), unit, unit, tree.vdot(unit, unit), jnp.int32(0), jnp.asarray(True))
     x, _, _, _, count, _ = jax.lax.while_loop(go_on, body, begin)
-    return tree.scale(probe.nudge_norm, x), count + 1
+    return tree.scale(probe.nudge_norm, x), count

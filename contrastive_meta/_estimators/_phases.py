@@ -86,6 +86,7 @@ class Nudging(NamedTuple):
             nudge_norm=point.nudge_norm,
             scale=point.scale,
             noise=point.noise,
+            curvature=point.curvature,
             dtype=self.setting.dtype,
             eps=point.eps,
             chosen=self.chosen,
