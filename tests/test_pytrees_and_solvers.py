@@ -413,6 +413,36 @@ def test_minibatches_are_followed_by_fixed_steps_alone() -> None:
         cm.OptaxDescent(SGD, tol=1e-3).solve(whole, jnp.ones(3), minibatch_loss=minibatch_loss)
 
 
+@pytest.mark.parametrize("dtype,exponents", [(jnp.float32, (-37, 37)), (jnp.float64, (-300, 300))])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2), (5000,)], ids=str)
+def test_residuals_of_any_size_are_norms(shape: Any, dtype: Any, exponents: tuple[int, int]) -> None:
+    """Squares of most of these are 0 or infinite; the gradient of a linear loss is what it is multiplied with."""
+    entries = np.random.default_rng(0).uniform(0.5, 1.0, shape)
+
+    @jax.jit
+    def residuals(pulls: jax.Array) -> jax.Array:
+        solver = cm.OptaxDescent(optax.sgd(0.0), num_steps=1)
+        losses = [lambda w, pull=pull: jnp.sum(pull * w) for pull in pulls]
+        return jnp.stack([solver.solve(loss, jnp.zeros(shape, dtype)).residual for loss in losses])
+
+    # Both sides of where one way to sum gives over to another, and far from there.
+    sizes = 10.0 ** np.linspace(*exponents, 23)
+    pulls = np.multiply.outer(sizes, entries).astype(dtype)
+    expected = sizes * np.linalg.norm(entries)
+    expected[expected > np.finfo(dtype).max] = np.inf
+    np.testing.assert_allclose(residuals(pulls), expected, rtol=1e-6 if dtype == jnp.float32 else 1e-14)
+
+
+def test_residuals_that_are_not_finite_stay_so() -> None:
+    def residual(pull: list[float]) -> float:
+        solver = cm.OptaxDescent(optax.sgd(0.0), num_steps=1)
+        return float(solver.solve(lambda w: jnp.sum(jnp.asarray(pull) * w), jnp.zeros(2)).residual)
+
+    assert residual([0.0, 0.0]) == 0.0
+    assert np.isinf(residual([np.inf, 1.0]))
+    assert np.isnan(residual([np.nan, 1.0])) and np.isnan(residual([np.nan, np.inf]))
+
+
 # Settings.
 
 

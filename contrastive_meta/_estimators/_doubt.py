@@ -143,7 +143,7 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged, c
     noise = _OF_NOISE * point.noise / size**0.5 * jnp.stack([jnp.ones(()), gain, gain])
     parts = jnp.asarray([_ANSWERED, _ANSWERED, _ROUGHLY], dtype)
     radii = jnp.stack([point.scale, jnp.inf, jnp.inf]).astype(dtype)
-    left_over = tree.norm(judged.remainder).astype(dtype)
+    left_over = setting.norm(judged.remainder)
 
     def look(
         before: tuple[Params, Params, jax.Array],
@@ -151,7 +151,7 @@ def answer(nudging: Nudging, point: FreePoint, phases: Phases, judged: Judged, c
     ) -> tuple[tuple[Params, Params, jax.Array], Params]:
         (ahead, outer_grad, spent), (of_response, noise, part, radius, side, step) = before, turn
         sought = tree.where(of_response, tree.add(side, tree.subtract(outer_grad, judged.outer_grad)), side)
-        left = tree.norm(sought).astype(dtype)
+        left = setting.norm(sought)
         unit = tree.or_one(left)
         none, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         # Beside a larger remainder a small one does not matter.

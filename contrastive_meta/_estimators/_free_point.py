@@ -40,7 +40,6 @@ class FreePoint(NamedTuple):
       noise: rounding noise of the inner gradient.
       curvature: of the inner loss along v: the norm of H v over that of v; along ones where v is 0.
       eps: relative rounding of the coarsest of losses and `params`.
-      usual_grad: curvature * scale, a usual norm of inner gradients, to measure them in; 1 where that is 0.
     """
 
     params: Params
@@ -54,7 +53,6 @@ class FreePoint(NamedTuple):
     noise: jax.Array
     curvature: jax.Array
     eps: float
-    usual_grad: jax.Array
 
     @property
     def outer(self) -> OuterEvaluated:
@@ -84,14 +82,12 @@ def survey(setting: Setting, params: Params, solution: Solution, init: Params) -
     """
     (outer_loss, aux), outer_grad = setting.outer_value_and_grad(params)
     scale, eps = length_scale(params, init, setting.dtype), tree.coarsest_eps(setting.dtype, params)
-    nudge_norm = tree.norm(outer_grad).astype(setting.dtype)
+    nudge_norm = setting.norm(outer_grad)
     # Without a nudge any direction does.
     direction = tree.where(nudge_norm > 0, outer_grad, jax.tree.map(jnp.ones_like, params))
     inner_grad, noise, curvature = measure_noise(tree.grad(setting.inner), params, direction, scale, eps)
-    usual = curvature * scale
-    usual = jnp.where((usual > 0) & jnp.isfinite(usual), usual, jnp.ones_like(usual))
     return FreePoint(
-        params, solution, outer_loss, aux, inner_grad, outer_grad, nudge_norm, scale, noise, curvature, eps, usual
+        params, solution, outer_loss, aux, inner_grad, outer_grad, nudge_norm, scale, noise, curvature, eps
     )
 
 

@@ -51,14 +51,15 @@ class Gauge:
     """
 
     def __init__(self, nudging: Nudging, point: FreePoint, first_nudge: Params) -> None:
-        self.nudging, self.point, self.first_nudge = nudging, point, first_nudge
-        self.dtype = nudging.setting.dtype
+        self.nudging, self.setting, self.point, self.first_nudge = nudging, nudging.setting, point, first_nudge
+        self.dtype = self.setting.dtype
         # The length of a response that is not known yet, by the mean inverse curvature.
-        self.usual = tree.or_one(self._norm(first_nudge)) / tree.or_one(point.curvature)
+        self.usual = tree.or_one(self.setting.norm(first_nudge)) / tree.or_one(point.curvature)
 
     def nudge(self, base_outer: OuterEvaluated) -> jax.Array:
         """What remainders are measured in: the norm of what nudges at the free solution or, if larger, at a base."""
-        return tree.or_one(jnp.maximum(self._norm(self.first_nudge), self._norm(self.nudge_at(base_outer))))
+        norms = self.setting.norm(self.first_nudge), self.setting.norm(self.nudge_at(base_outer))
+        return tree.or_one(jnp.maximum(*norms))
 
     def nudge_at(self, base_outer: OuterEvaluated) -> Params:
         """What nudges at a base point."""
@@ -122,14 +123,14 @@ class Gauge:
           nudge: what that is, see `nudge`.
           chosen: the displacement that was found best; 0 for none.
         """
-        length = tree.norm(response).astype(self.dtype)
+        length = self.setting.norm(response)
 
         def attempt(tried: Tried) -> Tried:
             scheme = self.scheme(length, tried.shrink, chosen)
             nudges, _ = scheme.arrays(self.dtype)
             residuals, statistic = self.nudging.evaluate(nudged, on_line(base, response, nudges), nudges)
             new = Measured(scheme, residuals, statistic, scheme.contrast(residuals), tried.shrink)
-            now, num_tries = tree.norm(new.remainder).astype(self.dtype), tried.num_tries + 1
+            now, num_tries = self.setting.norm(new.remainder), tried.num_tries + 1
             better = (now < 0.5 * tried.left) | ~jnp.isfinite(tried.left)
             suspicious = ~(now <= jnp.maximum(_SUSPICIOUS * left, self.target(scheme, tol, nudge) * nudge))
             most_tries = _MOST_TRIES if self.nudging.scheme.adapts else 1
@@ -140,6 +141,3 @@ class Gauge:
         begin = Tried(before, jnp.full_like(left, jnp.inf), before.shrink, jnp.int32(0), jnp.asarray(True))
         tried: Tried = jax.lax.while_loop(lambda tried: tried.running, attempt, begin)
         return tried
-
-    def _norm(self, values: Params) -> jax.Array:
-        return tree.norm(values).astype(self.dtype)

@@ -96,17 +96,16 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     center, expected = mean_of(phases.params), tree.add_scaled(mean_of(phases.residual), -mean_nudge, pull)
     common = scheme.at_zero(phases.residual)
     distance, least = difference_step(setting, point)
-    usual = point.usual_grad
-    of_common = tree.norm_in(usual, common)
-    before, residual = tree.norm_in(usual, point.inner_grad), tree.norm_in(usual, phases.base_grad)
+    of_common = setting.norm(common)
+    before, residual = setting.norm(point.inner_grad), setting.norm(phases.base_grad)
     better = residual < before
-    residual = jnp.where(better, residual, before).astype(setting.dtype)
+    residual = jnp.where(better, residual, before)
     (outer_loss, aux), outer_grad = tree.where(better, phases.base_outer, point.outer)
     nudge = point.usual_nudge(outer_grad)
     # At the dtype's floor what is left to learn is noise, and excused.
     unlearned = residual > NOISE_FLOOR * point.noise
     # The phases of a symmetric scheme center on the base point, but for rounding.
-    off_center = tree.norm_in(point.scale, tree.subtract(center, base)) > 4 * point.eps * point.scale
+    off_center = setting.norm(tree.subtract(center, base)) > 4 * point.eps * point.scale
 
     def evaluate(needed: jax.Array, at: Params) -> Params:
         return only_if(needed, lambda _: tree.grad(setting.inner)(at), phases.base_grad)
@@ -127,22 +126,22 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     ahead = tree.add_scaled(learned, -length / tree.or_one(residual), base_grad)
     there = only_if(unlearned, lambda _: tree.grad(setting.outer)(ahead), outer_grad)
     change = tree.subtract(there, outer_grad)
-    left = LeftToLearn(residual, length, tree.norm_in(nudge, change), tree.norm_in(nudge, outer_grad))
+    left = LeftToLearn(residual, length, setting.norm(change), setting.norm(outer_grad))
 
     # What is missing of the response answers what is left of the nudge, there.
-    unanswered = tree.norm_in(nudge, scheme.contrast(phases.residual))
+    unanswered = setting.norm(scheme.contrast(phases.residual))
     sought = tree.add(remainder, change)
-    of_sought = tree.norm_in(nudge, sought)
+    of_sought = setting.norm(sought)
     grad = evaluate(of_sought > 0, along(sought, of_sought))
     missing = newton_length(sought, product(grad, of_sought), least, of_sought)
     more = tree.scale(missing / tree.or_one(of_sought), sought)
     # Truncation and the step ahead are no failures of the learner.
     missing = missing * jnp.minimum(unanswered / tree.or_one(of_sought), 1.0)
     strength = scheme.strength(setting.dtype)
-    moved = tree.norm_in(point.scale / tree.or_one(strength), response)
-    of_gradient = tree.norm_in(usual, tree.subtract(found, expected)) / (strength * jnp.maximum(nudge, tree.norm(pull)))
+    moved = setting.norm(response)
+    of_gradient = setting.norm(tree.subtract(found, expected)) / (strength * jnp.maximum(nudge, setting.norm(pull)))
     off_line = tree.subtract(tree.add_scaled(center, -mean_nudge, response), point.params)
-    of_path = tree.norm_in(point.scale, off_line) / tree.or_one(strength * moved)
+    of_path = setting.norm(off_line) / tree.or_one(strength * moved)
     # Before learning ends the phases drift on together, which bends nothing.
     ended = _learning_ended(point, scheme)
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
@@ -193,7 +192,7 @@ def ran_away(point: FreePoint, phases: Phases) -> jax.Array:
 def _learning_ended(point: FreePoint, scheme: NudgeScheme) -> jax.Array:
     """Whether what the free phase left to learn is little beside what the nudges add."""
     strength = scheme.strength(point.scale.dtype)
-    return tree.norm_in(point.usual_grad, point.inner_grad) < _ENDED * strength * tree.or_one(point.nudge_norm)
+    return tree.norm(point.inner_grad) < _ENDED * strength * tree.or_one(point.nudge_norm)
 
 
 def _curves_downwards(point: FreePoint, phases: Phases) -> jax.Array:
@@ -215,7 +214,7 @@ def _curves_downwards(point: FreePoint, phases: Phases) -> jax.Array:
         moved = tree.subtract(params, origin)
         start = tree.add_scaled(inner_grad, beta, outer_grad)
         turned = tree.subtract(residual, start)
-        lengths = tree.norm_in(unit, turned) * tree.norm_in(point.scale, moved)
+        lengths = tree.norm(turned) * tree.norm(moved)
         return tree.vdot(tree.scale(1 / unit, turned), moved) * unit < -1e-2 * lengths
 
     nudges, _ = scheme.arrays(tree.float_dtype(point.inner_grad))

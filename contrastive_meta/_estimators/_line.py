@@ -146,7 +146,7 @@ class Mover:
             place,
             tree.add(tree.where(answer.anew, tree.zeros_like(line.response), line.response), answer.x),
             answer.left,
-            self._norm(answer.x),
+            self.setting.norm(answer.x),
             jnp.where(answer.flat, hidden, 0.0),
             away,
             # What is left of learning lies along low curvature.
@@ -165,7 +165,7 @@ class Mover:
         """What learning left over and what is left of the nudge, solved; whether the second waits instead."""
         scale, none = self.point.scale, jnp.zeros((), self.dtype)
         unanswered, anew = self._unanswered(line)
-        lefts = self._norm(line.base_grad), self._norm(unanswered)
+        lefts = self.setting.norm(line.base_grad), self.setting.norm(unanswered)
         units = tree.or_one(lefts[0]), tree.or_one(lefts[1])
 
         def limits(remainder: jax.Array, step: jax.Array, radius: jax.Array) -> Limits:
@@ -202,13 +202,13 @@ class Mover:
         """What is left of the nudge, and whether to answer it anew: less is left without any response."""
         left = line.phases.remainder
         whole = self.gauge.nudge_at(line.base_outer)
-        anew = ~(self._norm(left) <= self._norm(whole))
+        anew = ~(self.setting.norm(left) <= self.setting.norm(whole))
         return tree.where(anew, whole, left), anew
 
     def _learn(self, line: Line, solved: Turn) -> Place:
         """Where a step leads; nothing is evaluated unless it moves."""
         base, noise = tree.add(line.base, solved.x), self.point.noise
-        distance = self._norm(tree.subtract(base, line.base))
+        distance = self.setting.norm(tree.subtract(base, line.base))
         # Differences are taken from the gradient at the base point, so that has to be exact, not interpolated.
         base_grad, base_outer = only_if(
             distance > 0,
@@ -219,16 +219,16 @@ class Mover:
         here, there = tree.vdot(solved.x, line.base_grad), tree.vdot(solved.x, base_grad)
         expected = here - solved.unforeseen
         foretold = jnp.where(expected < 0, (here + there) / jnp.where(expected < 0, expected, -1.0), 0.0)
-        before, now = self._norm(line.base_grad), self._norm(base_grad)
+        before, now = self.setting.norm(line.base_grad), self.setting.norm(base_grad)
         # Within the noise there is nowhere to go.
         anywhere = before > NOISE_FLOOR * noise
         # Far from a minimum no step goes most of the way, and gradients may grow while the loss falls.
-        gone = self._norm(tree.subtract(base, self.point.params)) > LONG * self.point.scale
+        gone = self.setting.norm(tree.subtract(base, self.point.params)) > LONG * self.point.scale
         wanted = jnp.where(gone & (now > GROWN * before), AS_FORETOLD, _FALLS)
         falls = (foretold > wanted) & anywhere & (distance > 0)
         sound = jnp.isfinite(now) & ((now <= jnp.maximum(before, NOISE_FLOOR * noise)) | falls)
         far = (distance > 0.99 * line.radius) & anywhere
-        arrived = (distance == 0) & (self._norm(solved.x) > 0)
+        arrived = (distance == 0) & (self.setting.norm(solved.x) > 0)
         return Place(base, base_grad, base_outer, distance, far, arrived, foretold, falls, sound)
 
     def _difference(self, line: Line) -> Difference:
@@ -240,6 +240,3 @@ class Mover:
         """Rounding noise of the gradient in one direction of many."""
         size = sum(x.size for x in jax.tree.leaves(self.point.params))
         return jnp.asarray(2 * self.point.noise / size**0.5, self.dtype)
-
-    def _norm(self, values: Params) -> jax.Array:
-        return tree.norm(values).astype(self.dtype)

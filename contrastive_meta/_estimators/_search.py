@@ -12,7 +12,6 @@ from contrastive_meta._estimators._gauge import Gauge
 from contrastive_meta._estimators._krylov import LEAST
 from contrastive_meta._estimators._line import AS_FORETOLD, GROWN, LONG, Line, Moved, Mover
 from contrastive_meta._estimators._phases import Goal, Nudging, Phases, on_line
-from contrastive_meta._problem import Params
 
 # Newton's step may move the base point by this fraction of the length of `params`.
 _RADIUS = 0.3
@@ -156,7 +155,8 @@ class Search:
     def _decide(self, before: Line, taken: Line, moved: Moved, left: jax.Array) -> Line:
         """The line after a pass: the new one if it is better, and whether another pass is to follow."""
         place, left_before = moved.place, moved.left
-        base_left, base_now, noise = self._norm(before.base_grad), self._norm(taken.base_grad), self.point.noise
+        base_left, base_now = self.setting.norm(before.base_grad), self.setting.norm(taken.base_grad)
+        noise = self.point.noise
         nudge = self.gauge.nudge(taken.base_outer)
         target = self.gauge.target(taken.phases.scheme, before.tol, nudge)
         # Along low curvature a gradient far within the noise is a long way: learning is over when a pass that looked
@@ -165,7 +165,7 @@ class Search:
         learned = (within_noise & (place.distance <= small)) | (base_now <= small * LEAST * before.least)
         near_noise = base_left <= NOISE_FLOOR * noise
         learned |= place.arrived | (before.learned & near_noise)
-        change = moved.more / tree.or_one(self._norm(taken.response))
+        change = moved.more / tree.or_one(self.setting.norm(taken.response))
         change *= jnp.minimum(left / tree.or_one(left_before), 1.0)
         change = jnp.where(moved.away, before.change, change)
         # Along low curvature a small remainder is much of the response: what the pass changed tells.
@@ -185,7 +185,7 @@ class Search:
         done = better & answered & learned & ~moved.away
         # Near a minimum gradients fall with the loss: where they grow lies a valley, or a saddle, with other ways out.
         grown = before.grown | (better & place.falls & (base_now > GROWN * base_left))
-        gone = self._norm(tree.subtract(taken.base, self.point.params))
+        gone = self.setting.norm(tree.subtract(taken.base, self.point.params))
         astray = before.astray | (grown & better & (gone > LONG * self.point.scale))
 
         taken = taken._replace(learned=learned, change=change)
@@ -206,9 +206,9 @@ class Search:
         nudged = self.nudging.nudged(line.base, line.base_outer[1])
         statistic = only_if(unmeasured, lambda _: self.nudging.measure(nudged, ends, nudges), line.phases.statistic)
         enough = jnp.maximum(UNANSWERED, line.tol)
-        left = self._norm(line.phases.remainder)
+        left = self.setting.norm(line.phases.remainder)
         unanswered = (left > enough * self.gauge.nudge(line.base_outer)) | (line.change > enough)
-        unanswered |= line.hidden > enough * self._norm(line.response)
+        unanswered |= line.hidden > enough * self.setting.norm(line.response)
         anything = (self.point.nudge_norm > 0) | (left > 0)
         failed = anything & (line.indefinite | unanswered)
         status = jnp.zeros(nudges.shape, jnp.int32)
@@ -217,7 +217,7 @@ class Search:
         kind = line.chosen, jnp.asarray(False)
         phases = Phases(line.phases.scheme, ends, statistic, line.phases.residuals, status, *at_base, spent, *kind)
         # At the dtype's floor what is left to learn is noise, which nobody learns.
-        unlearned = ~line.learned & (self._norm(line.base_grad) > NOISE_FLOOR * self.point.noise)
+        unlearned = ~line.learned & (self.setting.norm(line.base_grad) > NOISE_FLOOR * self.point.noise)
         close = line.measured & ~(line.indefinite | unlearned | line.astray)
         return Outcome(phases, failed, unlearned, line.astray, close)
 
@@ -231,6 +231,3 @@ class Search:
         """Whether passes are left, and the way is one to follow."""
         within: jax.Array = (line.num_passes < self.max_passes) & jnp.all(line.num_steps < self.max_steps)
         return within if self.go_astray else within & ~line.astray
-
-    def _norm(self, values: Params) -> jax.Array:
-        return tree.norm(values).astype(self.dtype)

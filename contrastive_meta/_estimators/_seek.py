@@ -73,7 +73,7 @@ def seek(
       The displacement that the strength brings about, relative to the length of `params`.
     """
     dtype = nudging.setting.dtype
-    length = tree.norm(response).astype(dtype)
+    length = nudging.setting.norm(response)
     default = nudging.scheme.for_response(nudging.probe(point)._replace(chosen=jnp.zeros((), dtype)), length)
     usual = default.strength(dtype) * length / point.scale
     order = default.order

@@ -71,6 +71,10 @@ class Setting:
         )(params)
         return evaluated
 
+    def norm(self, values: Params) -> jax.Array:
+        """The Euclidean norm, in the dtype of the inner loss whatever that of `params`."""
+        return tree.norm(values).astype(self.dtype)
+
     def nudged(self, params: Params, beta: Any) -> jax.Array:
         """The nudged loss on the whole task."""
         return self.problem.nudged(params, self.meta_params, self.task, beta)
