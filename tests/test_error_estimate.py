@@ -148,16 +148,17 @@ def test_nothing_to_estimate_is_no_error():
 
 def test_each_task_of_a_batch_has_an_estimate_of_its_own():
     case = small_problem("softmax")
-    far = away(case.params, 0.05)
+    # Neither at the minimum: there a residual of rounding alone decides, program by program, whether to learn on.
+    near, far = away(case.params, 1e-4), away(case.params, 0.05)
 
     def told(start, tol):
         estimator = cm.Contrastive(STILL, cm.NewtonKrylov(tol=tol, fall_back=False))
         problem = cm.BilevelProblem(case.problem.inner_loss, case.problem.outer_loss, lambda meta, task: start)
         return estimator.estimate(problem, *case[2:4]).diagnostics.error_estimate
 
-    starts = jax.tree.map(lambda *xs: jnp.stack(xs), case.params, far)
+    starts = jax.tree.map(lambda *xs: jnp.stack(xs), near, far)
     tols = jnp.array([1e-1, 1e-6])
     together = jax.jit(jax.vmap(told))(starts, tols)
-    alone = jnp.stack([told(case.params, tols[0]), told(far, tols[1])])
+    alone = jnp.stack([told(near, tols[0]), told(far, tols[1])])
     assert together[0] > 100 * together[1]
     np.testing.assert_allclose(together, alone, rtol=0.05)
