@@ -141,6 +141,21 @@ def double_well() -> BilevelProblem:
     )
 
 
+def low_curvature() -> tuple[BilevelProblem, jax.Array, jax.Array]:
+    """A problem, its solution and its meta-gradient at 1, 3/4 of which shows in 3e-4 of the nudge.
+
+    In a single direction of 41 the curvature is 1e-4. The task is where learning starts.
+    """
+    curvature = jnp.append(jnp.linspace(0.5, 1.5, 40), 1e-4)
+    nudge, force = (jnp.append(jnp.full(40, 40**-0.5), low) for low in (3e-4, 1.0))
+    problem = BilevelProblem(
+        inner_loss=lambda w, theta, task: 0.5 * jnp.sum(curvature * w**2) - theta * jnp.sum(force * w),
+        outer_loss=lambda w, theta, task: jnp.sum(nudge * w),
+        init_params=lambda theta, task: task,
+    )
+    return problem, force / curvature, jnp.sum(nudge * force / curvature)
+
+
 def started_at(problem: BilevelProblem, params: PyTree) -> BilevelProblem:
     """The same problem, learning from `params`."""
     return BilevelProblem(problem.inner_loss, problem.outer_loss, lambda meta, task: params)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import contrastive_meta as cm
-from tests.oracles import relative_error, small_problem
+from tests.oracles import STILL, low_curvature, relative_error, small_problem
 
 NESTEROV = cm.OptaxDescent(optax.sgd(0.1, momentum=0.9, nesterov=True), num_steps=1500)
 
@@ -236,8 +236,23 @@ def test_unbounded_nudge_is_reported():
     instead = cm.Contrastive(solver, solver, cm.central_difference(1.0)).estimate(problem, theta, task)
     assert instead.diagnostics.status == cm.Status.FELL_BACK
     assert relative_error(instead.grad, 2 * (theta - task)) < 1e-8
+    # And the estimate is of the nudge that was, which has no truncation: the loss's would err by (2 beta)^2 and more.
+    assert float(instead.diagnostics.error_estimate) < 1e-8
     linear = cm.Contrastive(solver, scheme=cm.central_difference(1.0), nudge=cm.LinearNudge())
     assert relative_error(grad_of(linear, problem, theta, task), 2 * (theta - task)) < 1e-8
+
+
+@pytest.mark.parametrize("displacement", [0.1, 0.3])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_long_way_down_a_flat_valley_is_learning_and_no_runaway(fast, displacement):
+    """The gradient that is left is below that of the nudge, and the way that is left longer than the nudge's."""
+    problem, learned, exact = low_curvature()
+    start = learned * (1 + 0.3 * jnp.cos(jnp.arange(41.0)))
+    learner = cm.NewtonKrylov(fall_back=False) if fast else cm.LBFGS(tol=1e-8, max_steps=300)
+    scheme = cm.relative(cm.central_difference, displacement=displacement)
+    result = cm.Contrastive(STILL, learner, scheme).estimate(problem, jnp.array(1.0), start)
+    assert result.diagnostics.status == cm.Status.CONVERGED
+    assert relative_error(result.grad, exact) < 1e-5
 
 
 def test_divergent_learning_and_saddles_are_reported():

@@ -142,8 +142,9 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     of_gradient = setting.norm(tree.subtract(found, expected)) / (strength * jnp.maximum(nudge, setting.norm(pull)))
     off_line = tree.subtract(tree.add_scaled(center, -mean_nudge, response), point.params)
     of_path = setting.norm(off_line) / tree.or_one(strength * moved)
-    # Before learning ends the phases drift on together, which bends nothing.
-    ended = _learning_ended(point, scheme)
+    # Before learning ends the phases drift on together, which bends nothing; no more does a base point that is better
+    # learned, as along low curvature, where a small gradient has a long way to go.
+    ended = _learning_ended(point, scheme) & ~better
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
     spent = off_center + 2 * unlearned + (of_sought > 0)
     return Judged(

@@ -22,6 +22,7 @@ from contrastive_meta._nudging import (
     LinearNudge,
     LossNudge,
     Nudge,
+    NudgeInPlace,
     NudgeStrength,
     automatic,
     is_concrete,
@@ -189,7 +190,7 @@ class Contrastive(MetaGradientEstimator):
             require_complex_capable(flat, template, flattening.flatten(free.params))
         if isinstance(learner, InnerSolver):
             point = look(flattening.flatten(free.params))
-            return Ran(free, nudging, point, *self._learned_again(nudging, point, learner))
+            return Ran(free, *self._learned_again(nudging, point, learner))
         return Ran(free, nudging, *self._found_fast(nudging, free, look, learner))
 
     def _assess(
@@ -233,12 +234,14 @@ class Contrastive(MetaGradientEstimator):
         fast = self.solver.bind(setting.meta_params).descends_loss and setting.problem.sample is None
         return self.nudged_solver or (NewtonKrylov() if fast else self.solver)
 
-    def _learned_again(self, nudging: Nudging, point: FreePoint, learner: InnerSolver) -> tuple[Phases, jax.Array]:
-        """The phases as published, and whether another nudge had to take the place of the loss's."""
+    def _learned_again(
+        self, nudging: Nudging, point: FreePoint, learner: InnerSolver
+    ) -> tuple[Nudging, FreePoint, Phases, jax.Array]:
+        """The phases as published, what nudged them, and whether another nudge had to take the place of the loss's."""
         own, goal = learner.bind(nudging.setting.meta_params), self._goal(nudging, point)
         phases = run_again(nudging, point, own, self.nudged_tol, goal)
         if self.nudge is not None or self.scheme.template().is_complex:
-            return phases, jnp.int32(Status.CONVERGED)
+            return nudging, point, phases, jnp.int32(Status.CONVERGED)
 
         # A nudge that takes the loss's minimum away: its linearisation cannot.
         def linearised(before: Phases) -> Phases:
@@ -247,7 +250,8 @@ class Contrastive(MetaGradientEstimator):
             return phases._replace(num_gradients=before.num_gradients + phases.num_gradients, chosen=before.chosen)
 
         unbounded = ran_away(point, phases) & tree.all_finite((point.params, point.outer_grad))
-        return only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
+        nudged = nudging._replace(nudge=NudgeInPlace(unbounded))
+        return nudged, point, only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
 
     def _found_fast(
         self, nudging: Nudging, free: Solution, look: Callable[[Params], FreePoint], learner: NewtonKrylov
