@@ -49,8 +49,9 @@ _DESCRIPTIONS = {
         "phase, `nudged_solver=` or `nudge=LinearNudge()` saves the failed attempt."
     ),
     Status.APPROXIMATE: (
-        "The estimator is biased or noisy by construction, or its nudge is large enough to be, so convergence cannot "
-        "vouch for it. Lower beta, or compare it with an exact estimator: `contrastive_meta.compare`."
+        "The estimator is biased or noisy by construction, or its nudge is large enough to be, or its estimated error "
+        "is above 0.1, so convergence cannot vouch for it. Lower beta or a tolerance that was typed, ask for "
+        "`target_error`, or compare it with an exact estimator: `contrastive_meta.compare`."
     ),
     Status.TARGET_NOT_REACHED: (
         "The estimated error is above `target_error`; `diagnostics.error_estimate` says how close it came. "
@@ -92,6 +93,10 @@ _DESCRIPTIONS = {
 }
 
 
+# An estimated relative error above this makes a result approximate, whatever else was checked.
+DOUBTFUL = 0.1
+
+
 def worst(*statuses: Any) -> jax.Array:
     """The most severe of several statuses, as an int32 array."""
     return jnp.max(jnp.stack([jnp.max(jnp.asarray(status, jnp.int32)) for status in statuses]))
@@ -116,7 +121,7 @@ class Diagnostics(NamedTuple):
       num_gradients: gradients of the inner (or nudged) loss evaluated, all phases together.
       num_hvps: Hessian-vector products evaluated.
       error_estimate: estimate of ||grad - exact|| / ||exact||; infinite where what was measured says nothing of it,
-        NaN where no estimate is made.
+        NaN where no estimate is made. Above 0.1 the status is at least `APPROXIMATE`.
       status: value of a `Status`; the most severe wins.
 
     Example:
@@ -136,11 +141,13 @@ class Diagnostics(NamedTuple):
 
 
 def make_diagnostics(dtype: Any, **known: Any) -> Diagnostics:
-    """Diagnostics in one dtype, with NaN or 0 for what is not among `known`."""
+    """Diagnostics in one dtype, with NaN or 0 for what is not among `known`; a large estimated error is a status."""
     counts = {"num_gradients": jnp.int32, "num_hvps": jnp.int32, "status": jnp.int32}
     missing = {name: 0 if name in counts else jnp.nan for name in Diagnostics._fields}
     values = missing | known
-    return Diagnostics(**{name: jnp.asarray(value, counts.get(name, dtype)) for name, value in values.items()})
+    told = Diagnostics(**{name: jnp.asarray(value, counts.get(name, dtype)) for name, value in values.items()})
+    doubtful = flag(told.error_estimate > DOUBTFUL, Status.APPROXIMATE)
+    return told._replace(status=jnp.maximum(told.status, doubtful))
 
 
 class EstimatorState(NamedTuple):

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import contrastive_meta as cm
-from tests.oracles import small_problem
+from tests.oracles import STILL, low_curvature, relative_error, small_problem
 
 # Problems and learners below differ in numbers only, so that few programs are compiled.
 
@@ -217,6 +217,18 @@ def test_what_all_strengths_have_in_common_shows_against_a_reference():
 def drift_with(found, gradient):
     """The drift of a diagnosis, with another effect on the gradient."""
     return found.drift._replace(gradient=gradient)
+
+
+def test_what_lies_along_low_curvature_is_told_to_be_looked_for():
+    """Strengths are not to blame: a quadratic loss and a linear nudge have no truncation."""
+    problem, learned, exact = low_curvature()
+    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(tol=1e-2, fall_back=False))
+    found = cm.diagnose(problem, estimator, jnp.array(1.0), learned)
+    assert found.status == cm.Status.APPROXIMATE
+    assert found.rule == "loose"
+    assert found.error == pytest.approx(float(found.result.diagnostics.error_estimate))
+    assert found.error == pytest.approx(relative_error(found.result.grad, exact), rel=1e-2)
+    assert "a lower tolerance" in found.advice
 
 
 def test_nothing_to_nudge_is_nothing_to_change():

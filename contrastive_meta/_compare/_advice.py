@@ -8,7 +8,7 @@ import numpy as np
 from contrastive_meta._compare._findings import Findings, Segment
 from contrastive_meta._compare._text import share
 from contrastive_meta._estimators._free_point import UNANSWERED, UNLEARNED
-from contrastive_meta._result import Status
+from contrastive_meta._result import DOUBTFUL, Status
 
 # An error within this factor of the least is as good as it.
 NEAR_LEAST = 2.0
@@ -68,7 +68,8 @@ def _noisy(found: Findings) -> bool:
 def _truncated(found: Findings) -> bool:
     curve = found.curve
     too_large = curve.chosen > curve.least and _worth_changing(found)
-    return too_large or (found.status == Status.APPROXIMATE and found.error > found.tolerance)
+    coarse = found.status == Status.APPROXIMATE and found.error > found.tolerance
+    return too_large or (coarse and not _loose(found))
 
 
 def _runs_away(found: Findings) -> bool:
@@ -78,6 +79,12 @@ def _runs_away(found: Findings) -> bool:
 def _unanswered(found: Findings) -> bool:
     left = float(found.result.diagnostics.nudged_residual)
     return found.status == Status.NUDGED_NOT_CONVERGED or left > UNANSWERED
+
+
+def _loose(found: Findings) -> bool:
+    """Far off by the estimator's own account, and as far at any strength: it is what the phases left."""
+    told = float(found.result.diagnostics.error_estimate)
+    return told > DOUBTFUL and told > found.tolerance and not _worth_changing(found)
 
 
 def _unsettled(found: Findings) -> bool:
@@ -156,6 +163,12 @@ RULES = (
         "Learning had not ended: {left} of the gradient is left; give the solver more steps.",
     ),
     Rule(
+        "loose",
+        _loose,
+        "The phases left too much of the nudge along low curvature, where residuals hardly show it (estimated error "
+        "{told}): type a lower tolerance, or ask for `target_error`.",
+    ),
+    Rule(
         "out of reach",
         _out_of_reach,
         "No strength comes nearer to the reference than {least}: the phases answer for another minimum, for unfinished "
@@ -180,6 +193,7 @@ def _words(found: Findings) -> dict[str, str]:
         "lower": f" to about {best:.1e}" if factor < 1 else "",
         "error": share(found.error),
         "least": share(curve.errors[curve.least]),
+        "told": share(float(found.result.diagnostics.error_estimate)),
         "barrier": f"{blocked.relative_barrier:.2g}" if blocked else "",
         "barrier_beta": f"{blocked.beta:.2e}" if blocked else "",
         "runaway_beta": f"{lost.beta if lost else fallback:.2e}",
