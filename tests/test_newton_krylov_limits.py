@@ -240,23 +240,27 @@ def test_a_nudge_that_is_zero_where_learning_stopped_is_looked_for_where_it_ends
     assert abs(float(result.grad) - 1.0) < 1e-6 if trusted else abs(float(result.grad) - 1.0) > 1e-6, result
 
 
+@jax.jit
+def with_a_dead_zone(estimator, units):
+    """The outer loss has a dead zone, in which learning stopped and out of which it goes on to theta = 1.25."""
+    problem = cm.BilevelProblem(
+        inner_loss=lambda w, theta, units: 0.5 * (w - theta) ** 2,
+        outer_loss=lambda w, theta, units: units * jnp.maximum(w - 1.125, 0.0) ** 2,
+        init_params=lambda theta, units: jnp.array(1.0),
+    )
+    return estimator.estimate(problem, jnp.array(1.25), units)
+
+
 @pytest.mark.parametrize("units", [1.0, 1e-3, 1e-6])
 @pytest.mark.parametrize("tol", [None, 1e-3, 1e-1])
 def test_a_nudge_that_appears_on_the_way_is_answered_in_its_own_units(units, tol):
-    """The outer loss has a dead zone, in which learning stopped and out of which it goes on."""
-    problem = cm.BilevelProblem(
-        inner_loss=lambda w, theta, task: 0.5 * (w - theta) ** 2,
-        outer_loss=lambda w, theta, task: units * jnp.maximum(w - 1.125, 0.0) ** 2,
-        init_params=lambda theta, task: jnp.array(1.0),
-    )
-    theta = jnp.array(1.25)
-    result = cm.Contrastive(STILL, cm.NewtonKrylov(tol=tol)).estimate(problem, theta, None)
+    result = with_a_dead_zone(cm.Contrastive(STILL, cm.NewtonKrylov(tol=tol)), units)
     assert result.diagnostics.status == cm.Status.CONVERGED
     # At w = theta the outer gradient is 2 (1.25 - 1.125).
     np.testing.assert_allclose(result.grad, 0.25 * units, rtol=1e-6)
     # One pass goes there and answers nothing.
     cut_short = cm.Contrastive(STILL, cm.NewtonKrylov(tol=tol, max_passes=1, fall_back=False))
-    assert cut_short.estimate(problem, theta, None).diagnostics.status >= cm.Status.NUDGED_NOT_CONVERGED
+    assert with_a_dead_zone(cut_short, units).diagnostics.status >= cm.Status.NUDGED_NOT_CONVERGED
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -264,9 +268,10 @@ def test_a_nudge_that_appears_on_the_way_is_answered_in_its_own_units(units, tol
 def test_without_a_nudge_learning_ends_as_with_one(name, dtype):
     """What an outer loss that asks for nothing leaves unknown, rounding and curvature, any direction tells."""
     case = small_problem(name, dtype)
+    alone = cm.Contrastive(STILL, cm.NewtonKrylov(fall_back=False))
     indifferent = dataclasses.replace(case.problem, outer_loss=lambda params, meta_params, task: jnp.ones((), dtype))
     asking, not_asking = (
-        jax.jit(lambda start, of=problem: cm.Contrastive(STILL).estimate(started_at(of, start), *case[2:4]))
+        jax.jit(lambda start, of=problem: alone.estimate(started_at(of, start), *case[2:4]))
         for problem in (case.problem, indifferent)
     )
     for start in (case.params, away(case.params, 1e-2)):
