@@ -78,9 +78,9 @@ class Contrastive(MetaGradientEstimator):
       estimate_error: whether to estimate how wrong the result is, `diagnostics.error_estimate`: from the contrasts of
         phases at twice the distance from their base point, and from what answers to what is left of the nudge and of
         learning would change. Costs a residual and three statistics for each phase, and three solves by conjugate
-        gradients of at most 200 gradients each; no phase. Infinite where phases ran
-        away. Above 0.1 the status is at least `APPROXIMATE`; without an estimate the status knows residuals alone, which
-        hardly show what lies along low curvature.
+        gradients of at most 200 gradients each; no phase. Infinite where phases ran away. Above 0.1 the status is at
+        least `APPROXIMATE`; without an estimate it knows residuals alone, which hardly show what lies along low
+        curvature.
 
     Raises:
       ValueError: a target that is not positive, or without `estimate_error`.
