@@ -83,8 +83,7 @@ def _unanswered(found: Findings) -> bool:
 
 def _loose(found: Findings) -> bool:
     """Far off by the estimator's own account, and as far at any strength: it is what the phases left."""
-    told = float(found.result.diagnostics.error_estimate)
-    return told > DOUBTFUL and told > found.tolerance and not _worth_changing(found)
+    return found.told > max(DOUBTFUL, found.tolerance) and not _worth_changing(found)
 
 
 def _unsettled(found: Findings) -> bool:
@@ -193,7 +192,7 @@ def _words(found: Findings) -> dict[str, str]:
         "lower": f" to about {best:.1e}" if factor < 1 else "",
         "error": share(found.error),
         "least": share(curve.errors[curve.least]),
-        "told": share(float(found.result.diagnostics.error_estimate)),
+        "told": share(found.told),
         "barrier": f"{blocked.relative_barrier:.2g}" if blocked else "",
         "barrier_beta": f"{blocked.beta:.2e}" if blocked else "",
         "runaway_beta": f"{lost.beta if lost else fallback:.2e}",

@@ -34,11 +34,10 @@ def draw(found: Findings, advice: str, figure: Any) -> None:
 
 def _draw_curve(found: Findings, axis: Any) -> None:
     curve = found.curve
-    told = found.result.diagnostics.error_estimate
     _plot(axis, curve.strengths, _positive(curve.errors, _LARGEST), "error", color=_COLOURS[0], marker=_MARKERS[0])
     estimates = _positive(curve.estimates, _LARGEST)
     _plot(axis, curve.strengths, estimates, "estimated by itself", color="grey", linestyle=":", marker=".")
-    error = min(curve.error if curve.error > 0 else float(told), _LARGEST)
+    error = min(curve.error if curve.error > 0 else found.told, _LARGEST)
     if error > 0:
         axis.plot(
             [found.beta], [error], "*", color=_COLOURS[3], markersize=15, markeredgecolor="black", zorder=5,

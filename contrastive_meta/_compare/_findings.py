@@ -147,10 +147,16 @@ class Findings:
         return self.curve.strengths[self.curve.chosen]
 
     @property
+    def told(self) -> float:
+        """Relative error as the estimator itself says; NaN where it does not."""
+        return float(self.result.diagnostics.error_estimate)
+
+    @property
     def error(self) -> float:
         """Relative error: against the reference, else the larger of what the curve and the estimator say of it."""
-        told = float(self.result.diagnostics.error_estimate)
-        return self.curve.error if self.curve.referenced or np.isnan(told) else float(np.fmax(self.curve.error, told))
+        if self.curve.referenced or np.isnan(self.told):
+            return self.curve.error
+        return float(np.fmax(self.curve.error, self.told))
 
 
 def _over(height: float, change: float) -> float:

@@ -155,10 +155,9 @@ def _verdict(segment: Segment) -> str:
 def _result(found: Findings) -> list[str]:
     diagnostics, total = found.result.diagnostics, max(sum(found.gradients.values()), 1)
     spent = ", ".join(f"{name} {count} ({100 * count / total:.0f} %)" for name, count in found.gradients.items())
-    told = float(diagnostics.error_estimate)
     lines = _wrap(
         f"Result: outer loss {float(found.result.outer_loss):.6g}; estimated error "
-        f"{share(told) if np.isfinite(told) else 'none'}; the nudge moves params by "
+        f"{share(found.told) if np.isfinite(found.told) else 'none'}; the nudge moves params by "
         f"{share(float(diagnostics.displacement))} of their norm."
     )
     lines += _wrap(f"Gradient evaluations: {sum(found.gradients.values())}: {spent}.")

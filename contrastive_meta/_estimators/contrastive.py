@@ -192,7 +192,8 @@ class Contrastive(MetaGradientEstimator):
             require_complex_capable(flat, template, flattening.flatten(free.params))
         if isinstance(learner, InnerSolver):
             point = look(flattening.flatten(free.params))
-            return Ran(free, *self._learned_again(nudging, point, learner))
+            nudged, phases, fell_back = self._learned_again(nudging, point, learner)
+            return Ran(free, nudged, point, phases, fell_back)
         return Ran(free, nudging, *self._found_fast(nudging, free, look, learner))
 
     def _assess(
@@ -238,12 +239,12 @@ class Contrastive(MetaGradientEstimator):
 
     def _learned_again(
         self, nudging: Nudging, point: FreePoint, learner: InnerSolver
-    ) -> tuple[Nudging, FreePoint, Phases, jax.Array]:
+    ) -> tuple[Nudging, Phases, jax.Array]:
         """The phases as published, what nudged them, and whether another nudge had to take the place of the loss's."""
         own, goal = learner.bind(nudging.setting.meta_params), self._goal(nudging, point)
         phases = run_again(nudging, point, own, self.nudged_tol, goal)
         if self.nudge is not None or self.scheme.template().is_complex:
-            return nudging, point, phases, jnp.int32(Status.CONVERGED)
+            return nudging, phases, jnp.int32(Status.CONVERGED)
 
         # A nudge that takes the loss's minimum away: its linearisation cannot.
         def linearised(before: Phases) -> Phases:
@@ -253,7 +254,7 @@ class Contrastive(MetaGradientEstimator):
 
         unbounded = ran_away(point, phases) & tree.all_finite((point.params, point.outer_grad))
         nudged = nudging._replace(nudge=NudgeInPlace(unbounded))
-        return nudged, point, only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
+        return nudged, only_if(unbounded, linearised, phases), flag(unbounded, Status.FELL_BACK)
 
     def _found_fast(
         self, nudging: Nudging, free: Solution, look: Callable[[Params], FreePoint], learner: NewtonKrylov
