@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from benchmarks import estimators, plasticity, scaling_steps, speed, speed_scaling, speed_tables, trust, tuning
 from benchmarks.harness import PACKAGE_FOLDER, Record
@@ -55,15 +56,16 @@ def load(folder: Path) -> list[Record]:
 
 
 def newest_runs(records: Sequence[Record], benchmark: str) -> list[list[Record]]:
-    """Of each precision the newest run of each case of a benchmark, float32 first.
+    """Of each precision the newest run of each case and seed of a benchmark, float32 first.
 
-    A run of a few cases leaves those that an earlier run measured standing; a run with several precisions stays whole.
+    A run of a few cases or seeds leaves what an earlier run measured of the others standing; a run with several
+    precisions stays whole.
     """
     here = [record for record in records if record["benchmark"] == benchmark]
-    newest: dict[tuple[str, str], str] = {}
+    newest: dict[tuple[str, str, Any], str] = {}
     for record in sorted(here, key=lambda record: str(record["date"])):
-        newest[_precision_and_case(record)] = record["run"]
-    current = [record for record in here if newest[_precision_and_case(record)] == record["run"]]
+        newest[_part(record)] = record["run"]
+    current = [record for record in here if newest[_part(record)] == record["run"]]
     runs = {
         name: tuple(dict.fromkeys(record["run"] for record in current if record["precision"] == name))
         for name in sorted({record["precision"] for record in current})
@@ -73,8 +75,8 @@ def newest_runs(records: Sequence[Record], benchmark: str) -> list[list[Record]]
     return [[record for record in current if record["run"] in group] for group in whole]
 
 
-def _precision_and_case(record: Record) -> tuple[str, str]:
-    return record["precision"], str(record.get("case"))
+def _part(record: Record) -> tuple[str, str, Any]:
+    return record["precision"], str(record.get("case")), record.get("seed")
 
 
 def draw(benchmark: Benchmark, records: Sequence[Record], folder: Path) -> list[Path]:
@@ -106,34 +108,28 @@ def _check(page: Path, block: str) -> int:
 
 def render_readme_block(records: Sequence[Record]) -> str:
     """The README's numbers as Markdown: errors and times of every estimator, memory, and where they come from."""
-    parts = []
-    for rows in newest_runs(records, estimators.NAME):
-        parts.append(_errors_table(rows))
-    for rows in newest_runs(records, scaling_steps.NAME)[:1]:
-        parts.append(scaling_steps.read(rows))
-    here = [record for record in records if record["benchmark"] in (estimators.NAME, scaling_steps.NAME)]
-    parts.append(_provenance(here, "python -m benchmarks"))
-    return "\n\n".join(parts)
+    errors, lengths = newest_runs(records, estimators.NAME), newest_runs(records, scaling_steps.NAME)[:1]
+    parts = [*map(_errors_table, errors), *map(scaling_steps.read, lengths)]
+    return "\n\n".join([*parts, _provenance([*errors, *lengths], "python -m benchmarks")])
 
 
 def render_speed_block(records: Sequence[Record]) -> str:
     """What the speed records come to, as Markdown."""
-    parts = []
-    for rows in newest_runs(records, speed.NAME):
+    parts, timed = [], newest_runs(records, speed.NAME)
+    for rows in timed:
         seeds = sorted({row["seed"] for row in rows})
         text = "\n".join(speed_tables.summary(rows))
         parts.append(f"In {rows[0]['precision']}, seeds {seeds[0]} to {seeds[-1]}:\n\n```text\n{text}\n```")
     for rows in newest_runs(records, speed_scaling.NAME):
         parts.append(f"```text\n{speed_scaling.show(rows)}\n```")
-    speed_records = [record for record in records if record["benchmark"] == speed.NAME]
-    return "\n\n".join([*parts, _provenance(speed_records, "python -m benchmarks run speed")])
+    return "\n\n".join([*parts, _provenance(timed, "python -m benchmarks run speed")])
 
 
 def render_shown_block(records: Sequence[Record], module: ModuleType) -> str:
     """What the records of a benchmark come to, its table, as Markdown."""
-    rows = [row for rows in newest_runs(records, module.NAME) for row in rows]
-    here = [record for record in records if record["benchmark"] == module.NAME]
-    return f"```text\n{module.show(rows)}\n```\n\n{_provenance(here, f'python -m benchmarks run {module.NAME}')}"
+    runs = newest_runs(records, module.NAME)
+    shown = module.show([row for rows in runs for row in rows])
+    return f"```text\n{shown}\n```\n\n{_provenance(runs, f'python -m benchmarks run {module.NAME}')}"
 
 
 def _errors_table(rows: Sequence[Record]) -> str:
@@ -170,12 +166,14 @@ def _memory_lines(rows: Sequence[Record]) -> list[str]:
     ]
 
 
-def _provenance(records: Sequence[Record], command: str) -> str:
-    newest = max(records, key=lambda record: str(record["date"]))
-    of_seeds = seeds_of([record for record in records if record["run"] == newest["run"]])
-    environment = newest["environment"]
+def _provenance(runs: Sequence[Sequence[Record]], command: str) -> str:
+    """When and where what is shown was measured, and how to make it again."""
+    shown = [row for rows in runs for row in rows]
+    newest = max(shown, key=lambda row: str(row["date"]))
+    days = sorted({str(row["date"])[:10] for row in shown})
+    measured, environment = " to ".join(dict.fromkeys([days[0], days[-1]])), newest["environment"]
     return (
-        f"Measured {newest['date'][:10]} with jax {environment['jax']} on {environment['cpu_count']} cores of "
-        f"{environment['device']}, {of_seeds}. Remake: `{command}` to measure anew, "
+        f"Measured {measured} with jax {environment['jax']} on {environment['cpu_count']} cores of "
+        f"{environment['device']}, {seeds_of(shown)}. Remake: `{command}` to measure anew, "
         "`python -m benchmarks report` to rewrite this block from the committed records (`benchmarks/results`)."
     )
