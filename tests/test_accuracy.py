@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import contrastive_meta as cm
-from tests.oracles import SmallProblem, relative_error, small_problem
+from tests.oracles import ALONE, SmallProblem, relative_error, small_problem
 
 CONVEX = ["ridge", "logistic", "data_cleaning"]
 # Condition numbers of the small problems are below 100: 1500 accelerated steps end at the floor of float64.
@@ -34,7 +34,7 @@ def error(estimator: cm.MetaGradientEstimator, case: SmallProblem) -> float:
      (cm.complex_step, 1e-12)],
 )  # fmt: skip
 def test_float64_schemes_reach_the_exact_gradient(name, scheme, tolerance):
-    estimator = cm.Contrastive(NESTEROV, scheme=cm.relative(scheme))
+    estimator = cm.Contrastive(NESTEROV, ALONE, cm.relative(scheme))
     assert error(estimator, small_problem(name)) <= tolerance
 
 
@@ -47,7 +47,7 @@ def test_default_estimator_with_lbfgs(name):
 @pytest.mark.parametrize(("scheme", "tolerance"), [(cm.central_difference, 1e-3), (cm.complex_step, 1e-5)])
 def test_float32_schemes_reach_the_floor_of_float32(name, scheme, tolerance):
     case = small_problem(name, jnp.float32)
-    result = estimate(cm.Contrastive(NESTEROV, scheme=cm.relative(scheme)), case)
+    result = estimate(cm.Contrastive(NESTEROV, ALONE, cm.relative(scheme)), case)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(result.grad))
     assert result.diagnostics.status == cm.Status.CONVERGED
     assert relative_error(result.grad, case.exact.grad) <= tolerance
@@ -55,7 +55,7 @@ def test_float32_schemes_reach_the_floor_of_float32(name, scheme, tolerance):
 
 def test_central_linear_nudge_on_ridge_is_exact_at_any_strength():
     # L_in is quadratic in params and dL_in/dtheta as well, so no power of beta beyond the first is left.
-    estimator = cm.Contrastive(NESTEROV, scheme=cm.central_difference(1.0), nudge=cm.LinearNudge())
+    estimator = cm.Contrastive(NESTEROV, ALONE, cm.central_difference(1.0), cm.LinearNudge())
     case = small_problem("ridge")
     assert relative_error(estimate(estimator, case).grad, case.exact.grad) <= 1e-12
 
@@ -69,7 +69,7 @@ def test_implicit_differentiation_is_exact(name, inverse):
 @pytest.mark.parametrize("name", ["quadratic", "softmax"])
 def test_direct_terms_and_other_trees(name):
     case = small_problem(name)
-    result = estimate(cm.Contrastive(NESTEROV), case)
+    result = estimate(cm.Contrastive(NESTEROV, ALONE), case)
     assert relative_error(result.grad, case.exact.grad) <= 1e-6
     assert np.isclose(result.outer_loss, case.exact.outer_loss, rtol=1e-9)
 
@@ -78,9 +78,9 @@ def test_direct_terms_and_other_trees(name):
 def test_networks_from_inside_their_basin(name, rate):
     case = small_problem(name)
     solver = cm.OptaxDescent(optax.sgd(rate, momentum=0.9, nesterov=True), num_steps=3000)
-    fresh = cm.Contrastive(solver).init_state(case.problem, case.meta_params, case.task)
-    start = fresh._replace(params=case.params)
-    result = cm.Contrastive(solver).estimate(case.problem, case.meta_params, case.task, state=start)
+    estimator = cm.Contrastive(solver, ALONE)
+    start = estimator.init_state(case.problem, case.meta_params, case.task)._replace(params=case.params)
+    result = estimator.estimate(case.problem, case.meta_params, case.task, state=start)
     assert result.diagnostics.status == cm.Status.CONVERGED
     assert relative_error(result.grad, case.exact.grad) <= 1e-6
 
@@ -123,9 +123,10 @@ def test_error_falls_with_the_order_of_the_scheme(name, scheme, order, span):
     betas = jnp.geomspace(*span, 5)
     schemes = jax.vmap(scheme)(betas)
 
+    @jax.jit
     @jax.vmap
     def gradient(scheme):
-        return cm.Contrastive(NESTEROV, scheme=scheme).estimate(case.problem, case.meta_params, case.task).grad
+        return estimate(cm.Contrastive(NESTEROV, ALONE, scheme), case).grad
 
     grads = gradient(schemes)
     errors = [relative_error(jax.tree.map(lambda g, k=k: g[k], grads), case.exact.grad) for k in range(len(betas))]

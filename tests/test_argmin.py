@@ -11,12 +11,12 @@ import pytest
 
 import contrastive_meta as cm
 from contrastive_meta import problems
-from tests.oracles import cast, relative_error, small_problem
+from tests.oracles import ALONE, cast, relative_error, small_problem
 
 # Condition numbers of the problems here stay below 50: these many steps reach the floor of float64.
 DESCENT = cm.OptaxDescent(optax.sgd(0.3), num_steps=400)
 # What the transformations are tested with has nothing to fall back to, which compiles faster.
-FAST = cm.ContrastiveAdjoint(cm.NewtonKrylov(fall_back=False))
+FAST = cm.ContrastiveAdjoint(ALONE)
 
 
 def ridge_loss(w: Any, strengths: Any, task: Any) -> Any:

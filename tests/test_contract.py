@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 import contrastive_meta as cm
 from contrastive_meta import Status, problems
-from tests.oracles import cast, cosine, relative_error
+from tests.oracles import ALONE, cast, cosine, relative_error
 
 # The problem that all are held to. Every kind of branch in every tree; not quadratic, so that a bias in beta shows; the
 # start, the inner loss and the outer loss all depend on all meta-parameters but one each, so nobody is blind to any.
@@ -189,8 +189,10 @@ class Row(NamedTuple):
     status: Status = Status.CONVERGED
 
 
-def contrastive(scheme: Callable[[float], Any], solver: Any = SGD, **options: Any) -> Callable[[float], Any]:
-    return lambda x: cm.Contrastive(solver, scheme=scheme(x), **options)
+def contrastive(
+    scheme: Callable[[float], Any], solver: Any = SGD, nudged_solver: Any = ALONE, **options: Any
+) -> Callable[[float], Any]:
+    return lambda x: cm.Contrastive(solver, nudged_solver, scheme(x), **options)
 
 
 def implicit(inverse: Callable[[float], Any]) -> Callable[[float], Any]:
@@ -206,11 +208,11 @@ ESTIMATORS: dict[str, Row] = {
     "relative circle": Row(contrastive(lambda x: cm.relative(cm.circle, 1e-2 * x), MOMENTUM), 1e-13, 1e-13),
     "relative complex step": Row(contrastive(lambda x: cm.relative(cm.complex_step), MOMENTUM), 1e-14, 1e-14),
     "forward unmatched": Row(contrastive(lambda x: cm.forward_difference(-1e-6 * x, matched=False)), 1e-5, 1e-8),
-    "central": Row(contrastive(lambda x: cm.central_difference(1e-3 * x)), 1e-5, 1e-11),
+    "central": Row(contrastive(lambda x: cm.central_difference(1e-3 * x), SGD, None), 1e-5, 1e-11),
     "linear nudge": Row(contrastive(lambda x: cm.central_difference(1e-3 * x), nudge=cm.LinearNudge()), 1e-7, 1e-11),
     "sequential": Row(contrastive(lambda x: cm.central_difference(1e-3 * x), sequential=True), 1e-5, 1e-11),
     # Adam, which no complex phase can run, leaves 1e-4 or so; the nudged phase learns on, and takes the base along.
-    "nudged solver": Row(contrastive(lambda x: cm.complex_step(1e-9 * x), ADAM, nudged_solver=MOMENTUM), 1e-13, 1e-13),
+    "nudged solver": Row(contrastive(lambda x: cm.complex_step(1e-9 * x), ADAM, MOMENTUM), 1e-13, 1e-13),
     "lbfgs": Row(
         lambda x: cm.Contrastive(cm.LBFGS(tol=1e-12 * x, max_steps=int(50 * x), memory_size=5), nudged_tol=1e-9 * x),
         # Iterations to a tolerance end where rounding sends them: within the tolerance of the nudge.

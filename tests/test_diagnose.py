@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import contrastive_meta as cm
-from tests.oracles import STILL, low_curvature, relative_error, small_problem
+from tests.oracles import ALONE, STILL, low_curvature, relative_error, small_problem
 
 # Problems and learners below differ in numbers only, so that few programs are compiled.
 
@@ -251,7 +251,7 @@ def ridge():
     """The default estimator on converged ridge regression, against the closed form."""
     case = small_problem("ridge")
     solver = cm.OptaxDescent(optax.sgd(0.3), num_steps=600)
-    estimator = cm.Contrastive(solver, nudged_solver=cm.NewtonKrylov(fall_back=False))
+    estimator = cm.Contrastive(solver, nudged_solver=ALONE)
     return case, estimator, cm.diagnose(case.problem, estimator, *case[2:4], reference=case.exact.grad)
 
 

@@ -103,12 +103,13 @@ def test_three_steps_of_learning(nudged, target):
 
 
 @pytest.mark.parametrize("nudged", NUDGED, ids=["fast", "run again"])
-@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
-def test_a_target_is_no_shield_from_broken_data(value, nudged):
+def test_a_target_is_no_shield_from_broken_data(nudged):
     problem = cm.BilevelProblem(
         lambda w, theta, task: jnp.sum((w - theta * task) ** 2),
         lambda w, theta, task: jnp.sum(w**2),
         lambda theta, task: jnp.zeros(2),
     )
-    result = cm.Contrastive(NESTEROV, nudged, target_error=1e-3).estimate(problem, jnp.ones(2), jnp.array([1.0, value]))
-    assert result.diagnostics.status >= cm.Status.DIVERGED
+    estimator = cm.Contrastive(NESTEROV, nudged, target_error=1e-3)
+    for value in (jnp.nan, jnp.inf):
+        result = estimator.estimate(problem, jnp.ones(2), jnp.array([1.0, value]))
+        assert result.diagnostics.status >= cm.Status.DIVERGED

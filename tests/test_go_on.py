@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import contrastive_meta as cm
-from tests.oracles import STILL, double_well, relative_error, small_problem, started_at
+from tests.oracles import ALONE, STILL, double_well, relative_error, small_problem, started_at
 
 # Satisfied on the rim between the minima, where the loss curves downwards.
 LOOSE = cm.OptaxDescent(optax.sgd(0.02), tol=1.0, max_steps=2000)
@@ -18,9 +18,9 @@ LOOSE = cm.OptaxDescent(optax.sgd(0.02), tol=1.0, max_steps=2000)
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 3e-5), (jnp.float64, 1e-9)])
 def test_what_is_left_to_learn_is_learned_by_the_users_learner(solver, dtype, tolerance):
     """As accurate as from a finished phase."""
-    theta = jnp.zeros((), dtype)
+    problem, theta = double_well(), jnp.zeros((), dtype)
     for start in (0.1, -0.1):
-        result = cm.Contrastive(solver).estimate(double_well(), theta, jnp.asarray(start, dtype))
+        result = cm.Contrastive(solver).estimate(problem, theta, jnp.asarray(start, dtype))
         side = np.sign(start)
         assert result.diagnostics.status == cm.Status.FELL_BACK
         np.testing.assert_allclose(result.params, side, rtol=1e-5)
@@ -90,11 +90,11 @@ def test_an_accuracy_asked_for_is_reached_from_where_learning_went_on():
 def test_a_strength_sought_for_the_loss_nudge_leaves_it_a_minimum(dtype):
     """Between quadratic losses lines are straight: only what the nudge takes from the curvature bounds it."""
     case = small_problem("ridge", dtype)
-    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(), nudge=cm.LossNudge())
+    estimator = cm.Contrastive(STILL, ALONE, nudge=cm.LossNudge())
     result = estimator.estimate(started_at(case.problem, case.params), *case[2:4])
     assert result.diagnostics.status == cm.Status.CONVERGED
     assert relative_error(result.grad, case.exact.grad) < (1e-4 if dtype == jnp.float32 else 1e-11)
     # A nudge of a strength that is typed is not spared.
-    typed = cm.Contrastive(STILL, cm.NewtonKrylov(), cm.central_difference(30.0), nudge=cm.LossNudge())
+    typed = cm.Contrastive(STILL, ALONE, cm.central_difference(30.0), nudge=cm.LossNudge())
     told = typed.estimate(started_at(case.problem, case.params), *case[2:4])
     assert told.diagnostics.status == cm.Status.UNBOUNDED_NUDGE

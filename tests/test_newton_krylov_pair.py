@@ -7,7 +7,7 @@ import pytest
 
 import contrastive_meta as cm
 from benchmarks.cases import WarmTask, started_by_task
-from tests.oracles import STILL, away, relative_error, small_problem, started_at
+from tests.oracles import ALONE, STILL, away, relative_error, small_problem, started_at
 
 
 def bowl(curvatures, outer_grad, key=0):
@@ -28,7 +28,7 @@ def together_and_apart(curvatures, distance, tol):
     size = len(curvatures)
     outer_grad, off = np.random.default_rng(1).standard_normal((2, size))
     problem, hessian = bowl(curvatures, outer_grad)
-    nudged, scheme = cm.NewtonKrylov(tol=tol), cm.relative(cm.central_difference)
+    nudged, scheme = cm.NewtonKrylov(tol=tol, fall_back=False), cm.relative(cm.central_difference)
     estimator = cm.Contrastive(STILL, nudged, scheme, estimate_error=False)
     solution = jnp.ones(size)
     unfinished, learned = (estimator.estimate(problem, solution, at) for at in (solution + distance * off, solution))
@@ -62,7 +62,7 @@ def test_both_may_point_the_same_way(sign):
     _, hessian = bowl(np.geomspace(0.1, 1, 20), start)
     outer_grad = sign * hessian @ start
     problem, _ = bowl(np.geomspace(0.1, 1, 20), outer_grad)
-    result = cm.Contrastive(STILL).estimate(problem, jnp.zeros(20), jnp.asarray(start))
+    result = cm.Contrastive(STILL, ALONE).estimate(problem, jnp.zeros(20), jnp.asarray(start))
     assert result.diagnostics.status == cm.Status.CONVERGED
     assert relative_error(result.grad, outer_grad) < 1e-8
 
@@ -71,8 +71,8 @@ def test_both_may_point_the_same_way(sign):
 def test_one_product_after_another_gives_the_same(name):
     case = small_problem(name)
     problem = started_at(case.problem, away(case.params, 1e-2))
-    together = cm.Contrastive(STILL).estimate(problem, *case[2:4])
-    sequential = cm.Contrastive(STILL, sequential=True).estimate(problem, *case[2:4])
+    together = cm.Contrastive(STILL, ALONE).estimate(problem, *case[2:4])
+    sequential = cm.Contrastive(STILL, ALONE, sequential=True).estimate(problem, *case[2:4])
     assert relative_error(together.grad, case.exact.grad) < 1e-6
     assert relative_error(sequential.grad, together.grad) < 1e-7
 
@@ -99,7 +99,7 @@ def test_a_warm_start_is_a_first_direction_for_the_nudge_alone(distance):
     case = small_problem("data_cleaning")
     start = away(case.params, distance) if distance else case.params
     problem = started_at(case.problem, start)
-    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(tol=1e-3), cm.relative(cm.central_difference))
+    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(tol=1e-3, fall_back=False), cm.relative(cm.central_difference))
     state = estimator.estimate(problem, *case[2:4]).state._replace(params=start)
     cold = estimator.estimate(
         problem, *case[2:4], state=state._replace(displacement=jax.tree.map(jnp.zeros_like, state.displacement))
@@ -114,6 +114,6 @@ def test_downward_curvature_met_by_both_is_reported():
     """At a saddle neither system has a solution to go to."""
     outer_grad, start = np.random.default_rng(3).standard_normal((2, 12))
     problem, _ = bowl(np.concatenate([[-0.3], np.geomspace(0.1, 1, 11)]), outer_grad)
-    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(fall_back=False))
+    estimator = cm.Contrastive(STILL, ALONE)
     result = estimator.estimate(problem, jnp.zeros(12), jnp.asarray(start))
     assert result.diagnostics.status >= cm.Status.NUDGED_NOT_CONVERGED

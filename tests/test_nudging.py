@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import contrastive_meta as cm
 from contrastive_meta import Status
-from tests.oracles import relative_error
+from tests.oracles import ALONE, relative_error
 
 # Scheme functions of beta, and the order of their error.
 SCHEMES: dict[str, tuple[Callable[[Any], cm.NudgeScheme], int]] = {
@@ -254,7 +254,7 @@ def test_any_nudges_with_fitting_weights_estimate_the_gradient(nudges: tuple[flo
     powers = np.vander(nudges, len(nudges), increasing=True).T
     weights = np.linalg.lstsq(powers[:2], np.array([0.0, 1.0]), rcond=None)[0]
     scheme = cm.NudgeScheme(nudges, tuple(map(float, weights)))
-    result = cm.Contrastive(LEARNER, scheme=scheme, nudge=cm.LinearNudge()).estimate(QUADRATIC, META, TARGET)
+    result = cm.Contrastive(LEARNER, ALONE, scheme, cm.LinearNudge()).estimate(QUADRATIC, META, TARGET)
     assert relative_error(result.grad, quadratic_answer()) < 1e-12
     assert float(result.diagnostics.beta) == pytest.approx(min(map(abs, nudges)))
 
@@ -272,7 +272,7 @@ def test_any_nudges_with_fitting_weights_estimate_the_gradient(nudges: tuple[flo
     ids=["central", "forward", "four-point", "instance", "lopsided"],
 )
 def test_a_relative_strength_moves_params_as_far_as_asked(scheme: Any, displacement: float) -> None:
-    result = cm.Contrastive(LEARNER, scheme=scheme, nudge=cm.LinearNudge()).estimate(QUADRATIC, META, TARGET)
+    result = cm.Contrastive(LEARNER, ALONE, scheme, cm.LinearNudge()).estimate(QUADRATIC, META, TARGET)
     w = META / CURVATURES
     response = (w - TARGET + META**2) / CURVATURES
     # The pilot solves three dimensions in three steps, with products from gradient differences good to about 1e-7.
@@ -286,7 +286,7 @@ def test_a_relative_strength_moves_params_as_far_as_asked(scheme: Any, displacem
 )
 def test_by_default_the_strength_balances_rounding_and_truncation(dtype: Any, expected: float) -> None:
     """As documented: about 1e-6 in float64 and 1e-3 in float32; the measured noise is within a few eps."""
-    estimator = cm.Contrastive(LEARNER, scheme=cm.relative(cm.central_difference))
+    estimator = cm.Contrastive(LEARNER, ALONE, cm.relative(cm.central_difference))
     result = estimator.estimate(QUADRATIC, META.astype(dtype), TARGET.astype(dtype))
     assert expected / 1.1 < float(result.diagnostics.displacement) < 3 * expected
 

@@ -14,7 +14,7 @@ import pytest
 import contrastive_meta as cm
 from contrastive_meta import architectures
 from contrastive_meta.problems import SplitData
-from tests.oracles import cast, relative_error
+from tests.oracles import ALONE, cast, relative_error
 
 SIZES = (3, 4, 2)
 
@@ -122,10 +122,9 @@ def test_the_statistic_is_the_derivative_of_the_nudged_loss(name, seed, sizes, n
 
 # Curvatures lie between 0.2 and 5: converged to rounding, and soon compiled.
 LEARNER = cm.OptaxDescent(optax.sgd(0.2), num_steps=1000)
-FAST = cm.NewtonKrylov(fall_back=False)
 EXACT = ("complex synapse", "decay", "gain modulation", "fast head", "context", "modules")
 # By the fast nudged learner every rule; by the learner itself, run again, one of each kind: it compiles longest.
-CASES = [*((name, FAST) for name in EXACT), ("complex synapse", LEARNER), ("gain modulation", LEARNER)]
+CASES = [*((name, ALONE) for name in EXACT), ("complex synapse", LEARNER), ("gain modulation", LEARNER)]
 
 
 @functools.cache
@@ -143,7 +142,7 @@ def exact_case(name):
 def test_the_meta_gradient_is_the_exact_one(name, nudged_solver):
     split, meta_params, task, exact = exact_case(name)
     # Truncation goes as beta^4: 3e-6 at 1e-2, measured, and 2e-8 here.
-    scheme = cm.relative(cm.central_difference) if nudged_solver is FAST else cm.four_point(3e-3)
+    scheme = cm.relative(cm.central_difference) if nudged_solver is ALONE else cm.four_point(3e-3)
     estimator = cm.Contrastive(LEARNER, nudged_solver, scheme, rule=split.rule, estimate_error=False)
     result = estimator.estimate(split.problem, meta_params, task)
     cm.raise_if_failed(result)
@@ -153,7 +152,7 @@ def test_the_meta_gradient_is_the_exact_one(name, nudged_solver):
 def test_complex_phases_hear_complex_signals():
     split, meta_params, task, exact = exact_case("gain modulation")
     scheme = cm.complex_step(1e-20)
-    estimator = cm.Contrastive(LEARNER, FAST, scheme, rule=split.rule, estimate_error=False)
+    estimator = cm.Contrastive(LEARNER, ALONE, scheme, rule=split.rule, estimate_error=False)
     result = estimator.estimate(split.problem, meta_params, task)
     assert relative_error(result.grad, exact) < 1e-6
 
@@ -216,7 +215,7 @@ def test_learner_energy_and_meta_gradient_agree():
     )
     strength, anchor, t = jnp.array([0.5, 2.0]), jnp.array([0.3, -0.2]), jnp.array([4.0, 6.0])
     meta_params = {"anchor": anchor, "strength": strength}
-    grad = cm.Contrastive(LEARNER, FAST, rule=rule, estimate_error=False).estimate(problem, meta_params, t).grad
+    grad = cm.Contrastive(LEARNER, ALONE, rule=rule, estimate_error=False).estimate(problem, meta_params, t).grad
     w = (t + strength * anchor) / (1 + strength)
     expected = {
         "anchor": (w - 1) * strength / (1 + strength),
@@ -324,7 +323,7 @@ def test_a_graded_mask_has_the_exact_meta_gradient_where_it_is_open():
         cm.Contrastive(solver, nudged, scheme, rule=split.rule, estimate_error=False).estimate(
             split.problem, split.meta_params, task
         )
-        for nudged in (solver, cm.NewtonKrylov(fall_back=False))
+        for nudged in (solver, ALONE)
     )
 
     def weights(moves, meta):
