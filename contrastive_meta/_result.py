@@ -113,7 +113,7 @@ class Diagnostics(NamedTuple):
     What an estimator has no notion of is NaN (floats) or 0 (counts).
 
     Attributes:
-      beta: nudging strength used, in the units of `outer_loss`; the modulus for complex nudges.
+      beta: nudging strength used, in units of `inner_loss` over those of `outer_loss`; the modulus for complex nudges.
       free_residual: norm of the inner loss's gradient in `params` at `result.params`.
       nudged_residual: how far the response to the nudge is from solved, relative to the nudge: the norm of
         v - H u over that of v, with v the outer loss's gradient in `params` and u the response.

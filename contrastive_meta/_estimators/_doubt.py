@@ -26,20 +26,6 @@ _ANSWERED = 1e-2, 1e-4, 1e-1
 _OF_NOISE = 0.3
 
 
-class Doubt(NamedTuple):
-    """How wrong a contrast is held to be.
-
-    Attributes:
-      error: estimated relative error; NaN where none was made.
-      doubling: what twice the strength changes in the meta-gradient and in what is left of the nudge, relative to each.
-      num_gradients: spent on finding out.
-    """
-
-    error: jax.Array
-    doubling: jax.Array
-    num_gradients: jax.Array
-
-
 class Untruncated(NamedTuple):
     """What is known of the truncation of a contrast.
 

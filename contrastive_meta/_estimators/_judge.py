@@ -1,6 +1,6 @@
 """What the contrasts of the phases say of where they ended, and what went wrong in them if anything did."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +35,10 @@ class Judged(NamedTuple):
       remainder: v - H u, what is left of the nudge, as it was given.
       unanswered: norm of the contrast of their residuals, the same but for truncation.
       params: the base point: the free solution, or what the phases made of it where that is better learned.
+      further: whether it is the latter.
       residual: norm of the inner gradient there.
       base_grad: that gradient.
       outer_grad: there.
-      outer_loss: there.
-      aux: of the outer loss, there.
       missing: length of what is at least missing of the response, see `newton_length`.
       more: that part of the response, a step down the remainder.
       ahead: the base point after the step that is at least left to learn.
@@ -54,11 +53,10 @@ class Judged(NamedTuple):
     remainder: Params
     unanswered: jax.Array
     params: Params
+    further: jax.Array
     residual: jax.Array
     base_grad: Params
     outer_grad: Params
-    outer_loss: jax.Array
-    aux: Any
     missing: jax.Array
     more: Params
     ahead: Params
@@ -100,7 +98,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     before, residual = setting.norm(point.inner_grad), setting.norm(phases.base_grad)
     better = residual < before
     residual = jnp.where(better, residual, before)
-    (outer_loss, aux), outer_grad = tree.where(better, phases.base_outer, point.outer)
+    outer_grad = tree.where(better, phases.base_outer[1], point.outer_grad)
     nudge = point.usual_nudge(outer_grad)
     # At the dtype's floor what is left to learn is noise, and excused.
     unlearned = residual > NOISE_FLOOR * point.noise
@@ -148,7 +146,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     bend = jnp.maximum(of_gradient, jnp.where(ended, of_path, 0.0))
     spent = off_center + 2 * unlearned + (of_sought > 0)
     return Judged(
-        response, moved, remainder, unanswered, learned, residual, base_grad, outer_grad, outer_loss, aux,
+        response, moved, remainder, unanswered, learned, better, residual, base_grad, outer_grad,
         missing, more, ahead, there, bend, left, spent,
     )  # fmt: skip
 

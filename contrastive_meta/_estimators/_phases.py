@@ -93,6 +93,36 @@ class Nudging(NamedTuple):
         )
 
 
+class Assessed(NamedTuple):
+    """What is made of phases, all scalars.
+
+    Attributes:
+      further: whether their base point is better learned than where the free phase ended.
+      free_residual: as in `Diagnostics`, like the next two.
+      nudged_residual: see there.
+      displacement: see there.
+      error: estimated relative error; NaN where none was made.
+      doubling: what twice the strength changes in the meta-gradient and in what is left of the nudge, relative to each.
+      status: of the phases and of the base point.
+      num_gradients: spent on finding out.
+    """
+
+    further: jax.Array
+    free_residual: jax.Array
+    nudged_residual: jax.Array
+    displacement: jax.Array
+    error: jax.Array
+    doubling: jax.Array
+    status: jax.Array
+    num_gradients: jax.Array
+
+    @classmethod
+    def nothing(cls, dtype: Any) -> "Assessed":
+        """Before there is anything to assess."""
+        unknown, none = jnp.asarray(jnp.inf, dtype), jnp.int32(0)
+        return cls(jnp.asarray(False), unknown, unknown, unknown, unknown, unknown, none, none)
+
+
 class Phases(NamedTuple):
     """What the phases of a scheme left behind; but for `scheme` every leaf has a leading axis of phases.
 
@@ -109,6 +139,8 @@ class Phases(NamedTuple):
       chosen: the displacement that was looked for and found best, relative to the length of `params`; else 0 (no
         leading axis).
       at_minima: whether phases went to the minima of their own losses, not put on a line (no leading axis).
+      assessed: what the last look at them made of them, where an accuracy was asked for, its gradients counted in
+        `num_gradients`; else None (no leading axis).
     """
 
     scheme: NudgeScheme
@@ -122,6 +154,7 @@ class Phases(NamedTuple):
     num_gradients: jax.Array
     chosen: jax.Array
     at_minima: jax.Array
+    assessed: Assessed | None = None
 
 
 class Goal(NamedTuple):
@@ -129,13 +162,17 @@ class Goal(NamedTuple):
 
     Attributes:
       target_error: estimated relative error of the meta-gradient at which to stop.
-      error: estimates it from phases, and says how many gradients that took.
+      assess: what is made of phases.
       max_steps: most steps of each phase that are taken for it.
     """
 
     target_error: jax.Array
-    error: Callable[[Phases], tuple[jax.Array, jax.Array]]
+    assess: Callable[[Phases], Assessed]
     max_steps: Any
+
+    def missed(self, assessed: Assessed) -> jax.Array:
+        """Whether it was not reached."""
+        return ~(assessed.error <= self.target_error)
 
 
 def statistic_noise(point: FreePoint, statistic: MetaParams) -> jax.Array:

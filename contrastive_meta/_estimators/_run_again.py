@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import FreePoint
-from contrastive_meta._estimators._phases import Goal, Nudging, Phases
+from contrastive_meta._estimators._phases import Assessed, Goal, Nudging, Phases
 from contrastive_meta._estimators._seek import Found, seek
 from contrastive_meta._estimators._setting import Setting
 from contrastive_meta._holomorphic import require_holomorphic
@@ -33,7 +33,7 @@ class Rounds(NamedTuple):
     num_gradients: jax.Array
     num_steps: jax.Array
     share: jax.Array  # of the tolerance of the first round
-    error: jax.Array  # as estimated
+    assessed: Assessed  # what was made of the phases
     running: jax.Array
 
 
@@ -105,18 +105,24 @@ def run_again(
     def go_on(rounds: Rounds) -> Rounds:
         solutions = learn(rounds.params, rounds.share)
         spent = rounds.num_gradients + jnp.sum(solutions.num_gradients)
-        error, estimating = goal.error(measure(solutions.params, solutions.status, spent))
+        assessed = goal.assess(measure(solutions.params, solutions.status, spent))
         num_steps, last = rounds.num_steps + jnp.max(solutions.num_steps), jnp.max(solutions.num_steps)
-        more = ~(error <= goal.target_error) & (error < _STALLED * rounds.error) & (num_steps + last <= most)
+        more = goal.missed(assessed) & (assessed.error < _STALLED * rounds.assessed.error) & (num_steps + last <= most)
         after = Rounds(
-            solutions.params, solutions.status, spent + estimating, num_steps, 0.1 * rounds.share, error, more
+            solutions.params,
+            solutions.status,
+            spent + assessed.num_gradients,
+            num_steps,
+            0.1 * rounds.share,
+            assessed,
+            more,
         )
         return cast_like(after, rounds)
 
-    zero = jnp.int32(0)
-    first = Rounds(begin, jnp.zeros(running.shape, jnp.int32), zero, zero, one, jnp.inf * one, jnp.asarray(True))
+    zero, nothing = jnp.int32(0), Assessed.nothing(setting.dtype)
+    first = Rounds(begin, jnp.zeros(running.shape, jnp.int32), zero, zero, one, nothing, jnp.asarray(True))
     last: Rounds = jax.lax.while_loop(lambda rounds: rounds.running, go_on, first)
-    return measure(last.params, last.status, last.num_gradients)
+    return measure(last.params, last.status, last.num_gradients)._replace(assessed=last.assessed)
 
 
 def _strength(nudging: Nudging, point: FreePoint) -> tuple[NudgeScheme, jax.Array, jax.Array]:

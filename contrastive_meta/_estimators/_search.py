@@ -11,7 +11,7 @@ from contrastive_meta._estimators._free_point import NOISE_FLOOR, UNANSWERED, Fr
 from contrastive_meta._estimators._gauge import Gauge
 from contrastive_meta._estimators._krylov import LEAST
 from contrastive_meta._estimators._line import AS_FORETOLD, GROWN, LONG, Line, Moved, Mover
-from contrastive_meta._estimators._phases import Goal, Nudging, Phases, on_line
+from contrastive_meta._estimators._phases import Assessed, Goal, Nudging, Phases, on_line
 
 # Newton's step may move the base point by this fraction of the length of `params`.
 _RADIUS = 0.3
@@ -95,23 +95,26 @@ class Search:
         found: Line = jax.lax.while_loop(lambda line: line.running, self.one_pass, line)
         return found
 
-    def run_until(self, goal: Goal, line: Line) -> Line:
-        """Passes until the meta-gradient is estimated to be right to what was asked for."""
+    def run_until(self, goal: Goal, line: Line) -> Outcome:
+        """Passes until the meta-gradient is estimated to be right to what was asked for, and the phases then."""
         # A remainder of the nudge is not much less of the meta-gradient, and may be more.
         loose = jnp.maximum(line.tol, 0.1 * goal.target_error).astype(self.dtype)
 
-        def tighten(carry: tuple[Line, jax.Array]) -> tuple[Line, jax.Array]:
-            before, _ = carry
+        def tighten(carry: tuple[Line, Assessed, jax.Array]) -> tuple[Line, Assessed, jax.Array]:
+            before, *_ = carry
             # What one tolerance was enough for, the next is not.
             found = self.run(before._replace(running=self._may_go_on(before) & self._may_start(before.learned)))
             outcome = self.measure(found)
-            error, spent = goal.error(outcome.phases)
-            more = ~(error <= goal.target_error) & ~outcome.failed & (before.tol > self.tol) & self._may_go_on(found)
-            tol = jnp.maximum(0.1 * before.tol, self.tol)
-            return cast_like(found._replace(tol=tol, num_gradients=found.num_gradients + spent), before), more
+            assessed = goal.assess(outcome.phases)
+            more = goal.missed(assessed) & ~outcome.failed & (before.tol > self.tol) & self._may_go_on(found)
+            tol = jnp.where(more, jnp.maximum(0.1 * before.tol, self.tol), before.tol)
+            after = found._replace(tol=tol, num_gradients=found.num_gradients + assessed.num_gradients)
+            return (*cast_like((after, assessed), (before, carry[1])), more)
 
-        found, _ = jax.lax.while_loop(lambda carry: carry[1], tighten, (line._replace(tol=loose), jnp.asarray(True)))
-        return found
+        start = line._replace(tol=loose), Assessed.nothing(self.dtype), jnp.asarray(True)
+        found, assessed, _ = jax.lax.while_loop(lambda carry: carry[2], tighten, start)
+        outcome = self.measure(found)
+        return outcome._replace(phases=outcome.phases._replace(assessed=assessed))
 
     def one_pass(self, line: Line) -> Line:
         """Solve for a step of the base point and what is left of the nudge before it; measure what is left after it.

@@ -1,5 +1,6 @@
 """The contrastive estimator: run learning twice, free and nudged, and contrast what each phase measures."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import only_if
-from contrastive_meta._estimators._doubt import Doubt, answer, relative_error, without_truncation
+from contrastive_meta._control import cast_like, only_if
+from contrastive_meta._estimators._doubt import answer, relative_error, without_truncation
 from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
 from contrastive_meta._estimators._go_on import run_fast
-from contrastive_meta._estimators._judge import Judged, judge, nudged_status, ran_away
-from contrastive_meta._estimators._phases import Goal, Nudging, Phases
+from contrastive_meta._estimators._judge import judge, nudged_status, ran_away
+from contrastive_meta._estimators._phases import Assessed, Goal, Nudging, Phases
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators._search import Outcome
 from contrastive_meta._estimators._setting import Setting
@@ -28,7 +29,7 @@ from contrastive_meta._nudging import (
     is_concrete,
 )
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
-from contrastive_meta._problem import MetaParams, Params
+from contrastive_meta._problem import Params
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver, Solution
@@ -127,43 +128,44 @@ class Contrastive(MetaGradientEstimator):
     def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
         meta_params = setting.meta_params
         free, nudging, point, phases, fell_back = self._run_phases(setting, state)
-        setting, flattening = nudging.tree_setting, nudging.flattening
+        setting, unflatten = nudging.tree_setting, nudging.flattening.unflatten
 
         # Contrast: what the phases measured, weighted and summed, theory (8).
         grad = phases.scheme.contrast(phases.statistic)
 
         # The same contrast of where they ended, and of their residuals, says how far it can be trusted.
-        judged, doubt, told = self._assess(nudging, point, phases, grad)
-        params, response = flattening.unflatten(judged.params), flattening.unflatten(judged.response)
-        beta = phases.scheme.strength(setting.dtype)
-        missed = jnp.asarray(False) if self.target_error is None else ~(doubt.error <= self.target_error)
+        assessed, spent = phases.assessed, jnp.int32(0)
+        if assessed is None:
+            assessed = self._assess(nudging, point, phases)
+            spent = assessed.num_gradients
+        params, ((outer_loss, aux), _) = tree.where(
+            assessed.further, (phases.base, phases.base_outer), (point.params, point.outer)
+        )
+        beta, missed = phases.scheme.strength(setting.dtype), jnp.asarray(False)
+        if self.target_error is not None:
+            missed = ~(assessed.error <= self.target_error)
         return MetaGradient(
             grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), grad, meta_params),
-            outer_loss=judged.outer_loss,
-            params=params,
+            outer_loss=outer_loss,
+            params=unflatten(params),
             state=EstimatorState(
-                params,
+                unflatten(params),
                 free.memory,
-                response,
+                unflatten(phases.scheme.contrast(phases.params)),
                 beta,
-                *_settled(state, phases.chosen, doubt.doubling),
+                *_settled(state, phases.chosen, assessed.doubling),
                 free.model_state,
             ),
-            aux=judged.aux,
+            aux=aux,
             diagnostics=make_diagnostics(
                 setting.dtype,
                 beta=beta,
-                free_residual=judged.residual,
-                nudged_residual=judged.unanswered / point.usual_nudge(judged.outer_grad),
-                displacement=beta * judged.moved / point.scale,
-                error_estimate=doubt.error,
-                num_gradients=free.num_gradients + NUM_GRADIENTS + phases.num_gradients + doubt.num_gradients,
-                status=worst(
-                    fell_back,
-                    flag(missed, Status.TARGET_NOT_REACHED),
-                    free_status(setting, point, judged.left),
-                    told,
-                ),
+                free_residual=assessed.free_residual,
+                nudged_residual=assessed.nudged_residual,
+                displacement=assessed.displacement,
+                error_estimate=assessed.error,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + phases.num_gradients + spent,
+                status=worst(fell_back, flag(missed, Status.TARGET_NOT_REACHED), assessed.status),
             ),
         )
 
@@ -196,34 +198,39 @@ class Contrastive(MetaGradientEstimator):
             return Ran(free, nudged, point, phases, fell_back)
         return Ran(free, nudging, *self._found_fast(nudging, free, look, learner))
 
-    def _assess(
-        self, nudging: Nudging, point: FreePoint, phases: Phases, grad: MetaParams
-    ) -> tuple[Judged, Doubt, jax.Array]:
-        """What the phases left behind, how wrong their contrast is estimated to be, and their status."""
-        remainder, unknown = phases.scheme.contrast(phases.residual), jnp.asarray(jnp.nan, nudging.setting.dtype)
+    def _assess(self, nudging: Nudging, point: FreePoint, phases: Phases) -> Assessed:
+        """How wrong the contrast of phases is estimated to be, and what they left behind."""
+        setting, scheme, grad = nudging.setting, phases.scheme, phases.scheme.contrast(phases.statistic)
+        remainder = scheme.contrast(phases.residual)
         untruncated = without_truncation(nudging, point, phases, grad) if self.estimate_error else None
         judged = judge(nudging, point, phases, remainder if untruncated is None else untruncated.remainder)
         told = nudged_status(nudging, point, phases, grad, judged)
-        if untruncated is None:
-            return judged, Doubt(unknown, jnp.zeros_like(unknown), judged.num_gradients), told
-        lacking = answer(nudging, point, phases, judged, untruncated.changed)
-        error = relative_error(nudging, phases, judged, grad, untruncated.lacking, lacking)
-        error = jnp.where(error > 0, jnp.hypot(error, untruncated.unseen), error)
-        # What ran away, or was never finite, says nothing.
-        error = jnp.where((told >= Status.UNBOUNDED_NUDGE) | jnp.isnan(error), jnp.inf, error)
-        spent = judged.num_gradients + lacking.num_gradients + 4 * len(phases.scheme.nudges)
-        return judged, Doubt(error, untruncated.doubling, spent), told
+        error, doubling, spent = jnp.asarray(jnp.nan, setting.dtype), jnp.zeros((), setting.dtype), judged.num_gradients
+        if untruncated is not None:
+            lacking = answer(nudging, point, phases, judged, untruncated.changed)
+            error = relative_error(nudging, phases, judged, grad, untruncated.lacking, lacking)
+            error = jnp.where(error > 0, jnp.hypot(error, untruncated.unseen), error)
+            # What ran away, or was never finite, says nothing.
+            error = jnp.where((told >= Status.UNBOUNDED_NUDGE) | jnp.isnan(error), jnp.inf, error)
+            doubling, spent = untruncated.doubling, spent + lacking.num_gradients + 4 * len(scheme.nudges)
+        assessed = Assessed(
+            further=judged.further,
+            free_residual=judged.residual,
+            nudged_residual=judged.unanswered / point.usual_nudge(judged.outer_grad),
+            displacement=scheme.strength(setting.dtype) * judged.moved / point.scale,
+            error=error,
+            doubling=doubling,
+            status=worst(free_status(setting, point, judged.left), told),
+            num_gradients=spent,
+        )
+        return cast_like(assessed, Assessed.nothing(setting.dtype))
 
     def _goal(self, nudging: Nudging, point: FreePoint) -> Goal | None:
         """The accuracy asked for, as learners take it."""
         if self.target_error is None:
             return None
-
-        def error(phases: Phases) -> tuple[jax.Array, jax.Array]:
-            _, doubt, _ = self._assess(nudging, point, phases, phases.scheme.contrast(phases.statistic))
-            return doubt.error, doubt.num_gradients
-
-        return Goal(jnp.asarray(self.target_error, nudging.setting.dtype), error, self.max_steps)
+        target = jnp.asarray(self.target_error, nudging.setting.dtype)
+        return Goal(target, functools.partial(self._assess, nudging, point), self.max_steps)
 
     def _parts(self) -> dict[str, Any]:
         nudged = (InnerSolver, NewtonKrylov, type(None))
@@ -249,8 +256,11 @@ class Contrastive(MetaGradientEstimator):
         # A nudge that takes the loss's minimum away: its linearisation cannot.
         def linearised(before: Phases) -> Phases:
             instead = nudging._replace(nudge=LinearNudge(), scheme=before.scheme)
-            phases = run_again(instead, point, own, self.nudged_tol)
-            return phases._replace(num_gradients=before.num_gradients + phases.num_gradients, chosen=before.chosen)
+            phases, spent = run_again(instead, point, own, self.nudged_tol), before.num_gradients
+            if goal is not None:
+                assessed = self._assess(instead, point, phases)
+                phases, spent = phases._replace(assessed=assessed), spent + assessed.num_gradients
+            return phases._replace(num_gradients=spent + phases.num_gradients, chosen=before.chosen)
 
         unbounded = ran_away(point, phases) & tree.all_finite((point.params, point.outer_grad))
         nudged = nudging._replace(nudge=NudgeInPlace(unbounded))
@@ -272,7 +282,7 @@ class Contrastive(MetaGradientEstimator):
         as_published = nudging._replace(sequential=True, nudge=self.nudge or LossNudge(), scheme=scheme)
 
         def published(point: FreePoint) -> Phases:
-            return run_again(as_published, point, own, self.nudged_tol, self._goal(nudging, point))
+            return run_again(as_published, point, own, self.nudged_tol, self._goal(as_published, point))
 
         return run_fast(nudging, free, attempt, own, published if learner.fall_back and own.takes_losses else None)
 

@@ -68,4 +68,4 @@ class NewtonKrylov:
         max_steps = self.max_steps if goal is None or goal.max_steps is None else goal.max_steps
         search = Search(nudging, point, self.tol, max_steps, self.max_passes, go_astray=not self.fall_back)
         start = search.start()
-        return search.measure(search.run(start) if goal is None else search.run_until(goal, start))
+        return search.measure(search.run(start)) if goal is None else search.run_until(goal, start)

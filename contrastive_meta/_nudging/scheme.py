@@ -48,7 +48,7 @@ class NudgeScheme(NudgeStrength):
     """Phases and how they are contrasted: estimate = Re sum_k weights_k g(nudges_k), theory (8).
 
     Args:
-      nudges: strength beta_k of each phase, in the units of `outer_loss`.
+      nudges: strength beta_k of each phase, in units of the inner loss over those of the outer.
       weights: weight w_k of each phase; Re sum w = 0 and sum w beta = 1.
       order: power p of the truncation error O(beta^p).
       free_phase: index of the phase whose strength is 0, or None.

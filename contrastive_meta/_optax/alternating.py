@@ -68,7 +68,7 @@ class Alternating(TuningMode):
         fixed coefficients, `OptaxDescent(optax.sgd(0.1, momentum=0.9), num_steps=20)`, cancels what is left to learn
         exactly; Adam nearly so.
       num_nudged_steps: steps of each run where it is the optimiser in training; a `nudged_solver` brings its own.
-      beta: nudging strength in the units of the outer loss, or a function of the training step; None for one at which
+      beta: nudging strength, inner over outer loss in units, or a function of the training step; None for one at which
         the outer loss's gradient is as long as the inner loss's, measured every time: of the order of what training
         does anyway, and vanishing, down to what rounding allows, where training comes to rest. The units of the losses
         do not matter.

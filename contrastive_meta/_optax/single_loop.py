@@ -67,7 +67,7 @@ class SingleLoop(TuningMode):
     on `task` itself: `problem.sample` is not used.
 
     Args:
-      beta: nudging strength in the units of the outer loss, or a function of the training step; 1 / beta is the
+      beta: nudging strength, inner over outer loss in units, or a function of the training step; 1 / beta is the
         penalty of F2SA. It has to change more slowly than the parameters learn. None for one that makes the nudge as
         strong as what training itself follows: the mean norm, over all steps so far, of the gradients of training over
         that of the outer gradients. With minibatches that is far above the noise that parts the iterates for no
