@@ -119,7 +119,7 @@ def ratios(rows: Sequence[Record], ours: Chooser, theirs: Chooser) -> list[float
 def summary(records: Sequence[Record]) -> list[str]:
     """How ours compare on each problem, and over all: the median and the worst of the medians over seeds."""
     contrasts = {
-        "fast (default)": _is(FAST),
+        "fast, typed tolerance": _is(FAST),
         "fast, best scheme": lambda row: str(row["method"]).startswith(FAST),
         "L-BFGS twice": _is(NUDGED_LBFGS),
     }
@@ -139,7 +139,7 @@ def summary(records: Sequence[Record]) -> list[str]:
     title = (
         "Ratios of the times to the final target (1e-3; on networks in float32 the best level that implicit CG "
         "reaches) over implicit CG and over the faster of jaxopt and optimistix, each method at its fastest setting: "
-        "median over the seeds, and their range."
+        "median over the seeds at which both get there, and their range."
     )
     notes = [
         *_against_backprop(records),
