@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import cast_like, only_if
-from contrastive_meta._estimators._doubt import answer, relative_error, without_truncation
-from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, free_status, survey
+from contrastive_meta._control import only_if
+from contrastive_meta._estimators._assess import assess
+from contrastive_meta._estimators._free_point import NUM_GRADIENTS, FreePoint, survey
 from contrastive_meta._estimators._go_on import run_fast
-from contrastive_meta._estimators._judge import judge, nudged_status, ran_away
-from contrastive_meta._estimators._phases import Assessed, Goal, Nudging, Phases
+from contrastive_meta._estimators._judge import ran_away
+from contrastive_meta._estimators._phases import Goal, Nudging, Phases
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators._search import Outcome
 from contrastive_meta._estimators._setting import Setting
@@ -136,7 +136,7 @@ class Contrastive(MetaGradientEstimator):
         # The same contrast of where they ended, and of their residuals, says how far it can be trusted.
         assessed, spent = phases.assessed, jnp.int32(0)
         if assessed is None:
-            assessed = self._assess(nudging, point, phases)
+            assessed = assess(nudging, point, phases, estimate_error=self.estimate_error)
             spent = assessed.num_gradients
         params, ((outer_loss, aux), _) = tree.where(
             assessed.further, (phases.base, phases.base_outer), (point.params, point.outer)
@@ -198,39 +198,12 @@ class Contrastive(MetaGradientEstimator):
             return Ran(free, nudged, point, phases, fell_back)
         return Ran(free, nudging, *self._found_fast(nudging, free, look, learner))
 
-    def _assess(self, nudging: Nudging, point: FreePoint, phases: Phases) -> Assessed:
-        """How wrong the contrast of phases is estimated to be, and what they left behind."""
-        setting, scheme, grad = nudging.setting, phases.scheme, phases.scheme.contrast(phases.statistic)
-        remainder = scheme.contrast(phases.residual)
-        untruncated = without_truncation(nudging, point, phases, grad) if self.estimate_error else None
-        judged = judge(nudging, point, phases, remainder if untruncated is None else untruncated.remainder)
-        told = nudged_status(nudging, point, phases, grad, judged)
-        error, doubling, spent = jnp.asarray(jnp.nan, setting.dtype), jnp.zeros((), setting.dtype), judged.num_gradients
-        if untruncated is not None:
-            lacking = answer(nudging, point, phases, judged, untruncated.changed)
-            error = relative_error(nudging, phases, judged, grad, untruncated.lacking, lacking)
-            error = jnp.where(error > 0, jnp.hypot(error, untruncated.unseen), error)
-            # What ran away, or was never finite, says nothing.
-            error = jnp.where((told >= Status.UNBOUNDED_NUDGE) | jnp.isnan(error), jnp.inf, error)
-            doubling, spent = untruncated.doubling, spent + lacking.num_gradients + 4 * len(scheme.nudges)
-        assessed = Assessed(
-            further=judged.further,
-            free_residual=judged.residual,
-            nudged_residual=judged.unanswered / point.usual_nudge(judged.outer_grad),
-            displacement=scheme.strength(setting.dtype) * judged.moved / point.scale,
-            error=error,
-            doubling=doubling,
-            status=worst(free_status(setting, point, judged.left), told),
-            num_gradients=spent,
-        )
-        return cast_like(assessed, Assessed.nothing(setting.dtype))
-
     def _goal(self, nudging: Nudging, point: FreePoint) -> Goal | None:
         """The accuracy asked for, as learners take it."""
         if self.target_error is None:
             return None
         target = jnp.asarray(self.target_error, nudging.setting.dtype)
-        return Goal(target, functools.partial(self._assess, nudging, point), self.max_steps)
+        return Goal(target, functools.partial(assess, nudging, point, estimate_error=True), self.max_steps)
 
     def _parts(self) -> dict[str, Any]:
         nudged = (InnerSolver, NewtonKrylov, type(None))
@@ -258,7 +231,7 @@ class Contrastive(MetaGradientEstimator):
             instead = nudging._replace(nudge=LinearNudge(), scheme=before.scheme)
             phases, spent = run_again(instead, point, own, self.nudged_tol), before.num_gradients
             if goal is not None:
-                assessed = self._assess(instead, point, phases)
+                assessed = assess(instead, point, phases, estimate_error=True)
                 phases, spent = phases._replace(assessed=assessed), spent + assessed.num_gradients
             return phases._replace(num_gradients=spent + phases.num_gradients, chosen=before.chosen)
 
