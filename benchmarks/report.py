@@ -117,9 +117,8 @@ def render_speed_block(records: Sequence[Record]) -> str:
     """What the speed records come to, as Markdown."""
     parts, timed = [], newest_runs(records, speed.NAME)
     for rows in timed:
-        seeds = sorted({row["seed"] for row in rows})
         text = "\n".join(speed_tables.summary(rows))
-        parts.append(f"In {rows[0]['precision']}, seeds {seeds[0]} to {seeds[-1]}:\n\n```text\n{text}\n```")
+        parts.append(f"In {rows[0]['precision']}, {seeds_of(rows)}:\n\n```text\n{text}\n```")
     for rows in newest_runs(records, speed_scaling.NAME):
         parts.append(f"```text\n{speed_scaling.show(rows)}\n```")
     return "\n\n".join([*parts, _provenance(timed, "python -m benchmarks run speed")])

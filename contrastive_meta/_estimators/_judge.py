@@ -42,7 +42,6 @@ class Judged(NamedTuple):
       missing: length of what is at least missing of the response, see `newton_length`.
       more: that part of the response, a step down the remainder.
       ahead: the base point after the step that is at least left to learn.
-      outer_grad_ahead: there.
       bend: how far learning is from linear over the span of the phases, see `judge`.
       left: what was left to learn.
       num_gradients: spent on finding out.
@@ -60,7 +59,6 @@ class Judged(NamedTuple):
     missing: jax.Array
     more: Params
     ahead: Params
-    outer_grad_ahead: Params
     bend: jax.Array
     left: LeftToLearn
     num_gradients: jax.Array
@@ -147,7 +145,7 @@ def judge(nudging: Nudging, point: FreePoint, phases: Phases, remainder: Params)
     spent = off_center + 2 * unlearned + (of_sought > 0)
     return Judged(
         response, moved, remainder, unanswered, learned, better, residual, base_grad, outer_grad,
-        missing, more, ahead, there, bend, left, spent,
+        missing, more, ahead, bend, left, spent,
     )  # fmt: skip
 
 

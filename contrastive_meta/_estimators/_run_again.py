@@ -1,6 +1,7 @@
 """Nudged phases as published: learning itself is run again, on the nudged loss, from the free solution."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +101,24 @@ def run_again(
     if goal is None:
         solutions = learn(begin, one)
         return measure(solutions.params, solutions.status, jnp.sum(solutions.num_gradients))
+    none, nothing = jnp.int32(0), Assessed.nothing(setting.dtype)
+    first = Rounds(begin, jnp.zeros(running.shape, jnp.int32), none, none, one, nothing, jnp.asarray(True))
     most = _MOST_ROUNDS * solver.step_budget if goal.max_steps is None else goal.max_steps
+    return _in_rounds(goal, learn, measure, first, most)
+
+
+def _in_rounds(
+    goal: Goal, learn: Callable[[Params, jax.Array], Solution], measure: Callable[..., Phases], first: Rounds, most: Any
+) -> Phases:
+    """Phases that go on until they are held to be right to what was asked for, or another round would not help.
+
+    Args:
+      goal: what was asked for.
+      learn: from where phases are, with a share of the tolerance of the first round.
+      measure: phases from where they ended, their statuses, and the gradients spent.
+      first: where they begin.
+      most: steps of each.
+    """
 
     def go_on(rounds: Rounds) -> Rounds:
         solutions = learn(rounds.params, rounds.share)
@@ -119,8 +137,6 @@ def run_again(
         )
         return cast_like(after, rounds)
 
-    zero, nothing = jnp.int32(0), Assessed.nothing(setting.dtype)
-    first = Rounds(begin, jnp.zeros(running.shape, jnp.int32), zero, zero, one, nothing, jnp.asarray(True))
     last: Rounds = jax.lax.while_loop(lambda rounds: rounds.running, go_on, first)
     return measure(last.params, last.status, last.num_gradients)._replace(assessed=last.assessed)
 

@@ -101,7 +101,7 @@ class Search:
         loose = jnp.maximum(line.tol, 0.1 * goal.target_error).astype(self.dtype)
 
         def tighten(carry: tuple[Line, Assessed, jax.Array]) -> tuple[Line, Assessed, jax.Array]:
-            before, *_ = carry
+            before, earlier, _ = carry
             # What one tolerance was enough for, the next is not.
             found = self.run(before._replace(running=self._may_go_on(before) & self._may_start(before.learned)))
             outcome = self.measure(found)
@@ -109,7 +109,7 @@ class Search:
             more = goal.missed(assessed) & ~outcome.failed & (before.tol > self.tol) & self._may_go_on(found)
             tol = jnp.where(more, jnp.maximum(0.1 * before.tol, self.tol), before.tol)
             after = found._replace(tol=tol, num_gradients=found.num_gradients + assessed.num_gradients)
-            return (*cast_like((after, assessed), (before, carry[1])), more)
+            return (*cast_like((after, assessed), (before, earlier)), more)
 
         start = line._replace(tol=loose), Assessed.nothing(self.dtype), jnp.asarray(True)
         found, assessed, _ = jax.lax.while_loop(lambda carry: carry[2], tighten, start)

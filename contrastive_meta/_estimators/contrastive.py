@@ -141,9 +141,8 @@ class Contrastive(MetaGradientEstimator):
         params, ((outer_loss, aux), _) = tree.where(
             assessed.further, (phases.base, phases.base_outer), (point.params, point.outer)
         )
-        beta, missed = phases.scheme.strength(setting.dtype), jnp.asarray(False)
-        if self.target_error is not None:
-            missed = ~(assessed.error <= self.target_error)
+        beta, goal = phases.scheme.strength(setting.dtype), self._goal(nudging, point)
+        missed = jnp.asarray(False) if goal is None else goal.missed(assessed)
         return MetaGradient(
             grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), grad, meta_params),
             outer_loss=outer_loss,
