@@ -16,7 +16,7 @@ from benchmarks import figures
 from benchmarks.harness import Record, Session, precision
 from benchmarks.tables import decimals, lay_out, wrap
 from benchmarks.tuning_methods import CERTAIN, Choices, Fixed, Trained, Tuned, tuned, unrolled, with_scores
-from benchmarks.tuning_task import Digits, Setting, load
+from benchmarks.tuning_task import Digits, Instance, load
 
 NAME = "tuning"
 ABOUT = "weights of half-mislabelled examples, learned in one training run of a small CNN, against what it could be"
@@ -29,7 +29,7 @@ CHOSEN_ON = (100, 101, 102)
 
 PLAIN, ORACLE, CLEAN, SEARCH = "no weights", "wrong ones left out", "clean examples alone", "random search"
 SINGLE, ALTERNATING, DARTS = "single loop", "alternating", "one step unrolled"
-_TUNED: dict[str, tuple[Callable[[Setting], Tuned], Choices]] = {
+_TUNED: dict[str, tuple[Callable[[Instance], Tuned], Choices]] = {
     SINGLE: (tuned, Choices(rate=0.02, every=1, mode=cm.SingleLoop())),
     ALTERNATING: (tuned, Choices(rate=0.1, every=10, mode=cm.Alternating(beta=10.0))),
     DARTS: (lambda setting: unrolled(setting, 1, 0.05), Choices(rate=0.05, every=2)),
@@ -47,7 +47,7 @@ class _Ran(NamedTuple):
 
 def run(session: Session) -> None:
     """Every method on every seed: the same data, first parameters, batches, steps and stopping."""
-    setting = Setting(num_train=200, num_steps=40) if session.smoke else Setting()
+    setting = Instance(num_train=200, num_steps=40) if session.smoke else Instance()
     num_seeds = 1 if session.smoke else session.num_seeds or NUM_SEEDS
     seeds = range(session.seed, session.seed + num_seeds)
     unknown = set(session.cases) - set(CASES)
@@ -63,7 +63,7 @@ def run(session: Session) -> None:
 
 
 def _record(
-    session: Session, setting: Setting, name: str, method: Callable[[Digits], _Ran], folder: Path | None
+    session: Session, setting: Instance, name: str, method: Callable[[Digits], _Ran], folder: Path | None
 ) -> None:
     digits = load("digits", setting, session.seed, folder)
     start = time.perf_counter()
@@ -88,14 +88,14 @@ def _record(
     )
 
 
-def _methods(setting: Setting, num_trials: int) -> dict[str, Callable[[Digits], _Ran]]:
+def _methods(setting: Instance, num_trials: int) -> dict[str, Callable[[Digits], _Ran]]:
     certain = with_scores(setting, lambda digits: jnp.full(digits.y_train.shape, CERTAIN))
     oracle = with_scores(setting, lambda digits: jnp.where(digits.corrupted, -CERTAIN, CERTAIN))
 
     def plain(method: Fixed, data: Callable[[Digits], Digits] = lambda digits: digits) -> Callable[[Digits], _Ran]:
         return lambda digits: _Ran(method(data(digits), 0.0), setting.num_steps, {})
 
-    def learned(make: Callable[[Setting], Tuned], choices: Choices) -> Callable[[Digits], _Ran]:
+    def learned(make: Callable[[Instance], Tuned], choices: Choices) -> Callable[[Digits], _Ran]:
         method = make(setting)
 
         def tune(digits: Digits) -> _Ran:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import contrastive_meta as cm
-from benchmarks.tuning_task import PROBLEM, Digits, Setting, accuracy, batch_of, init_params, inner_loss, losses
+from benchmarks.tuning_task import PROBLEM, Digits, Instance, accuracy, batch_of, init_params, inner_loss, losses
 
 NUM_CHECKS = 20
 # A score whose sigmoid is 1, or 0 with the sign turned, to rounding.
@@ -55,7 +55,7 @@ Carry = tuple[Any, Any]
 
 
 def _checked(
-    setting: Setting, digits: Digits, step: Callable[[Carry, Any], Carry], carry: Carry
+    setting: Instance, digits: Digits, step: Callable[[Carry, Any], Carry], carry: Carry
 ) -> tuple[Carry, jax.Array]:
     """All steps, with a look at the test examples now and then."""
 
@@ -71,7 +71,7 @@ def _trained(digits: Digits, params: Any, accuracies: Any, scores: Any, num_tuni
     return Trained(accuracies, val_loss, scores, jnp.asarray(num_tuning), jnp.asarray(num_failed))
 
 
-def with_scores(setting: Setting, scores_of: Callable[[Digits], jax.Array]) -> Fixed:
+def with_scores(setting: Instance, scores_of: Callable[[Digits], jax.Array]) -> Fixed:
     """Weights that stay as they are, and a penalty of so much on all parameters."""
     optimizer = optax.adam(setting.rate)
 
@@ -95,7 +95,7 @@ def with_scores(setting: Setting, scores_of: Callable[[Digits], jax.Array]) -> F
     return run
 
 
-def tuned(setting: Setting) -> Tuned:
+def tuned(setting: Instance) -> Tuned:
     """`tune_while_training`: the training loop of the others around it."""
 
     @jax.jit
@@ -125,7 +125,7 @@ def tuned(setting: Setting) -> Tuned:
     return run
 
 
-def unrolled(setting: Setting, num_steps: int, window_rate: float) -> Tuned:
+def unrolled(setting: Instance, num_steps: int, window_rate: float) -> Tuned:
     """Backprop through a window of descent steps from the current parameters; one step is that of DARTS."""
     estimator = cm.BackpropThroughLearning(cm.OptaxDescent(optax.sgd(window_rate), num_steps=num_steps))
     problem = cm.BilevelProblem(

@@ -15,7 +15,7 @@ from contrastive_meta import problems
 NUM_CLASSES = 10
 
 
-class Setting(NamedTuple):
+class Instance(NamedTuple):
     """How large everything is, and how learning goes.
 
     Attributes:
@@ -72,7 +72,7 @@ class Batch(NamedTuple):
     y_val: jax.Array
 
 
-def load(name: str, setting: Setting, seed: int, folder: Path | None) -> Digits:
+def load(name: str, setting: Instance, seed: int, folder: Path | None) -> Digits:
     """The data of a seed: splits, wrong labels, batches, and the key of the first parameters."""
     num_seen = setting.num_train + setting.num_val
     if name == "MNIST":

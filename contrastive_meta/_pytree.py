@@ -110,34 +110,44 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def norm(a: PyTree) -> jax.Array:
-    """The Euclidean norm over all leaves, safe from overflow and underflow of the squares.
+    """The Euclidean norm over all leaves, safe from overflow and underflow of the squares; see `norms`."""
+    leaves = jax.tree.leaves(a)
+    return norms(a)[0].astype(float_dtype(leaves)) if leaves else jnp.zeros(())
+
+
+def norms(*trees: PyTree) -> jax.Array:
+    """The Euclidean norms of trees of one structure, one for each, safe from overflow and underflow of the squares.
 
     Of three sums of squares, of the entries scaled down by a power of 2, as they are, and scaled up, the one that can
-    be trusted: one reduction, where scaling by the largest entry takes two.
+    be trusted: one reduction, where scaling by the largest entry takes two. Several norms at once are one kernel.
     Norms only ever measure (residuals, scales): no derivative passes through them.
+
+    Args:
+      trees: with the same structure and shapes.
+
+    Returns:
+      A vector in the finest dtype of all leaves, float32 at least.
 
     Reference:
       Blue (1978), A portable Fortran program to find the Euclidean norm of a vector.
     """
-    leaves = jax.tree.leaves(jax.lax.stop_gradient(a))
-    if not leaves:
-        return jnp.zeros(())
-    dtype = float_dtype(leaves)
-    fine = jnp.promote_types(dtype, jnp.float32)
+    columns = list(zip(*(jax.tree.leaves(jax.lax.stop_gradient(a)) for a in trees), strict=True))
+    fine = jnp.promote_types(float_dtype([x for column in columns for x in column]), jnp.float32)
+    if not columns:
+        return jnp.zeros((len(trees),), fine)
     largest = int(jnp.finfo(fine).maxexp)
-    scales = np.ldexp(1.0, [-5 * largest // 8, 0, 5 * largest // 8]).astype(fine)
+    scales = np.ldexp(1.0, [-5 * largest // 8, 0, 5 * largest // 8]).astype(fine)[:, None]
     # As they are, squares of norms between the first two neither vanish nor overflow; that of the third does.
     lowest, highest, too_large = np.ldexp(1.0, [-largest // 3, largest // 3, 7 * largest // 8]).astype(fine)
 
-    def sums(x: jax.Array) -> jax.Array:
-        scaled = scales.reshape(3, *[1] * x.ndim) * jnp.abs(x).astype(fine)
+    def sums(column: tuple[jax.Array, ...]) -> jax.Array:
+        stacked = jnp.stack([jnp.abs(x).astype(fine).reshape(-1) for x in column])
+        scaled = scales[..., None] * stacked
         # Changes no square, and keeps the compiler from squaring the scales, which overflows.
-        scaled = jnp.minimum(scaled, too_large)
-        return jnp.sum(jnp.square(scaled), axis=tuple(range(1, scaled.ndim)))
+        return jnp.sum(jnp.square(jnp.minimum(scaled, too_large)), axis=-1)
 
-    down, as_is, up = jnp.sqrt(_sum([sums(x) for x in leaves])) / scales
-    trusted = jnp.where(as_is < lowest, up, jnp.where(as_is <= highest, as_is, down))
-    return trusted.astype(dtype)
+    down, as_is, up = jnp.sqrt(_sum([sums(column) for column in columns])) / scales
+    return jnp.where(as_is < lowest, up, jnp.where(as_is <= highest, as_is, down))
 
 
 def max_abs(a: PyTree) -> jax.Array:

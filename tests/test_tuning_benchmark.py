@@ -12,13 +12,13 @@ pytest.importorskip("sklearn", reason='the benchmarks need pip install ".[bench]
 
 from benchmarks import report, tuning
 from benchmarks.__main__ import main
-from benchmarks.tuning_task import Setting, batch_of, init_params, inner_loss, load, logits
+from benchmarks.tuning_task import Instance, batch_of, init_params, inner_loss, load, logits
 
 
 def _record(**fields: Any) -> dict[str, Any]:
     row = {
         "benchmark": "tuning", "run": "a", "date": "2030-01-01", "seed": 0, "smoke": False, "precision": "float32",
-        "case": tuning.PLAIN, "setting": Setting()._asdict(), "choices": {}, "accuracy": 0.6, "accuracies": [0.7, 0.6],
+        "case": tuning.PLAIN, "setting": Instance()._asdict(), "choices": {}, "accuracy": 0.6, "accuracies": [0.7, 0.6],
         "val_loss": 1.0, "num_gradients": 2000, "auc": None, "num_failed": 0, "seconds": 1.0,
         "environment": {"jax": "0.0", "cpu_count": 2, "device": "cpu"},
     }  # fmt: skip
@@ -54,7 +54,7 @@ def test_auc_counts_ties_one_half() -> None:
 
 
 def test_half_of_the_labels_are_wrong_and_no_example_is_in_two_parts() -> None:
-    setting = Setting(num_train=100, num_val=50, num_test=200, batch_size=20, num_val_batch=25, num_steps=12)
+    setting = Instance(num_train=100, num_val=50, num_test=200, batch_size=20, num_val_batch=25, num_steps=12)
     digits, again = (load("digits", setting, seed=3, folder=None) for _ in range(2))
     assert int(digits.corrupted.sum()) == 50
     images = np.concatenate([np.asarray(x).reshape(len(x), -1) for x in (digits.x_train, digits.x_val, digits.x_test)])
@@ -69,7 +69,7 @@ def test_half_of_the_labels_are_wrong_and_no_example_is_in_two_parts() -> None:
 
 
 def test_a_weight_of_zero_takes_an_example_out() -> None:
-    setting = Setting(num_train=20, num_val=10, num_test=10, batch_size=20, num_val_batch=10, num_steps=1)
+    setting = Instance(num_train=20, num_val=10, num_test=10, batch_size=20, num_val_batch=10, num_steps=1)
     digits = load("digits", setting, seed=0, folder=None)
     params, batch = init_params(digits), batch_of(digits, 0)
     scores = jnp.where(digits.corrupted, -tuning.CERTAIN, tuning.CERTAIN)

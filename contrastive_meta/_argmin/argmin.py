@@ -15,7 +15,7 @@ from contrastive_meta._argmin.adjoints import Adjoint, ContrastiveAdjoint
 from contrastive_meta._argmin.captured import OpenLoss, hold_open
 from contrastive_meta._argmin.learned import AlreadyLearned
 from contrastive_meta._argmin.operands import Operands, Wanted, once, primal, wanted_of
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
     BilevelProblem,
     Loss,
@@ -212,9 +212,9 @@ def _pull_back(
     return list(grads)
 
 
-def _setting(problem: BilevelProblem, params: Params, meta_params: Any, task: Any) -> Setting:
+def _setting(problem: BilevelProblem, params: Params, meta_params: Any, task: Any) -> Instance:
     dtype = float_dtype_of(problem, params, meta_params, task)
-    return Setting(problem, meta_params, task, jax.random.key(0), dtype)
+    return Instance(problem, meta_params, task, jax.random.key(0), dtype)
 
 
 def _tell(on_failure: Callable[[Diagnostics], None], failed: Any, diagnostics: Diagnostics) -> None:

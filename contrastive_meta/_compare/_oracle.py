@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._compare._gradients import Vector, norm
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, float_dtype_of
 from contrastive_meta._result import EstimatorState, Status
 from contrastive_meta._solvers.base import InnerSolver
@@ -143,7 +143,7 @@ def _learn_along(
         direction = directions[which].astype(flat.dtype)
         meta = unravel(flat + offset.astype(flat.dtype) * direction)
         init = problem.init(meta, task)
-        setting = Setting(problem, meta, task, key, float_dtype_of(problem, init, meta, task))
+        setting = Instance(problem, meta, task, key, float_dtype_of(problem, init, meta, task))
         memory, first = solver.bind(meta).init_memory(init), problem.first_model_state(meta, task)
         solution = setting.free_phase(solver, EstimatorState.fresh(init, memory, setting.dtype, first))
         setting = setting.at(solution.model_state)

@@ -13,7 +13,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._compare._findings import Segment
 from contrastive_meta._estimators import Contrastive, NewtonKrylov
 from contrastive_meta._estimators._free_point import NOISE_FLOOR
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge
 from contrastive_meta._problem import Params, same_arrays
 from contrastive_meta._result import EstimatorState, Status
@@ -63,7 +63,7 @@ class Seen(NamedTuple):
 
 
 @jax.jit
-def look(estimator: Contrastive, setting: Setting, state: EstimatorState) -> Seen:
+def look(estimator: Contrastive, setting: Instance, state: EstimatorState) -> Seen:
     """Run the free phase and the nudged ones as the estimator does, and the free one on without a nudge."""
     free, nudging, point, phases, fell_back = estimator._run_phases(setting, state)
     setting, flattening = nudging.tree_setting, nudging.flattening
@@ -97,7 +97,7 @@ def look(estimator: Contrastive, setting: Setting, state: EstimatorState) -> See
     )
 
 
-def _learn_on(solver: InnerSolver, setting: Setting, free: Solution, budget: jax.Array) -> Solution:
+def _learn_on(solver: InnerSolver, setting: Instance, free: Solution, budget: jax.Array) -> Solution:
     """The learner of the nudged phases from the free solution, started as those are, but without a nudge."""
     memory = free.memory if same_arrays(free.memory, solver.init_memory(free.params)) else ()
     return setting.learn_on(solver, free.params, Stop(tol=jnp.zeros((), setting.dtype), max_steps=budget), memory)
@@ -107,7 +107,7 @@ def _nudge_of(estimator: Contrastive, learner: Any) -> Nudge:
     return estimator.nudge or (LossNudge() if isinstance(learner, InnerSolver) else LinearNudge())
 
 
-def nudge_used(estimator: Contrastive, setting: Setting, replaced: bool) -> Nudge:
+def nudge_used(estimator: Contrastive, setting: Instance, replaced: bool) -> Nudge:
     """What nudged the phases: where what was asked for failed, it is another."""
     learner = estimator._learner(setting)
     if not replaced:
@@ -126,7 +126,7 @@ class Walk(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="number")
 def walk(
-    setting: Setting, nudge: Nudge, base: Params, end: Params, beta: jax.Array, number: int = NUM_POSITIONS
+    setting: Instance, nudge: Nudge, base: Params, end: Params, beta: jax.Array, number: int = NUM_POSITIONS
 ) -> Walk:
     """Slopes of inner and nudged loss at positions from `base` to `end`, per length of the whole way."""
     setting = setting.in_dtype_of_loss()

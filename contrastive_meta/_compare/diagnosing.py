@@ -15,7 +15,7 @@ from contrastive_meta._compare._phases_seen import Seen, look, make_segment, nud
 from contrastive_meta._compare.diagnosis import Diagnosis
 from contrastive_meta._estimators import Contrastive, MetaGradientEstimator
 from contrastive_meta._estimators._free_point import UNANSWERED
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LossNudge, Nudge, NudgeScheme
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays, float_dtype_of, same_structure
 from contrastive_meta._result import EstimatorState, MetaGradient, Status
@@ -108,8 +108,8 @@ class _Subject(NamedTuple):
     dtype: Any
 
     @property
-    def setting(self) -> Setting:
-        return Setting(self.problem, self.meta_params, self.task, self.key, self.dtype)
+    def setting(self) -> Instance:
+        return Instance(self.problem, self.meta_params, self.task, self.key, self.dtype)
 
     @property
     def scheme(self) -> NudgeScheme:

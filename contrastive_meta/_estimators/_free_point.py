@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import Params
 from contrastive_meta._response import length_scale, measure_noise
 from contrastive_meta._result import Status, flag, worst
@@ -56,7 +56,7 @@ class FreePoint(NamedTuple):
 
     @property
     def outer(self) -> OuterEvaluated:
-        """What `Setting.outer_value_and_grad` gave here."""
+        """What `Instance.outer_value_and_grad` gave here."""
         return (self.outer_loss, self.aux), self.outer_grad
 
     def usual_nudge(self, outer_grad: Params) -> jax.Array:
@@ -71,7 +71,7 @@ class FreePoint(NamedTuple):
 NUM_GRADIENTS = 4
 
 
-def survey(setting: Setting, params: Params, solution: Solution, init: Params) -> FreePoint:
+def survey(setting: Instance, params: Params, solution: Solution, init: Params) -> FreePoint:
     """Evaluate both losses at the free solution and measure the rounding noise of the inner gradient.
 
     Args:
@@ -108,7 +108,7 @@ def newton_length(remainder: Params, product: Params, least_curvature: jax.Array
     return length / jnp.maximum(curvature, least_curvature)
 
 
-def difference_step(setting: Setting, point: FreePoint) -> tuple[jax.Array, jax.Array]:
+def difference_step(setting: Instance, point: FreePoint) -> tuple[jax.Array, jax.Array]:
     """The length of a one-sided gradient difference, and the least curvature that it resolves."""
     # Rounding and curvature balance at the square root of the relative noise.
     scale = point.scale
@@ -117,7 +117,7 @@ def difference_step(setting: Setting, point: FreePoint) -> tuple[jax.Array, jax.
     return distance, jnp.maximum(point.noise / distance, jnp.finfo(setting.dtype).tiny)
 
 
-def free_status(setting: Setting, point: FreePoint, left: "LeftToLearn") -> jax.Array:
+def free_status(setting: Instance, point: FreePoint, left: "LeftToLearn") -> jax.Array:
     """Whether learning had ended where the meta-gradient was taken.
 
     It had not if the step that is at least left to take would move `params`, or change what the outer loss asks for

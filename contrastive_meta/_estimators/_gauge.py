@@ -10,7 +10,7 @@ from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import FreePoint, OuterEvaluated
 from contrastive_meta._estimators._phases import Nudging, on_line
 from contrastive_meta._estimators._seek import Found, seek
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import NudgeScheme
 from contrastive_meta._problem import MetaParams, Params
 
@@ -77,7 +77,7 @@ class Gauge:
         return jnp.maximum(tol, 3 * scheme.noise_gain(self.dtype) * self.point.noise / nudge).astype(self.dtype)
 
     def seek(
-        self, wanted: jax.Array, chosen: jax.Array, nudged: Setting, base: Params, base_grad: Params, response: Params
+        self, wanted: jax.Array, chosen: jax.Array, nudged: Instance, base: Params, base_grad: Params, response: Params
     ) -> Found:
         """The strength to measure at, as a displacement: sought where wanted and not known; 0 where it never is."""
         if self.nudging.sought is None:
@@ -89,7 +89,7 @@ class Gauge:
         )
         return found
 
-    def at_rest(self, nudged: Setting, chosen: jax.Array) -> Measured:
+    def at_rest(self, nudged: Instance, chosen: jax.Array) -> Measured:
         """Phases at the free solution itself, where the nudged losses' gradients are known; no statistic yet."""
         one, at = jnp.ones((), self.dtype), self.point.params
         scheme = self.scheme(self.usual, one, chosen)
@@ -103,7 +103,7 @@ class Gauge:
     def measure(
         self,
         before: Measured,
-        nudged: Setting,
+        nudged: Instance,
         base: Params,
         response: Params,
         left: jax.Array,

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import MetaParams
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import Solution
 
 
 def result_of_learning(
-    setting: Setting,
+    setting: Instance,
     state: EstimatorState,
     free: Solution,
     grad: MetaParams,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._free_point import FreePoint, OuterEvaluated
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import AutomaticStrength, Nudge, NudgeScheme, NudgeStrength
 from contrastive_meta._plasticity.autodiff import PlasticityRule, measured_by
 from contrastive_meta._problem import MetaParams, Params
@@ -30,9 +30,9 @@ class Nudging(NamedTuple):
       chosen: the displacement found best by an earlier estimate, relative to the length of `params`; 0 for none.
     """
 
-    setting: Setting
+    setting: Instance
     flattening: tree.Flattening
-    tree_setting: Setting
+    tree_setting: Instance
     scheme: NudgeStrength
     nudge: Nudge
     rule: PlasticityRule
@@ -45,19 +45,19 @@ class Nudging(NamedTuple):
         """The scheme, if its strength is to be sought."""
         return self.scheme if isinstance(self.scheme, AutomaticStrength) else None
 
-    def nudged(self, base: Params, outer_grad: Params) -> Setting:
+    def nudged(self, base: Params, outer_grad: Params) -> Instance:
         """The setting, for trees, whose outer loss is what nudges, from flattened `params` and outer gradient."""
         setting, unflatten = self.tree_setting, self.flattening.unflatten
         return setting.replace_problem(
             self.nudge.apply(setting.problem, unflatten(base), setting.meta_params, setting.task, unflatten(outer_grad))
         )
 
-    def residuals(self, nudged: Setting, ends: Params, nudges: jax.Array) -> Params:
+    def residuals(self, nudged: Instance, ends: Params, nudges: jax.Array) -> Params:
         """The gradient of each phase's loss, flattened, where it ended."""
         flat = nudged.flattened(self.flattening)
         return self.over_phases(lambda at, beta: tree.grad(lambda params: flat.nudged(params, beta))(at), ends, nudges)
 
-    def measure(self, nudged: Setting, ends: Params, nudges: jax.Array) -> MetaParams:
+    def measure(self, nudged: Instance, ends: Params, nudges: jax.Array) -> MetaParams:
         """The rule's statistic of each phase, where it ended; the rule sees trees."""
         problem, meta_params, task = nudged.problem, nudged.meta_params, nudged.task
         return self.over_phases(
@@ -66,7 +66,7 @@ class Nudging(NamedTuple):
             nudges,
         )
 
-    def evaluate(self, nudged: Setting, ends: Params, nudges: jax.Array) -> tuple[Params, MetaParams]:
+    def evaluate(self, nudged: Instance, ends: Params, nudges: jax.Array) -> tuple[Params, MetaParams]:
         """Residual and statistic of each phase: two derivatives of one evaluation, where both are asked for."""
         return self.residuals(nudged, ends, nudges), self.measure(nudged, ends, nudges)
 

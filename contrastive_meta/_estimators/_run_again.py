@@ -12,7 +12,7 @@ from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._estimators._free_point import FreePoint
 from contrastive_meta._estimators._phases import Assessed, Goal, Nudging, Phases
 from contrastive_meta._estimators._seek import Found, seek
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._holomorphic import require_holomorphic
 from contrastive_meta._nudging import NudgeScheme
 from contrastive_meta._problem import MetaParams, Params, same_arrays
@@ -162,7 +162,7 @@ def _strength(nudging: Nudging, point: FreePoint) -> tuple[NudgeScheme, jax.Arra
     return jax.tree.map(jnp.asarray, scheme), chosen, spent
 
 
-def require_complex_capable(setting: Setting, scheme: NudgeScheme, start: Params) -> None:
+def require_complex_capable(setting: Instance, scheme: NudgeScheme, start: Params) -> None:
     """Raise unless both losses and their gradients are holomorphic."""
     meta_params, start = tree.to_complex(setting.meta_params), tree.to_complex(start)
     for name, loss in (("inner_loss", setting.problem.inner), ("outer_loss", setting.problem.outer)):
@@ -177,7 +177,7 @@ def require_complex_capable(setting: Setting, scheme: NudgeScheme, start: Params
         )
 
 
-def _tolerances(setting: Setting, point: FreePoint, nudges: jax.Array, nudged_tol: Any) -> jax.Array:
+def _tolerances(setting: Instance, point: FreePoint, nudges: jax.Array, nudged_tol: Any) -> jax.Array:
     """Absolute gradient norms at which phases may stop: relative to their nudge, not below the noise."""
     relative_tol = point.eps ** (2 / 3) if nudged_tol is None else nudged_tol
     sizes = jnp.abs(nudges)

@@ -9,7 +9,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like
 from contrastive_meta._estimators._free_point import NOISE_FLOOR, FreePoint
 from contrastive_meta._estimators._phases import Nudging, mean_of, on_line, statistic_noise, stiffening
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge
 from contrastive_meta._problem import MetaParams, Params
 
@@ -47,7 +47,7 @@ class Found(NamedTuple):
 def seek(
     nudging: Nudging,
     point: FreePoint,
-    nudged: Setting,
+    nudged: Instance,
     base: Params,
     base_grad: Params,
     response: Params,

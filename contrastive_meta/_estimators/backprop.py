@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import (
     any_of,
     seen_in_model_state,
@@ -74,7 +74,7 @@ class BackpropThroughLearning(MetaGradientEstimator):
         if self.truncate is not None and self.truncate < 1:
             raise ValueError(f"`truncate` must be at least 1 step; got {self.truncate}.")
 
-    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
         def learned(meta_params: MetaParams) -> tuple[jax.Array, tuple[Params, ModelState, Any]]:
             params, model_state = self._learn(setting, meta_params)
             held = setting.problem.at(model_state)
@@ -114,11 +114,11 @@ class BackpropThroughLearning(MetaGradientEstimator):
             ),
         )
 
-    def _learn(self, setting: Setting, meta_params: MetaParams) -> tuple[Params, ModelState]:
+    def _learn(self, setting: Instance, meta_params: MetaParams) -> tuple[Params, ModelState]:
         """Learning, the model state with it, as a function of the meta-parameters."""
         solver = self.solver.bind(meta_params)
-        here = Setting(setting.problem, meta_params, setting.task, setting.key, setting.dtype)
-        fixed = Setting(setting.problem, jax.lax.stop_gradient(meta_params), setting.task, setting.key, setting.dtype)
+        here = Instance(setting.problem, meta_params, setting.task, setting.key, setting.dtype)
+        fixed = Instance(setting.problem, jax.lax.stop_gradient(meta_params), setting.task, setting.key, setting.dtype)
         init = setting.problem.init(meta_params, setting.task)
         if setting.problem.init_model_state is not None:
             first = setting.problem.first_model_state(meta_params, setting.task)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._dependence import leaf_names
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
 from contrastive_meta._problem import (
     BilevelProblem,
@@ -117,7 +117,7 @@ class MetaGradientEstimator(abc.ABC):
         return {"solver": InnerSolver}
 
     @abc.abstractmethod
-    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
         """The estimate, under jit, with everything validated."""
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
@@ -164,7 +164,7 @@ def _estimate(
     state = state._replace(params=start, memory=memory, model_state=model_state)
     dtype = float_dtype_of(problem, state.params, meta_params, task)
     unseen = _unseen(estimator, problem, state.params, meta_params, task)
-    result = estimator._estimate(Setting(problem, meta_params, task, key, dtype), state)
+    result = estimator._estimate(Instance(problem, meta_params, task, key, dtype), state)
     check_same_structure(
         result.grad, meta_params, "The meta-gradient", "A rule's `statistic` must return a pytree like `meta_params`; "
         "return zeros for meta-parameters that it leaves alone."

@@ -16,7 +16,7 @@ from contrastive_meta._estimators._judge import ran_away
 from contrastive_meta._estimators._phases import Goal, Nudging, Phases
 from contrastive_meta._estimators._run_again import require_complex_capable, run_again
 from contrastive_meta._estimators._search import Outcome
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._estimators.newton_krylov import NewtonKrylov
 from contrastive_meta._nudging import (
@@ -125,7 +125,7 @@ class Contrastive(MetaGradientEstimator):
                 f"`target_error` must be positive, a relative error such as 1e-3; got {self.target_error}."
             )
 
-    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
         meta_params = setting.meta_params
         free, nudging, point, phases, fell_back = self._run_phases(setting, state)
         setting, unflatten = nudging.tree_setting, nudging.flattening.unflatten
@@ -168,7 +168,7 @@ class Contrastive(MetaGradientEstimator):
             ),
         )
 
-    def _run_phases(self, setting: Setting, state: EstimatorState) -> Ran:
+    def _run_phases(self, setting: Instance, state: EstimatorState) -> Ran:
         """The free phase, and the nudged ones."""
         # Free phase: learn.
         free = setting.free_phase(self.solver, state)
@@ -210,7 +210,7 @@ class Contrastive(MetaGradientEstimator):
             "nudged_solver": nudged, "scheme": NudgeStrength, "nudge": (Nudge, type(None)), "rule": PlasticityRule
         }  # fmt: skip
 
-    def _learner(self, setting: Setting) -> InnerSolver | NewtonKrylov:
+    def _learner(self, setting: Instance) -> InnerSolver | NewtonKrylov:
         """What runs the nudged phases: by default the fast learner, where it goes to where the solver would."""
         # A fixed sequence of minibatches ends near, not at, the minimum of the whole loss.
         fast = self.solver.bind(setting.meta_params).descends_loss and setting.problem.sample is None

@@ -6,7 +6,7 @@ import jax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._learned import result_of_learning
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import any_of, seen_in_outer_loss, seen_in_start
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
@@ -45,7 +45,7 @@ class FirstOrder(MetaGradientEstimator):
 
     solver: InnerSolver
 
-    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
         _, init_vjp, free = _learn_from_start(self.solver, setting, state)
         setting = setting.at(free.model_state)
         outer_grad = tree.grad(setting.outer)(free.params)
@@ -96,7 +96,7 @@ class Reptile(MetaGradientEstimator):
     solver: InnerSolver
     scale: float | jax.Array = 1.0
 
-    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
         init, init_vjp, free = _learn_from_start(self.solver, setting, state)
         (grad,) = init_vjp(tree.scale(self.scale, tree.subtract(init, free.params)))
         return result_of_learning(
@@ -113,7 +113,7 @@ class Reptile(MetaGradientEstimator):
         return seen_in_start(problem, meta_params, task)
 
 
-def _learn_from_start(solver: InnerSolver, setting: Setting, state: EstimatorState) -> tuple[Params, Any, Solution]:
+def _learn_from_start(solver: InnerSolver, setting: Instance, state: EstimatorState) -> tuple[Params, Any, Solution]:
     init, init_vjp = jax.vjp(lambda meta: setting.problem.init(meta, setting.task), setting.meta_params)
     memory = solver.bind(setting.meta_params).init_memory(init)
     model_state = setting.problem.first_model_state(setting.meta_params, setting.task)

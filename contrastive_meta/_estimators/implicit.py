@@ -17,7 +17,7 @@ from contrastive_meta._estimators._free_point import (
     newton_length,
     survey,
 )
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._inverse_hessian import ConjugateGradient, InverseHessian, LinearSolution
 from contrastive_meta._problem import MetaParams, Params
@@ -73,7 +73,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
     def _parts(self) -> dict[str, Any]:
         return super()._parts() | {"inverse_hessian": InverseHessian}
 
-    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
         free = setting.free_phase(self.solver, state)
         setting = setting.at(free.model_state)
         point = survey(setting, free.params, free, setting.problem.init(setting.meta_params, setting.task))
@@ -116,7 +116,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
 
 
 def _left(
-    setting: Setting, point: FreePoint, hvp: Callable[[Params], Params], adjoint: LinearSolution
+    setting: Instance, point: FreePoint, hvp: Callable[[Params], Params], adjoint: LinearSolution
 ) -> tuple[Params, LeftToLearn, jax.Array]:
     """What is left of the nudge, what was left to learn, and whether the linear system counts as solved.
 
@@ -151,7 +151,7 @@ class _Doubt(NamedTuple):
 
 
 def _doubt(
-    setting: Setting,
+    setting: Instance,
     point: FreePoint,
     hvp: Callable[[Params], Params],
     adjoint: LinearSolution,
@@ -172,7 +172,7 @@ def _doubt(
     return _Doubt(jnp.where(unknown, jnp.inf, error), step.num_hvps + more.num_hvps)
 
 
-def _implicit_gradient(setting: Setting, params: Params, adjoint: Params) -> MetaParams:
+def _implicit_gradient(setting: Instance, params: Params, adjoint: Params) -> MetaParams:
     """What the implicit function theorem makes of a solution and of H^-1 v there, theory.md (4)."""
     direct = tree.grad(lambda meta: setting.problem.outer(params, meta, setting.task))(setting.meta_params)
     _, inner_grad_vjp = jax.vjp(

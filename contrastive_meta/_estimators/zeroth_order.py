@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta._estimators._learned import result_of_learning
-from contrastive_meta._estimators._setting import Setting
+from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import (
     any_of,
     seen_in_model_state,
@@ -60,7 +60,7 @@ class FiniteDifference(MetaGradientEstimator):
     step: float | jax.Array | None = None
     batch_size: int = static(default=16)
 
-    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
         flat, unravel = ravel_pytree(setting.meta_params)
         relative_step = jnp.finfo(flat.dtype).eps ** (1 / 3) if self.step is None else self.step
         steps = (relative_step * jnp.maximum(1, jnp.abs(flat))).astype(flat.dtype)
@@ -122,7 +122,7 @@ class EvolutionStrategies(MetaGradientEstimator):
         if self.num_pairs < 2:
             raise ValueError(f"EvolutionStrategies needs num_pairs >= 2; got {self.num_pairs}.")
 
-    def _estimate(self, setting: Setting, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
         flat, unravel = ravel_pytree(setting.meta_params)
         # A stream of its own: the minibatch sequence uses the key itself.
         keys = jax.random.split(jax.random.fold_in(setting.key, 0x5EED), self.num_pairs)
@@ -148,15 +148,15 @@ class EvolutionStrategies(MetaGradientEstimator):
         return any_of(by_loss, *_sees_beyond_losses(self.solver, problem, params, meta_params, task))
 
 
-def _learn_fully(solver: InnerSolver, setting: Setting, meta_params: MetaParams, state: EstimatorState) -> Solution:
-    here = Setting(setting.problem, meta_params, setting.task, setting.key, setting.dtype)
+def _learn_fully(solver: InnerSolver, setting: Instance, meta_params: MetaParams, state: EstimatorState) -> Solution:
+    here = Instance(setting.problem, meta_params, setting.task, setting.key, setting.dtype)
     init = setting.problem.init(meta_params, setting.task)
     memory = solver.bind(meta_params).init_memory(init)
     model_state = setting.problem.first_model_state(meta_params, setting.task)
     return here.free_phase(solver, state._replace(params=init, memory=memory, model_state=model_state))
 
 
-def _learn(solver: InnerSolver, setting: Setting, meta_params: MetaParams, state: EstimatorState) -> _Learned:
+def _learn(solver: InnerSolver, setting: Instance, meta_params: MetaParams, state: EstimatorState) -> _Learned:
     solution = _learn_fully(solver, setting, meta_params, state)
     outer_loss = setting.problem.at(solution.model_state).outer(solution.params, meta_params, setting.task)
     return _Learned(outer_loss, solution.num_gradients, solution.status)
@@ -164,7 +164,7 @@ def _learn(solver: InnerSolver, setting: Setting, meta_params: MetaParams, state
 
 def _result(
     solver: InnerSolver,
-    setting: Setting,
+    setting: Instance,
     state: EstimatorState,
     grad: MetaParams,
     learned: _Learned,

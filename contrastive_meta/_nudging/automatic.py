@@ -26,6 +26,11 @@ class AutomaticStrength(NudgeStrength):
         """The scheme at strength 1."""
         return self.default.unit
 
+    @property
+    def num_pilot_steps(self) -> int:
+        """As of the strength to begin with."""
+        return self.default.num_pilot_steps
+
     def resolve(self, probe: Probe) -> tuple[NudgeScheme, jax.Array]:
         """What was found, or the strength to begin with, by a pilot's response."""
         response, num_gradients = self.default.pilot(probe)

@@ -38,6 +38,14 @@ class NudgeStrength(abc.ABC):
         """Whether the strength follows what is measured, or is what the user typed."""
         return True
 
+    @property
+    def num_pilot_steps(self) -> int:
+        """Conjugate-gradient iterations that tell the length of the response, where phases are run again; 0 for none.
+
+        Without any, `resolve` finds the strength by itself.
+        """
+        return 0
+
     @abc.abstractmethod
     def template(self) -> "NudgeScheme":
         """A scheme of the same structure, whatever its strength."""

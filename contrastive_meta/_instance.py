@@ -12,7 +12,7 @@ from contrastive_meta._solvers.base import InnerSolver, MinibatchLoss, MovingLos
 
 
 @strategy
-class Setting:
+class Instance:
     """One bilevel problem at one point: what an estimator works on.
 
     Attributes:
@@ -29,20 +29,20 @@ class Setting:
     key: jax.Array
     dtype: Any = static()
 
-    def replace_problem(self, problem: BilevelProblem) -> "Setting":
+    def replace_problem(self, problem: BilevelProblem) -> "Instance":
         """The same setting with other losses."""
-        return Setting(problem, self.meta_params, self.task, self.key, self.dtype)
+        return Instance(problem, self.meta_params, self.task, self.key, self.dtype)
 
-    def at(self, model_state: ModelState) -> "Setting":
+    def at(self, model_state: ModelState) -> "Instance":
         """The same setting, the model state held where the free phase left it: what comes after cannot move it."""
         return self.replace_problem(self.problem.at(model_state))
 
-    def in_dtype_of_loss(self) -> "Setting":
+    def in_dtype_of_loss(self) -> "Instance":
         """The same setting, no meta-parameter coarser than the losses: it would round what a phase measures."""
         fine = tree.at_least(self.meta_params, self.dtype)
-        return Setting(self.problem, fine, self.task, self.key, self.dtype)
+        return Instance(self.problem, fine, self.task, self.key, self.dtype)
 
-    def flattened(self, flattening: tree.Flattening) -> "Setting":
+    def flattened(self, flattening: tree.Flattening) -> "Instance":
         """The same setting for flattened `params`."""
         problem, unflatten = self.problem, flattening.unflatten
         sample = problem.sample

@@ -1,0 +1,1 @@
+"""The contrastive estimator: nudged phases, and the contrast of what they measure."""

@@ -1,0 +1,229 @@
+"""The contrastive estimator: run learning twice, free and nudged, and contrast what each phase measures."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._base_point import NUM_GRADIENTS, survey
+from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
+from contrastive_meta._contrastive.phases import PhaseSetup, Stencil
+from contrastive_meta._contrastive.rerun import Rerun, require_complex_capable
+from contrastive_meta._contrastive.stages import Phases, Strategy, Turn
+from contrastive_meta._instance import Instance
+from contrastive_meta._estimators.base import MetaGradientEstimator
+from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStrength, automatic, is_concrete
+from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
+from contrastive_meta._problem import Params, same_arrays
+from contrastive_meta._pytree import static, strategy
+from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
+from contrastive_meta._solvers.base import InnerSolver, Solution
+
+# A strength is sought again where the next strength changes the contrast this many times more than when it was chosen.
+_WORN = 8.0
+
+
+@strategy
+class Contrastive(MetaGradientEstimator):
+    """Meta-gradients by contrast: the equilibrium-propagation rule applied to learning itself.
+
+    A free phase learns; nudged phases, started from its solution, learn with beta times the outer loss added; the
+    weighted sum of what each phase measures is dPhi/dtheta, theory (7) and (8). Needs gradients only, no second
+    derivatives, no trajectory: memory does not grow with the number of inner steps. It sees what the losses see: not
+    the initialisation, nor the optimiser's settings.
+
+    Args:
+      solver: the learner of the free phase.
+      nudged_solver: the learner of the nudged phases; the same by default. Phases of one contrast take the same
+        number of steps; host solvers and other black boxes decide for themselves.
+      scheme: phases, weights and strength. `automatic()` by default: a central difference whose strength is sought; a
+        scheme with a typed beta uses it raw.
+      nudge: `LossNudge()` or `LinearNudge()`; by default the former where learning is run again, unless it turns out to
+        have no minimum, when the phases are run with the latter (`FELL_BACK`); and the latter for `NewtonKrylov`, which
+        linearises at the base point that it refines, so that phases need not evaluate the outer loss.
+      rule: what a phase measures; `Autodiff()` is right for any problem.
+      nudged_tol: residual, relative to |beta| ||v||, at which the nudged phases of a solver that runs to a tolerance
+        may stop; by default about eps^(2/3), and never below the measured rounding noise.
+      target_error: estimated relative error to reach. Nudged learning goes on, the base point with it, until
+        `diagnostics.error_estimate` is below, in as many rounds as that takes; it stops earlier than without where that
+        is enough. Where it cannot be reached the status is `TARGET_NOT_REACHED`. None takes what one run gives.
+      max_steps: budget of steps of each nudged phase for `target_error`; by default that of `NewtonKrylov`, or 8 times
+        the steps of a learner that is run again.
+      sequential: run phases one after another instead of in one vmapped solve: about half the memory, and slower.
+      estimate_error: whether to estimate how wrong the result is, `diagnostics.error_estimate`: from the contrasts of
+        phases at twice the distance from their base point, and from what answers to what is left of the nudge and of
+        learning would change. Costs a residual and three statistics for each phase, and three solves by conjugate
+        gradients of at most 200 gradients each; no phase. Infinite where phases ran away. Above 0.1 the status is at
+        least `APPROXIMATE`; without an estimate it knows residuals alone, which hardly show what lies along low
+        curvature.
+
+    Raises:
+      ValueError: a target that is not positive, or without `estimate_error`.
+      TypeError: a complex scheme meets an operation or a learner that is not holomorphic.
+
+    Reference:
+      Zucchet, Schug, von Oswald, Zhao & Sacramento (2022), theorem 1; Scellier & Bengio (2017).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import contrastive_meta as cm
+      >>> problem = cm.BilevelProblem(
+      ...     inner_loss=lambda w, log_decay, task: 0.5 * jnp.sum((w - task) ** 2 + jnp.exp(log_decay) * w**2),
+      ...     outer_loss=lambda w, log_decay, task: 0.5 * jnp.sum((w - 1.0) ** 2),
+      ...     init_params=lambda log_decay, task: jnp.zeros_like(task),
+      ... )
+      >>> estimator = cm.Contrastive(cm.OptaxDescent(optax.sgd(0.4), num_steps=100))
+      >>> result = estimator.estimate(problem, jnp.array(0.0), jnp.array([4.0]))
+      >>> round(float(result.grad), 3)  # w = 4 / (1 + e^0) = 2, so (w - 1) dw/dlog_decay = -1
+      -1.0
+    """
+
+    solver: InnerSolver
+    nudged_solver: InnerSolver | NewtonKrylov | None = None
+    scheme: NudgeStrength = automatic()
+    nudge: Nudge | None = None
+    rule: PlasticityRule = Autodiff()
+    nudged_tol: float | jax.Array | None = None
+    target_error: float | jax.Array | None = None
+    max_steps: int | jax.Array | None = None
+    sequential: bool = static(default=False)
+    estimate_error: bool = static(default=True)
+
+    def __post_init__(self) -> None:
+        """Check what is asked for."""
+        if self.target_error is not None and not self.estimate_error:
+            raise ValueError("`target_error` needs the error estimate: leave out `estimate_error=False`.")
+        if self.target_error is not None and is_concrete(self.target_error) and not self.target_error > 0:
+            raise ValueError(
+                f"`target_error` must be positive, a relative error such as 1e-3; got {self.target_error}."
+            )
+
+    def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
+        # Free phase: learn.
+        free = instance.free_phase(self.solver, state)
+
+        # Nudged phases: learn a little towards the outer loss.
+        phases = self._phases(instance, state, free)
+        last = phases.run(phases.first())
+
+        # Contrast: what the phases measured, weighted and summed, theory (8).
+        return self._result(instance, state, free, phases, last)
+
+    def _phases(self, instance: Instance, state: EstimatorState, free: Solution) -> Phases:
+        """What the nudged phases are to be, and who runs them."""
+        instance = instance.at(free.model_state)
+        init = instance.problem.init(instance.meta_params, instance.task)
+        instance = instance.in_dtype_of_loss()
+        flattening = tree.Flattening.of(free.params)
+        flat = instance.flattened(flattening)
+        own = self.solver.bind(instance.meta_params)
+        learner = self._learner(instance)
+        fast = learner if isinstance(learner, NewtonKrylov) else None
+        template = self.scheme.template()
+        if template.is_complex:
+            require_complex_capable(flat, template, flattening.flatten(free.params))
+        start = survey(flat, flattening.flatten(free.params), free, flattening.flatten(init))
+        may_rerun = fast is None or (fast.fall_back and own.takes_losses)
+        setup = PhaseSetup(
+            instance=flat,
+            tree_instance=instance,
+            flattening=flattening,
+            start=start,
+            scheme=self.scheme,
+            stencil=Stencil.of(template, instance.dtype),
+            nudge=self.nudge or (LossNudge() if fast is None else LinearNudge()),
+            rerun_nudge=self.nudge or LossNudge(),
+            rule=self.rule,
+            sequential=self.sequential,
+            guess=tree.scale(-1.0, flattening.flatten(state.displacement)),
+            displacement=state.strength,
+            may_rerun=may_rerun,
+            estimate_error=self.estimate_error,
+        )
+
+        def rests(params: Params, gradient: Params) -> jax.Array:
+            return own.rests_at(flattening.unflatten(params), flattening.unflatten(gradient))
+
+        rerun = None
+        if may_rerun:
+            runs = own if fast is not None else learner.bind(instance.meta_params)
+            rerun = self._rerun(runs, free, fast is None, template.is_complex)
+        return Phases(setup, Strategy(fast, rerun, rests, self.nudged_tol, self.target_error, self.max_steps))
+
+    def _rerun(self, solver: InnerSolver, free: Solution, first: bool, is_complex: bool) -> Rerun:
+        """The solver as it runs phases: all together where it is asked to from the first, else one by one."""
+        start = tree.to_complex(free.params) if is_complex else free.params
+        memory = free.memory if first and not is_complex else ()
+        if not same_arrays(memory, solver.init_memory(start)):
+            memory = ()
+        if first and is_complex:
+            solver.check_holomorphic(start)
+        may_linearise = first and self.nudge is None and not is_complex
+        return Rerun(solver, memory, may_linearise, first and not self.sequential)
+
+    def _result(
+        self, instance: Instance, state: EstimatorState, free: Solution, phases: Phases, last: Turn
+    ) -> MetaGradient:
+        """The contrast of the phases, and how far it can be trusted."""
+        start, kept, unflatten = phases.setup.start, last.kept, phases.setup.flattening.unflatten
+        convergence, error = phases.conclude(last)
+        refined = convergence.free_residual < phases.norm(start.inner_grad)
+        params, outer_loss, aux = tree.where(
+            refined,
+            (kept.base.params, kept.base.outer.loss, kept.base.outer.aux),
+            (start.params, start.outer_loss, start.aux),
+        )
+        strength, doubling = self._strength_to_carry(state, last)
+        missed = jnp.asarray(False) if self.target_error is None else ~(error <= self.target_error)
+        return MetaGradient(
+            grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), kept.contrast.grad, instance.meta_params),
+            outer_loss=outer_loss,
+            params=unflatten(params),
+            state=EstimatorState(
+                unflatten(params),
+                free.memory,
+                unflatten(tree.scale(-1.0, kept.response)),
+                kept.contrast.beta,
+                strength,
+                doubling,
+                free.model_state,
+            ),
+            aux=aux,
+            diagnostics=make_diagnostics(
+                instance.dtype,
+                beta=kept.contrast.beta,
+                free_residual=jnp.minimum(convergence.free_residual, phases.norm(start.inner_grad)),
+                nudged_residual=convergence.nudged_residual,
+                displacement=convergence.displacement,
+                error_estimate=error,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + last.num_gradients,
+                status=worst(
+                    phases.status(last),
+                    flag(missed, Status.TARGET_NOT_REACHED),
+                    convergence.status,
+                ),
+            ),
+        )
+
+    def _strength_to_carry(self, state: EstimatorState, last: Turn) -> tuple[jax.Array, jax.Array]:
+        """The strength to carry on, and what the next one changed when it was chosen; 0 where it has worn out."""
+        contrast = last.kept.contrast
+        new = state.strength != contrast.displacement
+        change = jnp.where(jnp.isfinite(contrast.change), contrast.change, 1.0).astype(state.doubling.dtype)
+        # What is exact to rounding has a truncation that comes and goes.
+        allowed = jnp.maximum(jnp.where(new, change, state.doubling), 1e3 * jnp.finfo(change.dtype).eps)
+        return jnp.where(change > _WORN * allowed, 0.0, contrast.displacement), allowed
+
+    def _parts(self) -> dict[str, Any]:
+        nudged = (InnerSolver, NewtonKrylov, type(None))
+        return super()._parts() | {
+            "nudged_solver": nudged, "scheme": NudgeStrength, "nudge": (Nudge, type(None)), "rule": PlasticityRule
+        }  # fmt: skip
+
+    def _learner(self, instance: Instance) -> InnerSolver | NewtonKrylov:
+        """Who runs the nudged phases: by default Newton-Krylov, where it goes to where the solver would."""
+        # A fixed sequence of minibatches ends near, not at, the minimum of the whole loss.
+        fast = self.solver.bind(instance.meta_params).descends_loss and instance.problem.sample is None
+        return self.nudged_solver or (NewtonKrylov() if fast else self.solver)
