@@ -183,15 +183,16 @@ class LBFGS(InnerSolver):
 
         def turn(now: Iteration) -> Iteration:
             at_start = now.num_gradients == 0
-            trial = tree.add_scaled(now.params, now.search.step, now.direction)
+            trial_step = now.search.step
+            trial = tree.add_scaled(now.params, trial_step, now.direction)
             value, grads = evaluate(trial)
-            search, ended, take_safe = after_trial(now.search, value, _slope(grads, now.direction), grads)
+            search, ended, take_safe = after_trial(now.search, trial_step, value, _slope(grads, now.direction), grads)
 
             ended = ended | at_start
             # The members of a group step together: one whose search is over repeats its last trial meanwhile.
             step = ~any_of(stop.group, ~ended)
             taken = step & ~at_start
-            safe = tree.add_scaled(now.params, search.safe.step, now.direction), search.safe_grads, search.safe.value
+            safe = tree.add_scaled(now.params, search.safe_step, now.direction), search.safe_grads, search.safe_value
             params, grads, value = tree.where(take_safe, safe, (trial, grads, value))
 
             moved = tree.subtract(params, now.params)
@@ -224,7 +225,7 @@ class LBFGS(InnerSolver):
         start = flattening.flatten(init)
         zero, nothing = tree.zeros_like(start), Measured.nothing()
         # Nothing is known of the start: its evaluation is a trial along the zero direction.
-        search = LineSearch.begin(nothing.loss, nothing.loss, zero)._replace(step=jnp.zeros_like(nothing.loss))
+        search = LineSearch.begin(nothing.loss, nothing.loss, zero)
         pairs = memory if jax.tree.leaves(memory) else self._no_pairs(start)
         count = jnp.int32(0)
         begin = Iteration(start, zero, zero, search, pairs, nothing, nothing, count, count, jnp.asarray(True))
