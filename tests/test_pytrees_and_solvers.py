@@ -548,8 +548,7 @@ def test_backprop_through_unrolled_steps(unroll: int | bool, settings: dict[str,
 def test_unrolled_programs_have_no_loop() -> None:
     def text(unroll: int | bool) -> str:
         solver = cm.OptaxDescent(SGD, num_steps=9, unroll=unroll)
-        program: str = jax.jit(lambda init: solver.solve(loss_on(data()), init)).lower(start()).compile().as_text()
-        return program
+        return str(jax.jit(lambda init: solver.solve(loss_on(data()), init)).lower(start()).compile().as_text())
 
     assert " while(" in text(1) and " while(" in text(False) and " while(" in text(2)
     assert " while(" not in text(True)

@@ -145,7 +145,8 @@ def _interpolate(low: jax.Array, high: jax.Array, previous: jax.Array) -> jax.Ar
 
     def inside(step: jax.Array, margin: float) -> jax.Array:
         share = step / width
-        return (share > margin) & (share < 1 - margin)
+        return jnp.logical_and(share > margin, share < 1 - margin)
 
     step = jnp.where(inside(of_parabola, 0.1), of_parabola, width / 2)
-    return low[0] + jnp.where(inside(of_cubic, 0.2), of_cubic, step)
+    step = jnp.where(inside(of_cubic, 0.2), of_cubic, step)
+    return low[0] + step

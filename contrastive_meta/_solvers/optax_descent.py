@@ -42,7 +42,8 @@ class OptaxDescent(InnerSolver):
 
     `unroll=True` is for few steps of a convolutional network on a CPU. There XLA compiles the gradients of convolutions
     inside loops to slow code (docs/performance.md). Five steps of a CNN with four blocks took 0.96 s in a loop and
-    0.16 s unrolled, and 4.4 s and 5.3 s to compile. Without convolutions a loop is as fast, and compiles in the time of one step.
+    0.16 s unrolled, and 4.4 s and 5.3 s to compile. Without convolutions a loop is about as fast, and compiles in the
+    time of one step.
 
     Args:
       optimizer: an optax transformation; or a function `meta_params -> transformation`, for settings that
