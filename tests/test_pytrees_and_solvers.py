@@ -467,6 +467,144 @@ def test_settings_from_meta_parameters_need_them() -> None:
     assert all(SOLVERS[name].make(1.0).one_update(start()) == () for name in ("lbfgs", "scipy", "callable"))
 
 
+# Loops: how often the loss is in the program, and what unrolling changes.
+
+
+def copies(solve: Callable[[Callable[[Any], jax.Array]], Any]) -> int:
+    """How often a solver calls the loss while it is traced."""
+    calls = []
+
+    def loss(params: Any) -> jax.Array:
+        calls.append(1)
+        return loss_on(data())(params)
+
+    jax.make_jaxpr(lambda: solve(loss))()
+    return len(calls)
+
+
+@pytest.mark.parametrize("name", ["descent", "carried", "adam", "descent to a tolerance", "lbfgs"])
+def test_the_loss_is_in_the_program_once(name: str) -> None:
+    solver = SOLVERS[name].make(1.0)
+    assert copies(lambda loss: solver.solve(loss, start())) == 1
+
+
+def test_minibatches_need_a_copy_and_the_whole_loss_another() -> None:
+    solver = cm.OptaxDescent(SGD, num_steps=5)
+    assert copies(lambda loss: solver.solve(loss, start(), minibatch_loss=lambda params, _: loss(params))) == 2
+
+
+def estimated_through(solver: cm.InnerSolver, **settings: Any) -> tuple[jax.Array, int]:
+    """The meta-gradient of the sum of the solution in the pull by backprop, and how often the inner loss was traced."""
+    calls = []
+
+    def inner_loss(params: Any, meta: jax.Array, task: Any) -> jax.Array:
+        calls.append(1)
+        return loss_on(task | {"pull": meta})(params)
+
+    problem = cm.BilevelProblem(inner_loss, lambda params, meta, task: jnp.sum(flat(params)), lambda *_: start())
+    estimator = cm.BackpropThroughLearning(solver, **settings)
+    result = jax.jit(lambda meta: estimator.estimate(problem, meta, data()))(data()["pull"])
+    return result.grad, len(calls)
+
+
+# Steps that one turn does not divide, those that it does, and all.
+UNROLLED = pytest.mark.parametrize("unroll", [2, 4, 100, True])
+
+
+@UNROLLED
+def test_unrolled_steps_are_the_same_steps(unroll: int | bool) -> None:
+    """Alone, side by side, with minibatches: compiled differently, so that the last digits may differ."""
+    lanes = jax.tree.map(lambda *xs: jnp.stack(xs), data(0), data(1))
+
+    def solutions(unroll: int | bool) -> list[cm.Solution]:
+        solver = cm.OptaxDescent(MOMENTUM, num_steps=9, carry_state=True, unroll=unroll)
+
+        def run(given: Any) -> cm.Solution:
+            return solver.solve(loss_on(given), start())
+
+        def on_minibatches(given: Any) -> cm.Solution:
+            def minibatch_loss(params: Any, step: jax.Array) -> jax.Array:
+                return loss_on(given)(params) * (1 + step) / 10
+
+            return solver.solve(loss_on(given), start(), minibatch_loss=minibatch_loss)
+
+        return [jax.jit(run)(data()), jax.jit(jax.vmap(run))(lanes), jax.jit(on_minibatches)(data())]
+
+    for unrolled, scanned in zip(solutions(unroll), solutions(1), strict=True):
+        assert types(unrolled) == types(scanned)
+        for mine, its in zip(jax.tree.leaves(unrolled), jax.tree.leaves(scanned), strict=True):
+            np.testing.assert_allclose(mine, its, rtol=1e-12, atol=1e-15)
+
+
+@UNROLLED
+@pytest.mark.parametrize("settings", [{}, {"checkpoint": True}, {"truncate": 5}], ids=["all", "checkpoint", "truncate"])
+def test_backprop_through_unrolled_steps(unroll: int | bool, settings: dict[str, Any]) -> None:
+    scanned, calls = estimated_through(cm.OptaxDescent(MOMENTUM, num_steps=9), **settings)
+    unrolled, calls_unrolled = estimated_through(cm.OptaxDescent(MOMENTUM, num_steps=9, unroll=unroll), **settings)
+    np.testing.assert_allclose(unrolled, scanned, rtol=1e-12)
+    assert calls_unrolled == calls
+
+
+def test_unrolled_programs_have_no_loop() -> None:
+    def text(unroll: int | bool) -> str:
+        solver = cm.OptaxDescent(SGD, num_steps=9, unroll=unroll)
+        return str(jax.jit(lambda init: solver.solve(loss_on(data()), init)).lower(start()).compile().as_text())
+
+    assert " while(" in text(1) and " while(" in text(False) and " while(" in text(2)
+    assert " while(" not in text(True)
+
+
+@pytest.mark.parametrize("unroll", [0, -1, 2.0, None, "all"])
+def test_unroll_is_a_number_of_steps(unroll: Any) -> None:
+    with pytest.raises(ValueError, match=r"`unroll` is how many steps.*positive integer, or True.*Got " + repr(unroll)):
+        cm.OptaxDescent(SGD, num_steps=3, unroll=unroll)
+
+
+@pytest.mark.parametrize("unroll", [2, True])
+def test_a_run_to_a_tolerance_cannot_be_unrolled(unroll: int | bool) -> None:
+    with pytest.raises(ValueError, match=rf"a fixed number of steps alone.*Got unroll={unroll}: use `num_steps=`"):
+        cm.OptaxDescent(SGD, tol=1e-3, unroll=unroll)
+    assert cm.OptaxDescent(SGD, tol=1e-3, unroll=False) == cm.OptaxDescent(SGD, tol=1e-3, unroll=False)
+
+
+def rosenbrock(w: jax.Array) -> jax.Array:
+    return jnp.sum(100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2)
+
+
+def steep(w: jax.Array) -> jax.Array:
+    """Unit steps are much too long."""
+    return jnp.sum(jnp.exp(3 * w)) - 1e3 * jnp.sum(w)
+
+
+def linear(w: jax.Array) -> jax.Array:
+    """No step is long enough: every search takes all its trials."""
+    return jnp.sum(w)
+
+
+def beyond_the_domain(w: jax.Array) -> jax.Array:
+    return jnp.sum(w**2) - 20 * jnp.sum(jnp.log(1 - w))
+
+
+@pytest.mark.parametrize("loss", [rosenbrock, steep, linear, beyond_the_domain])
+def test_lbfgs_takes_the_steps_of_optax(loss: Callable[[jax.Array], jax.Array]) -> None:
+    """For as long as rounding does not tell the two apart, which Rosenbrock's valley amplifies."""
+    optimizer, steps, init = optax.lbfgs(memory_size=4), 6, jnp.linspace(-1.2, -0.4, 6)
+
+    @jax.jit
+    def by_optax(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value_and_grad, state, trials = optax.value_and_grad_from_state(loss), optimizer.init(w), jnp.int32(1)
+        for _ in range(steps):
+            value, grad = value_and_grad(w, state=state)
+            updates, state = optimizer.update(grad, state, w, value=value, grad=grad, value_fn=loss)
+            w, trials = optax.apply_updates(w, updates), trials + state[-1].info.num_linesearch_steps.astype(jnp.int32)
+        return w, trials
+
+    expected, trials = by_optax(init)
+    found = jax.jit(cm.LBFGS(tol=1e-14, max_steps=steps, memory_size=4).solve, static_argnums=0)(loss, init)
+    assert found.num_steps == steps and found.num_gradients == trials
+    np.testing.assert_allclose(found.params, expected, rtol=1e-10)
+
+
 # Trees: a bilevel problem on vectors, put into trees of every kind. Three parameters and three meta-parameters.
 
 

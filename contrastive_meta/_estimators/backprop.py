@@ -126,7 +126,9 @@ class BackpropThroughLearning(MetaGradientEstimator):
                 solution = solver.solve_with_state(here.moving_losses(), init, first)
                 return solution.params, solution.model_state
             both = here.moving_losses(), fixed.moving_losses()
-            return solver.unroll_with_state(*both, init, first, truncate=self.truncate, checkpoint=self.checkpoint)
+            return solver.solve_differentiably_with_state(
+                *both, init, first, truncate=self.truncate, checkpoint=self.checkpoint
+            )
         stochastic = setting.problem.sample is not None
         if self.forward_mode:
             minibatch = here.inner_minibatch if stochastic else None
@@ -136,7 +138,7 @@ class BackpropThroughLearning(MetaGradientEstimator):
             minibatch_loss=here.inner_minibatch if stochastic else None,
             detached=fixed.inner_minibatch,
         )
-        return solver.unroll(losses, init, truncate=self.truncate, checkpoint=self.checkpoint), ()
+        return solver.solve_differentiably(losses, init, truncate=self.truncate, checkpoint=self.checkpoint), ()
 
     def _num_gradients(self, num_steps: int | None) -> int:
         """Gradients of the forward pass; checkpointing repeats it."""

@@ -1,7 +1,10 @@
-"""The two loops that every optax-driven solver runs: a fixed number of steps, and steps to a tolerance."""
+"""The two loops of `OptaxDescent`: a fixed number of steps, and steps to a tolerance.
+
+Each evaluates the loss at the top of its body and nowhere else. The last turn only evaluates, so that neither the
+start nor the end needs a copy of the loss of its own in the program.
+"""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,40 +12,69 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import only_if
 from contrastive_meta._problem import ModelState, Params
 from contrastive_meta._pytree import PyTree
-from contrastive_meta._solvers.base import InnerLoss, MovingLosses, Stop
+from contrastive_meta._solvers.base import InnerLoss, MovingLosses
 
 # A value with the model state that its forward pass leaves behind, and the gradient.
 Evaluated = tuple[tuple[jax.Array, ModelState], Params]
-Evaluate = Callable[[Params, PyTree, ModelState], Evaluated]
 
 
-class Descent(NamedTuple):
-    """A descent under way: where it is, what the loss says there, and where it came from.
+class Position(NamedTuple):
+    """Where a descent is.
 
     Attributes:
       params: the iterate.
       opt_state: the optimiser's state.
       model_state: the model's, which the steps taken have moved.
-      loss: loss at `params` and `model_state`.
-      grads: gradient there.
-      moved: what the forward pass there made of the model state: that of the next step, if there is one.
-      first_loss: loss at the start.
-      first_residual: gradient norm at the start.
-      num_steps: steps taken.
-      num_gradients: gradients evaluated, line searches included.
-      running: whether another step is wanted.
     """
 
     params: Params
     opt_state: PyTree
     model_state: ModelState
+
+
+class Measured(NamedTuple):
+    """What a solve reports of the loss at a point.
+
+    Attributes:
+      loss: its real part.
+      residual: gradient norm.
+    """
+
     loss: jax.Array
-    grads: Params
-    moved: ModelState
-    first_loss: jax.Array
-    first_residual: jax.Array
+    residual: jax.Array
+
+    @classmethod
+    def nothing(cls) -> "Measured":
+        """Infinite, in the widest floating dtype, which holds the loss whatever its own dtype is."""
+        infinite = jnp.asarray(jnp.inf, jnp.result_type(float))
+        return cls(infinite, infinite)
+
+    @classmethod
+    def of(cls, evaluated: Evaluated) -> "Measured":
+        """Loss and gradient norm; no derivative passes through what only measures."""
+        (value, _), grads = evaluated
+        loss, widest = jnp.real(jax.lax.stop_gradient(value)), jnp.result_type(float)
+        return cls(loss.astype(widest), tree.norm(grads).astype(widest))
+
+
+class Descent(NamedTuple):
+    """A descent under way or at its end.
+
+    Attributes:
+      at: where it is.
+      first: what was measured at the start.
+      last: what was measured at the latest evaluation.
+      num_steps: steps taken.
+      num_gradients: gradients evaluated, line searches included.
+      running: whether another turn is wanted.
+    """
+
+    at: Position
+    first: Measured
+    last: Measured
     num_steps: jax.Array
     num_gradients: jax.Array
     running: jax.Array
@@ -62,123 +94,140 @@ def one_step(
     return optax.apply_updates(params, updates), state
 
 
-def fixed_steps(
+def steps_for_backprop(
     optimizer: optax.GradientTransformation,
     losses: MovingLosses,
-    params: Params,
-    opt_state: PyTree,
-    model_state: ModelState,
+    start: Position,
     *,
     first_step: int,
     num_steps: int,
+    unroll: int | bool,
     checkpoint: bool = False,
-) -> tuple[Params, PyTree, ModelState, jax.Array, jax.Array, jax.Array]:
-    """`num_steps` steps by `scan`; differentiable.
+) -> Position:
+    """`num_steps` steps by `scan`, to be differentiated in reverse; nothing is measured.
 
-    Returns:
-      params, optimiser state, model state, loss and gradient norm at the first step, and extra line-search evaluations.
+    With `checkpoint` the steps are cut into segments of about sqrt(num_steps), of which only the starts are kept.
+    `unroll` then unrolls the steps of a segment.
     """
 
-    def step(carry: Any, _: None) -> tuple[Any, None]:
-        index, params, state, held, first_loss, first_residual, searched = carry
-        (value, moved), grads = tree.value_and_grad(losses.of_step, has_aux=True)(params, held, index)
-        at_first = index == first_step
-        first_loss = jnp.where(at_first, jnp.real(jax.lax.stop_gradient(value)), first_loss)
-        # Only the first step pays for the norm.
-        first_residual = jax.lax.cond(
-            at_first, lambda: tree.norm(grads).astype(first_residual.dtype), lambda: first_residual
-        )
-        params, state = one_step(optimizer, lambda p: losses.of_step(p, held, index)[0], value, grads, params, state)
-        searched = searched + line_search_evaluations(state)
-        return (index + 1, params, state, moved, first_loss, first_residual, searched), None
+    def step(carry: tuple[jax.Array, Position], _: None) -> tuple[tuple[jax.Array, Position], None]:
+        index, at = carry
+        evaluated = tree.value_and_grad(losses.of_step, has_aux=True)(at.params, at.model_state, index)
+        return (index + 1, _next_position(optimizer, losses, at, index, evaluated)), None
 
-    def steps(carry: Any, number: int) -> Any:
+    def steps(carry: tuple[jax.Array, Position], number: int) -> tuple[jax.Array, Position]:
+        # A scan without turns would still have a copy of the loss in the program.
         # The index travels in the carry: a list of indices would be the one thing that grows with the length.
-        return jax.lax.scan(step, carry, None, length=number)[0]
+        return jax.lax.scan(step, carry, None, length=number, unroll=unroll)[0] if number else carry
 
-    value, _ = jax.eval_shape(losses.of_step, params, model_state, jnp.int32(0))
-    infinite = jnp.asarray(jnp.inf, tree.float_dtype(value))
-    carry = (jnp.int32(first_step), params, opt_state, model_state, infinite, infinite, jnp.int32(0))
-    rest = num_steps
+    carry, rest = (jnp.int32(first_step), start), num_steps
     if checkpoint:
         length = max(1, math.isqrt(num_steps))
         segments, rest = divmod(num_steps, length)
         segment = jax.checkpoint(lambda carry, _: (steps(carry, length), None))
         carry, _ = jax.lax.scan(segment, carry, None, length=segments)
-    _, params, opt_state, model_state, first_loss, first_residual, searched = steps(carry, rest)
-    return params, opt_state, model_state, first_loss, first_residual, searched
+    return steps(carry, rest)[1]
+
+
+def fixed_steps(
+    optimizer: optax.GradientTransformation,
+    losses: MovingLosses,
+    start: Position,
+    *,
+    num_steps: int,
+    unroll: int | bool,
+) -> Descent:
+    """`num_steps` steps by `scan`, measured at both ends.
+
+    The end is evaluated by one more turn of the scan. With minibatches the steps descend another loss than the one that
+    is measured at the end, which is then evaluated after the scan.
+    """
+    evaluate = tree.value_and_grad(losses.of_step, has_aux=True)
+    ends_in_scan = losses.minibatch_loss is None
+
+    def turn(carry: Any, _: None) -> tuple[Any, None]:
+        index, at, first, last, searched = carry
+        evaluated = evaluate(at.params, at.model_state, index)
+        # Only the ends pay for the norm.
+        at_an_end = (index == 0) | (index == num_steps)
+        last = jax.lax.cond(at_an_end, lambda: Measured.of(evaluated), lambda: last)
+        first = tree.where(index == 0, last, first)
+
+        def step() -> tuple[Position, jax.Array]:
+            to = _next_position(optimizer, losses, at, index, evaluated)
+            return to, searched + line_search_evaluations(to.opt_state)
+
+        at, searched = jax.lax.cond(index < num_steps, step, lambda: (at, searched)) if ends_in_scan else step()
+        return (index + 1, at, first, last, searched), None
+
+    carry = (jnp.int32(0), start, Measured.nothing(), Measured.nothing(), jnp.int32(0))
+    num_turns = num_steps + 1 if ends_in_scan else num_steps
+    _, at, first, last, searched = jax.lax.scan(turn, carry, None, length=num_turns, unroll=unroll)[0]
+    if not ends_in_scan:
+        # It only measures, and must not enter a derivative of the run.
+        end = jax.lax.stop_gradient(at)
+        last = Measured.of(tree.value_and_grad(losses.loss, has_aux=True)(end.params, end.model_state))
+    num_gradients = jnp.maximum(num_steps, searched) + 1
+    return Descent(at, first, last, jnp.int32(num_steps), num_gradients, jnp.asarray(False))
 
 
 def steps_to_tolerance(
     optimizer: optax.GradientTransformation,
     losses: MovingLosses,
-    params: Params,
-    opt_state: PyTree,
-    model_state: ModelState,
+    start: Position,
     *,
-    tol: jax.Array,
+    tol: Any,
     max_steps: Any,
-    stop: Stop,
-    evaluate: Evaluate,
-    stop_when_stuck: bool,
-    start: Evaluated,
+    group: str | None,
 ) -> Descent:
     """Steps until the gradient norm is at most `tol`, or the budget is spent, by `while_loop`.
 
     Args:
       optimizer: any optax transformation.
       losses: of which the whole loss is descended.
-      params: the start.
-      opt_state: the optimiser's state there.
-      model_state: the model's there.
+      start: where to begin.
       tol: tolerance on the gradient norm.
       max_steps: budget.
-      stop: overrides; with `stop.group` all members of the mapped axis go on until all are done.
-      evaluate: `(params, opt_state, model_state)` to value, moved model state and gradient after a step; line searches
-        know value and gradient already.
-      stop_when_stuck: end when a step moved nothing (a failed line search), instead of spending the budget.
-      start: what `evaluate` gives at `params`.
-
-    Returns:
-      The descent at its end.
+      group: name of the mapped axis whose members go on until all are done.
     """
-    tol = tol if stop.tol is None else stop.tol
-    max_steps = max_steps if stop.max_steps is None else stop.max_steps
+    evaluate = tree.value_and_grad(losses.loss, has_aux=True)
 
-    def wanted(residual: jax.Array, num_steps: jax.Array, moved: Any) -> Any:
-        unfinished = (residual > tol) & (num_steps < max_steps) & moved
-        if stop.group is None:
-            return unfinished
-        return jax.lax.pmax(unfinished.astype(jnp.int32), stop.group) > 0
+    def turn(now: Descent) -> Descent:
+        at = now.at
+        evaluated = evaluate(at.params, at.model_state)
+        last = Measured.of(evaluated)
+        running = any_of(group, (last.residual > tol) & (now.num_steps < max_steps))
 
-    def body(at: Descent) -> Descent:
-        loss = losses.held(at.model_state)
-        params, opt_state = one_step(optimizer, loss, at.loss, at.grads, at.params, at.opt_state)
-        (value, moved_state), grads = evaluate(params, opt_state, at.moved)
-        moved = tree.max_abs(tree.subtract(params, at.params)) > 0 if stop_when_stuck else True
-        return Descent(
-            params,
-            opt_state,
-            at.moved,
-            value,
-            grads,
-            moved_state,
-            at.first_loss,
-            at.first_residual,
-            at.num_steps + 1,
-            at.num_gradients + jnp.maximum(1, line_search_evaluations(opt_state)),
-            wanted(tree.norm(grads), at.num_steps + 1, moved),
-        )
+        def step(_: Any) -> tuple[Position, jax.Array]:
+            to = _next_position(optimizer, losses, at, now.num_steps, evaluated)
+            return to, jnp.maximum(1, line_search_evaluations(to.opt_state))
 
-    (value, moved_state), grads = start
-    residual = tree.norm(grads)
-    zero = jnp.int32(0)
-    running = wanted(residual, zero, True)
-    begin = Descent(params, opt_state, model_state, value, grads, moved_state, value, residual, zero, zero + 1, running)
-    return jax.lax.while_loop(lambda at: at.running, body, begin)
+        # A line search evaluates the loss: the last turn must not begin one.
+        to, spent = only_if(running, step, (at, jnp.int32(0)))
+        first = tree.where(now.num_steps == 0, last, now.first)
+        return Descent(to, first, last, now.num_steps + running, now.num_gradients + spent, running)
+
+    begin = Descent(start, Measured.nothing(), Measured.nothing(), jnp.int32(0), jnp.int32(1), jnp.asarray(True))
+    return jax.lax.while_loop(lambda now: now.running, turn, begin)
+
+
+def any_of(group: str | None, condition: jax.Array) -> jax.Array:
+    """Whether the condition holds for any member of the group; without a group, the condition itself."""
+    return condition if group is None else jax.lax.pmax(condition.astype(jnp.int32), group) > 0
 
 
 def line_search_evaluations(opt_state: PyTree) -> jax.Array:
     """Evaluations that line searches inside an optax state made in their last step; 0 without one."""
     found = optax.tree_utils.tree_get_all_with_path(opt_state, "num_linesearch_steps")
     return jnp.asarray(sum(count for _, count in found), jnp.int32)
+
+
+def _next_position(
+    optimizer: optax.GradientTransformation, losses: MovingLosses, at: Position, index: jax.Array, evaluated: Evaluated
+) -> Position:
+    (value, moved), grads = evaluated
+
+    def loss(params: Params) -> jax.Array:
+        return losses.of_step(params, at.model_state, index)[0]
+
+    return Position(*one_step(optimizer, loss, value, grads, at.params, at.opt_state), moved)

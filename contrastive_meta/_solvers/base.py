@@ -229,7 +229,9 @@ class InnerSolver(abc.ABC):
         """Something computed from every setting that `bind` reads from meta-parameters; () where there are none."""
         return ()
 
-    def unroll(self, losses: "UnrolledLosses", init: Params, *, truncate: int | None, checkpoint: bool) -> Params:
+    def solve_differentiably(
+        self, losses: "UnrolledLosses", init: Params, *, truncate: int | None, checkpoint: bool
+    ) -> Params:
         """The solution as a function that reverse mode can differentiate, for `BackpropThroughLearning`.
 
         Args:
@@ -250,7 +252,7 @@ class InnerSolver(abc.ABC):
             "solvers that stop at a tolerance can be differentiated by `Contrastive` or `ImplicitDifferentiation`."
         )
 
-    def unroll_with_state(
+    def solve_differentiably_with_state(
         self,
         losses: "MovingLosses",
         detached: "MovingLosses",
@@ -260,15 +262,15 @@ class InnerSolver(abc.ABC):
         truncate: int | None,
         checkpoint: bool,
     ) -> tuple[Params, ModelState]:
-        """As `unroll`, for a model with state: solution and state, both to be differentiated through.
+        """As `solve_differentiably`, for a model with state: solution and state, both to be differentiated through.
 
         Args:
           losses: the losses to follow.
           detached: the same without derivative in the meta-parameters.
           init: where learning starts.
           model_state: with which it starts.
-          truncate: as for `unroll`.
-          checkpoint: as for `unroll`.
+          truncate: as for `solve_differentiably`.
+          checkpoint: as for `solve_differentiably`.
 
         Raises:
           TypeError: the solver cannot be unrolled, or cannot move a state.

@@ -92,14 +92,16 @@ class CallableSolver(InnerSolver):
         status = worst(self._unfinished(residual, stop), health)
         return Solution(params, residual, jnp.int32(2), jnp.int32(0), status, ())
 
-    def unroll(self, losses: UnrolledLosses, init: Params, *, truncate: int | None, checkpoint: bool) -> Params:
-        """See `InnerSolver.unroll`: the function is differentiated as a whole.
+    def solve_differentiably(
+        self, losses: UnrolledLosses, init: Params, *, truncate: int | None, checkpoint: bool
+    ) -> Params:
+        """See `InnerSolver.solve_differentiably`: the function is differentiated as a whole.
 
         Raises:
           TypeError: for a host function, or with `truncate`, since its steps are not known.
         """
         if self.host:
-            return super().unroll(losses, init, truncate=truncate, checkpoint=checkpoint)
+            return super().solve_differentiably(losses, init, truncate=truncate, checkpoint=checkpoint)
         if truncate is not None:
             raise TypeError(
                 "CallableSolver cannot be truncated: which of its steps are the last is not known from outside. "

@@ -1,25 +1,129 @@
-"""Limited-memory BFGS (optax's) as the learner, with its curvature pairs handed from phase to phase."""
+"""Limited-memory BFGS as the learner, with its curvature pairs handed from phase to phase.
 
-from typing import Any
+One loop, of which a turn is one evaluation of the loss: the start's, or a trial of the line search.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import only_if
 from contrastive_meta._problem import Params
-from contrastive_meta._pytree import PyTree, static, strategy
+from contrastive_meta._pytree import Flattening, PyTree, static, strategy
 from contrastive_meta._result import Status, flag, worst
-from contrastive_meta._solvers._descend import steps_to_tolerance
-from contrastive_meta._solvers.base import (
-    InnerLoss,
-    InnerSolver,
-    MinibatchLoss,
-    MovingLosses,
-    Solution,
-    Stop,
-    judge,
-)
+from contrastive_meta._solvers._descend import Measured, any_of
+from contrastive_meta._solvers._line_search import LineSearch, after_trial
+from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop, judge
+
+
+class Pairs(NamedTuple):
+    """The curvature pairs of the latest steps, in a ring, and what they say of the inverse Hessian.
+
+    Attributes:
+      stored: pairs ever stored; the next one goes to this number modulo the number of rows.
+      params: differences of iterates, a row for each pair.
+      grads: differences of gradients.
+      weights: inverse inner products of the two; 0 for rows without a pair.
+      scale: of the identity that the pairs correct.
+    """
+
+    stored: jax.Array
+    params: Params
+    grads: Params
+    weights: jax.Array
+    scale: jax.Array
+
+    @classmethod
+    def none(cls, params: Params, memory_size: int) -> "Pairs":
+        """No pair yet."""
+        rows = jax.tree.map(lambda x: jnp.zeros((memory_size, *x.shape), x.dtype), params)
+        return cls(jnp.int32(0), rows, rows, jnp.zeros(memory_size), jnp.ones(()))
+
+    def push(self, params: Params, grads: Params, *, write: jax.Array, keep: jax.Array) -> "Pairs":
+        """Write a pair over the oldest one if `write`, and count it if `keep`.
+
+        A row that is not counted is written over by the next pair, and no direction is computed in between.
+        """
+        slot = self._slot(self.stored)
+        product, squares = tree.vdot(grads, params), tree.vdot(grads, grads)
+        weight = jnp.where(product == 0, 0, 1 / product)
+        scale = jnp.where(squares > 0, product / squares, 1)
+
+        def put(rows: jax.Array, row: jax.Array) -> jax.Array:
+            old = jax.lax.dynamic_index_in_dim(rows, slot, keepdims=False)
+            row = jnp.where(write, row.astype(rows.dtype), old)
+            put_in: jax.Array = jax.lax.dynamic_update_index_in_dim(rows, row, slot, 0)
+            return put_in
+
+        return Pairs(
+            self.stored + keep,
+            jax.tree.map(put, self.params, params),
+            jax.tree.map(put, self.grads, grads),
+            put(self.weights, weight),
+            jnp.where(keep, scale.astype(self.scale.dtype), self.scale),
+        )
+
+    def precondition(self, grads: Params, residual: jax.Array) -> Params:
+        """The inverse Hessian times the gradient, whose norm is `residual`.
+
+        Reference:
+          Nocedal & Wright (2006), algorithm 7.4 (two-loop recursion).
+        """
+        size = self.weights.size
+
+        def row(age: jax.Array) -> tuple[jax.Array, jax.Array, Params, Params]:
+            slot = self._slot(self.stored + size - 1 - age)
+            rows = self.weights, self.params, self.grads
+            return slot, *jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), rows)
+
+        def newest_first(age: jax.Array, carry: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
+            vector, projections = carry
+            slot, weight, params, grads = row(age)
+            projection = weight * tree.vdot(params, vector)
+            projections = jax.lax.dynamic_update_index_in_dim(projections, projection, slot, 0)
+            return tree.add_scaled(vector, -projection, grads), projections
+
+        def oldest_first(index: jax.Array, vector: Params) -> Params:
+            slot, weight, params, grads = row(size - 1 - index)
+            return tree.add_scaled(vector, projections[slot] - weight * tree.vdot(grads, vector), params)
+
+        vector, projections = jax.lax.fori_loop(0, size, newest_first, (grads, jnp.zeros_like(self.weights)))
+        # Before there is a pair, a step of length 1 at most, as in optax.
+        scale = jnp.where(self.stored > 0, self.scale, jnp.minimum(1, 1 / residual))
+        return jax.lax.fori_loop(0, size, oldest_first, tree.scale(scale, vector))
+
+    def _slot(self, number: jax.Array) -> jax.Array:
+        return jax.lax.rem(number, jnp.int32(self.weights.size))
+
+
+class Iteration(NamedTuple):
+    """A run under way.
+
+    Attributes:
+      params: the iterate, flattened.
+      grads: gradient there.
+      direction: along which a step is sought.
+      search: the search for it.
+      pairs: curvature pairs of the steps taken.
+      first: what was measured at the start.
+      last: what was measured at the iterate.
+      num_steps: steps taken.
+      num_gradients: gradients evaluated.
+      running: whether another turn is wanted.
+    """
+
+    params: Params
+    grads: Params
+    direction: Params
+    search: LineSearch
+    pairs: Pairs
+    first: Measured
+    last: Measured
+    num_steps: jax.Array
+    num_gradients: jax.Array
+    running: jax.Array
 
 
 @strategy
@@ -35,7 +139,7 @@ class LBFGS(InnerSolver):
       memory_size: number of curvature pairs kept.
 
     Reference:
-      Liu & Nocedal (1989), algorithm 2.1, as in `optax.lbfgs`.
+      Liu & Nocedal (1989), algorithm 2.1. Its iterates are those of `optax.lbfgs`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,51 +173,77 @@ class LBFGS(InnerSolver):
         stop: Stop = Stop(),
     ) -> Solution:
         """See `InnerSolver.solve`."""
-        value, grads = tree.value_and_grad(loss)(init)
-        state = _continue_on(memory, grads) if jax.tree.leaves(memory) else self._optimizer().init(init)
-        tol = jnp.asarray(self.tol, tree.float_dtype(value))
+        tol = jnp.asarray(self.tol, jnp.result_type(float)) if stop.tol is None else stop.tol
+        max_steps = self.max_steps if stop.max_steps is None else stop.max_steps
+        flattening = Flattening.of(init)
 
-        def evaluate(params: Params, state: PyTree, _: Any) -> Any:
-            # The line search ended at `params` and kept what it saw there.
-            return (state[-1].value.astype(value.dtype), ()), state[-1].grad
+        def evaluate(params: Params) -> tuple[jax.Array, Params]:
+            value, grads = tree.value_and_grad(loss)(flattening.unflatten(params))
+            return value.astype(jnp.result_type(float)), flattening.flatten(grads)
 
-        end = steps_to_tolerance(
-            self._optimizer(),
-            MovingLosses.without_state(loss, None),
-            init,
-            state,
-            (),
-            tol=tol,
-            max_steps=self.max_steps,
-            stop=stop,
-            evaluate=evaluate,
-            stop_when_stuck=True,
-            start=((value, ()), grads),
-        )
-        residual = tree.norm(end.grads)
-        limit = tol if stop.tol is None else stop.tol
-        unfinished = flag(~(residual <= limit), Status.FREE_NOT_CONVERGED)
-        health = judge(end.first_loss, end.first_residual, end.params, end.loss, residual)
-        # Where no step was taken the state's gradient is stale; the memory is then the one that came in.
-        search = end.opt_state[-1]._replace(grad=end.grads)
-        memory = (*end.opt_state[:-1], search)
-        return Solution(end.params, residual, end.num_gradients, end.num_steps, worst(unfinished, health), memory)
+        def turn(now: Iteration) -> Iteration:
+            at_start = now.num_gradients == 0
+            trial_step = now.search.step
+            trial = tree.add_scaled(now.params, trial_step, now.direction)
+            value, grads = evaluate(trial)
+            search, ended, take_safe = after_trial(now.search, trial_step, value, _slope(grads, now.direction), grads)
+
+            ended = ended | at_start
+            # The members of a group step together: one whose search is over repeats its last trial meanwhile.
+            step = ~any_of(stop.group, ~ended)
+            taken = step & ~at_start
+            safe = tree.add_scaled(now.params, search.safe_step, now.direction), search.safe_grads, search.safe_value
+            params, grads, value = tree.where(take_safe, safe, (trial, grads, value))
+
+            moved = tree.subtract(params, now.params)
+            pairs = now.pairs.push(moved, tree.subtract(grads, now.grads), write=~at_start, keep=taken)
+            last = Measured.of(((value, ()), grads))
+            num_steps = now.num_steps + taken
+            # A search that cannot move any more has come to the floor of the dtype.
+            unfinished = (last.residual > tol) & (num_steps < max_steps) & (at_start | (tree.max_abs(moved) > 0))
+            go_on = any_of(stop.group, unfinished)
+
+            def descend(_: Params) -> Params:
+                return tree.scale(-1, pairs.precondition(grads, last.residual))
+
+            direction = only_if(step & go_on, descend, now.direction)
+            fresh = LineSearch.begin(value, _slope(grads, direction), grads)
+            params, grads = tree.where(step, (params, grads), (now.params, now.grads))
+            return Iteration(
+                params,
+                grads,
+                direction,
+                tree.where(step, fresh, tree.where(ended, now.search, search)),
+                pairs,
+                tree.where(at_start, last, now.first),
+                last,
+                num_steps,
+                now.num_gradients + (step | ~ended),
+                ~step | go_on,
+            )
+
+        start = flattening.flatten(init)
+        zero, nothing = tree.zeros_like(start), Measured.nothing()
+        # Nothing is known of the start: its evaluation is a trial along the zero direction.
+        search = LineSearch.begin(nothing.loss, nothing.loss, zero)
+        pairs = memory if jax.tree.leaves(memory) else self._no_pairs(start)
+        count = jnp.int32(0)
+        begin = Iteration(start, zero, zero, search, pairs, nothing, nothing, count, count, jnp.asarray(True))
+        end = jax.lax.while_loop(lambda now: now.running, turn, begin)
+
+        params = flattening.unflatten(end.params)
+        unfinished = flag(~(end.last.residual <= tol), Status.FREE_NOT_CONVERGED)
+        status = worst(unfinished, judge(*end.first, params, *end.last))
+        residual = end.last.residual.astype(tree.float_dtype(init))
+        return Solution(params, residual, end.num_gradients, end.num_steps, status, end.pairs)
 
     def init_memory(self, params: Params) -> PyTree:
         """Curvature memory without pairs."""
-        return self._optimizer().init(params)
+        return self._no_pairs(Flattening.of(params).flatten(params))
 
-    def _optimizer(self) -> optax.GradientTransformationExtraArgs:
-        return optax.lbfgs(memory_size=self.memory_size)
+    def _no_pairs(self, params: Params) -> Pairs:
+        return Pairs.none(params, self.memory_size)
 
 
-def _continue_on(memory: PyTree, grads: Params) -> PyTree:
-    """The memory of a solve that ended here, made fit for another loss with gradient `grads` here.
-
-    optax closes the last curvature pair at the next update, from the difference of the new gradient and the one
-    it remembers. The new loss's gradient differs by the nudge, which is no curvature: shifting what it remembers
-    by the same amount leaves the pair as the old loss made it.
-    """
-    pairs, *rest, search = memory
-    remembered = tree.add(pairs.updates, tree.subtract(grads, search.grad))
-    return (pairs._replace(updates=remembered), *rest, search)
+def _slope(grads: Params, direction: Params) -> jax.Array:
+    return tree.vdot(grads, direction).astype(jnp.result_type(float))

@@ -1,5 +1,6 @@
 """Descent by any optax transformation, for a fixed number of steps or to a tolerance."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,14 @@ from contrastive_meta._holomorphic import require_holomorphic
 from contrastive_meta._problem import MetaParams, ModelState, Params
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._result import Status, flag, worst
-from contrastive_meta._solvers._descend import fixed_steps, one_step, steps_to_tolerance
+from contrastive_meta._solvers._descend import (
+    Descent,
+    Position,
+    fixed_steps,
+    one_step,
+    steps_for_backprop,
+    steps_to_tolerance,
+)
 from contrastive_meta._solvers.base import (
     InnerLoss,
     InnerSolver,
@@ -32,6 +40,11 @@ class OptaxDescent(InnerSolver):
     Give either `num_steps` (a `scan`: reverse-differentiable, minibatches allowed) or `tol` (a `while_loop` that
     ends when the gradient norm is at most `tol`, or after `max_steps`).
 
+    `unroll=True` is for few steps of a convolutional network on a CPU. There XLA compiles the gradients of convolutions
+    inside loops to slow code (docs/performance.md). Five steps of a CNN with four blocks took 0.96 s in a loop and
+    0.16 s unrolled, and 4.4 s and 5.3 s to compile. Without convolutions a loop is about as fast, and compiles in the
+    time of one step.
+
     Args:
       optimizer: an optax transformation; or a function `meta_params -> transformation`, for settings that
         `BackpropThroughLearning` meta-learns.
@@ -41,10 +54,11 @@ class OptaxDescent(InnerSolver):
       max_steps: budget of a run to a tolerance.
       carry_state: hand the optimiser's state (momentum, moments, step count) from the free phase to the nudged
         ones and to the next call. Off by default: a finished schedule would stop them dead.
+      unroll: how many of the `num_steps` steps one turn of the loop takes, as in `jax.lax.scan`; True for all of them.
 
     Raises:
       ValueError: neither or both of `num_steps` and `tol`; or `tol` with minibatches, whose gradient norm does
-        not go to zero.
+        not go to zero; or `unroll` that is no positive number of steps, or goes with `tol`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,22 +75,31 @@ class OptaxDescent(InnerSolver):
     tol: float | None = None
     max_steps: int | jax.Array = 10_000
     carry_state: bool = static(default=False)
+    unroll: int | bool = static(default=1)
 
     def __post_init__(self) -> None:
-        """Check that there is one stopping rule."""
+        """Check that there is one stopping rule, and that its loop can be unrolled as asked."""
         if (self.num_steps is None) == (self.tol is None):
             raise ValueError(
                 "OptaxDescent needs one stopping rule: `num_steps=` for a fixed number of steps, "
                 f"or `tol=` for a gradient norm. Got num_steps={self.num_steps}, tol={self.tol}."
+            )
+        if not isinstance(self.unroll, int) or (self.unroll is not False and self.unroll < 1):
+            raise ValueError(
+                "OptaxDescent's `unroll` is how many steps one turn of the loop takes: a positive integer, or True for "
+                f"all of them. Got {self.unroll!r}."
+            )
+        if self.num_steps is None and (self.unroll is True or self.unroll > 1):
+            raise ValueError(
+                "OptaxDescent can unroll a fixed number of steps alone, not a run to a tolerance, whose length is not "
+                f"known when it is compiled. Got unroll={self.unroll}: use `num_steps=`, or leave `unroll` out."
             )
 
     def bind(self, meta_params: MetaParams) -> "OptaxDescent":
         """The solver with its optimiser's settings read from `meta_params`, where they are learned."""
         if isinstance(self.optimizer, optax.GradientTransformation):
             return self
-        return OptaxDescent(
-            self.optimizer(meta_params), self.num_steps, self.tol, self.max_steps, carry_state=self.carry_state
-        )
+        return dataclasses.replace(self, optimizer=self.optimizer(meta_params))
 
     @property
     def step_budget(self) -> int | jax.Array:
@@ -132,23 +155,23 @@ class OptaxDescent(InnerSolver):
     ) -> Solution:
         optimizer = self._bound_optimizer()
         opt_state = memory if jax.tree.leaves(memory) else optimizer.init(init)
+        start = Position(init, opt_state, model_state)
         if self.num_steps is None:
-            return self._solve_to_tolerance(optimizer, losses, init, opt_state, model_state, stop)
-        params, opt_state, model_state, first_loss, first_residual, searched = fixed_steps(
-            optimizer, losses, init, opt_state, model_state, first_step=0, num_steps=self.num_steps
-        )
-        # The residual only measures: it must not enter the derivative of a run that is being unrolled.
-        end, held = jax.lax.stop_gradient((params, model_state))
-        value, grads = tree.value_and_grad(losses.held(held))(end)
-        residual = tree.norm(grads)
+            tol = jnp.asarray(self.tol, jnp.result_type(float)) if stop.tol is None else stop.tol
+            end = self._run_to_tolerance(optimizer, losses, start, tol, stop)
+            unfinished = flag(~(end.last.residual <= tol), Status.FREE_NOT_CONVERGED)
+        else:
+            end = fixed_steps(optimizer, losses, start, num_steps=self.num_steps, unroll=self.unroll)
+            unfinished = flag(False, Status.FREE_NOT_CONVERGED)
+        health = judge(*end.first, end.at.params, *end.last)
         return Solution(
-            params=params,
-            residual=residual,
-            num_gradients=jnp.maximum(self.num_steps, searched) + 1,
-            num_steps=jnp.int32(self.num_steps),
-            status=judge(first_loss, first_residual, params, value, residual),
-            memory=opt_state if self.carry_state else (),
-            model_state=model_state,
+            params=end.at.params,
+            residual=end.last.residual.astype(tree.float_dtype(init)),
+            num_gradients=end.num_gradients,
+            num_steps=end.num_steps,
+            status=worst(unfinished, health),
+            memory=end.at.opt_state if self.carry_state else (),
+            model_state=end.at.model_state,
         )
 
     def init_memory(self, params: Params) -> PyTree:
@@ -165,11 +188,13 @@ class OptaxDescent(InnerSolver):
         value, grads = tree.value_and_grad(loss)(params)
         return one_step(optimizer, loss, value, grads, params, optimizer.init(params))[0]
 
-    def unroll(self, losses: UnrolledLosses, init: Params, *, truncate: int | None, checkpoint: bool) -> Params:
-        """See `InnerSolver.unroll`."""
+    def solve_differentiably(
+        self, losses: UnrolledLosses, init: Params, *, truncate: int | None, checkpoint: bool
+    ) -> Params:
+        """See `InnerSolver.solve_differentiably`."""
         if self.num_steps is None:
-            return super().unroll(losses, init, truncate=truncate, checkpoint=checkpoint)
-        return self.unroll_with_state(
+            return super().solve_differentiably(losses, init, truncate=truncate, checkpoint=checkpoint)
+        return self.solve_differentiably_with_state(
             MovingLosses.without_state(losses.loss, losses.minibatch_loss),
             MovingLosses.without_state(losses.loss, losses.detached),
             init,
@@ -178,7 +203,7 @@ class OptaxDescent(InnerSolver):
             checkpoint=checkpoint,
         )[0]
 
-    def unroll_with_state(
+    def solve_differentiably_with_state(
         self,
         losses: MovingLosses,
         detached: MovingLosses,
@@ -188,19 +213,27 @@ class OptaxDescent(InnerSolver):
         truncate: int | None,
         checkpoint: bool,
     ) -> tuple[Params, ModelState]:
-        """See `InnerSolver.unroll_with_state`."""
+        """See `InnerSolver.solve_differentiably_with_state`."""
         if self.num_steps is None:
             raise self._cannot_unroll()
         optimizer = self._bound_optimizer()
         kept = self.num_steps if truncate is None else min(truncate, self.num_steps)
-        at = init, optimizer.init(init), model_state
+        at = Position(init, optimizer.init(init), model_state)
         skipped = self.num_steps - kept
         if skipped:
-            start = jax.lax.stop_gradient(at)
-            before = fixed_steps(optimizer, detached, *start, first_step=0, num_steps=skipped)
-            at = jax.lax.stop_gradient(before[:3])
-        after = fixed_steps(optimizer, losses, *at, first_step=skipped, num_steps=kept, checkpoint=checkpoint)
-        return after[0], after[2]
+            at = steps_for_backprop(
+                optimizer, detached, jax.lax.stop_gradient(at), first_step=0, num_steps=skipped, unroll=self.unroll
+            )
+        end = steps_for_backprop(
+            optimizer,
+            losses,
+            jax.lax.stop_gradient(at) if skipped else at,
+            first_step=skipped,
+            num_steps=kept,
+            unroll=self.unroll,
+            checkpoint=checkpoint,
+        )
+        return end.params, end.model_state
 
     def check_holomorphic(self, params: Params) -> None:
         """Trace one update on complex parameters and look for operations that are not holomorphic."""
@@ -222,46 +255,13 @@ class OptaxDescent(InnerSolver):
             "call `solver.bind(meta_params)` before `solve`, or pass it to an estimator."
         )
 
-    def _solve_to_tolerance(
-        self,
-        optimizer: Any,
-        losses: MovingLosses,
-        init: Params,
-        opt_state: PyTree,
-        model_state: ModelState,
-        stop: Stop,
-    ) -> Solution:
+    def _run_to_tolerance(
+        self, optimizer: optax.GradientTransformation, losses: MovingLosses, start: Position, tol: Any, stop: Stop
+    ) -> Descent:
         if losses.minibatch_loss is not None:
             raise ValueError(
                 "OptaxDescent(tol=...) was given a problem with minibatches (`sample`): their gradient norm does not "
                 "go to zero, so it cannot say when to stop. Use `OptaxDescent(optimizer, num_steps=...)`."
             )
-        evaluate = tree.value_and_grad(losses.loss, has_aux=True)
-        start = evaluate(init, model_state)
-        tol = jnp.asarray(self.tol, tree.float_dtype(start[0][0]))
-        end = steps_to_tolerance(
-            optimizer,
-            losses,
-            init,
-            opt_state,
-            model_state,
-            tol=tol,
-            max_steps=self.max_steps,
-            stop=stop,
-            evaluate=lambda params, _, held: evaluate(params, held),
-            stop_when_stuck=False,
-            start=start,
-        )
-        residual = tree.norm(end.grads)
-        limit = tol if stop.tol is None else stop.tol
-        unfinished = flag(~(residual <= limit), Status.FREE_NOT_CONVERGED)
-        health = judge(jnp.real(end.first_loss), end.first_residual, end.params, end.loss, residual)
-        return Solution(
-            end.params,
-            residual,
-            end.num_gradients,
-            end.num_steps,
-            worst(unfinished, health),
-            end.opt_state if self.carry_state else (),
-            end.model_state,
-        )
+        max_steps = self.max_steps if stop.max_steps is None else stop.max_steps
+        return steps_to_tolerance(optimizer, losses, start, tol=tol, max_steps=max_steps, group=stop.group)
