@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import cast_like
+from contrastive_meta._control import cast_like, packed_loop
 from contrastive_meta._problem import Params
 
 # A first direction is worth trying if its cosine with the right-hand side is above this.
@@ -144,7 +144,7 @@ def solve(
     def iterate(s: Solution) -> Solution:
         return _iterate(difference, limits, jnp.where(both & ~_given_up(delay, s), forcing, 0), delay, s)
 
-    solved: Solution = jax.lax.while_loop(
+    solved: Solution = packed_loop(
         lambda s: jnp.any(s.active), iterate, _begin(difference, rhs, guess, active, limits)
     )
     return solved, both & _given_up(delay, solved)

@@ -25,7 +25,7 @@ from contrastive_meta._contrastive.newton_step import (
     what_is_left,
 )
 from contrastive_meta._contrastive.phases import PhaseSetup
-from contrastive_meta._control import cast_like
+from contrastive_meta._control import cast_like, settle
 from contrastive_meta._pytree import static, strategy
 
 # A residual larger than this fraction of what was left before is a sign of too large a nudge.
@@ -209,6 +209,9 @@ def accept_or_reject(
     over = refused & near_noise
     retry = refused & ~over
     # Once the base point converges no further, what was delayed is answered.
+    better, converging, refused, over, retry, answered, converged = settle(
+        better, converging, refused, over, retry, answered, converged
+    )
     delayed = region.delayed | solved.given_up
     lost = within_noise & (old <= 2 * start.noise)
     stalled = delayed & (lost | ~(converging | refused | trial.at_boundary))
@@ -222,6 +225,7 @@ def accept_or_reject(
     # Near a minimum gradients fall with the loss: where they grow lies a valley, or a saddle, with other ways out.
     grew = region.grew | (better & trial.falls & (new > GROWN * old))
     uncertain = region.uncertain | (grew & better & (gone > LONG * start.scale))
+    progress, shrink, stalled, done = settle(progress, shrink, stalled, done)
     bent = (left > _BENT * start.eps**FORCING * solved.lengths[1]) & (trial.distance == 0) & ~away
     wider = jnp.where(converging & trial.at_boundary & (trial.ratio > GOOD_RATIO), 2.0, 1.0) * region.radius
     converged_now = jnp.where(better, converged, region.converged) | over | stalled

@@ -10,6 +10,7 @@ from contrastive_meta._base_point import NOISE_FLOOR
 from contrastive_meta._contrastive.linear_solve import FLAT, GradientDifference, Limits, solve
 from contrastive_meta._contrastive.phases import Base, PhaseSetup
 from contrastive_meta._contrastive.step_size import Contrast
+from contrastive_meta._control import settle
 from contrastive_meta._problem import Params
 
 # Two-sided differences take steps this many times as long: their error is of the next order.
@@ -233,6 +234,7 @@ def judge_trial(setup: PhaseSetup, before: Base, trial: Base, solved: Solved, re
     sound = jnp.isfinite(new) & ((new <= jnp.maximum(old, NOISE_FLOOR * start.noise)) | falls)
     at_boundary = (distance > 0.99 * region.radius) & anywhere
     arrived = (distance == 0) & (step > 0)
+    sound, falls, at_boundary, arrived = settle(sound, falls, at_boundary, arrived)
     return Trial(distance, at_boundary, arrived, ratio.astype(setup.dtype), falls, sound)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import BasePoint, OuterGradients, outer_gradients
+from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import AutomaticStrength, LinearNudge, LossNudge, Nudge, NudgeInPlace, NudgeScheme, NudgeStrength
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule, measured_by
@@ -165,3 +166,156 @@ class PhaseSetup(NamedTuple):
         """The strength for a response of a length; where it is sought, at the displacement found last time."""
         probe = self.probe(base.params, base.inner_grad, displacement)
         return self.scheme.for_response(probe, length).strength(self.dtype)
+
+    def statistic_noise(self, size: jax.Array) -> jax.Array:
+        """Rounding noise of a phase's statistic of a size.
+
+        The noise relative to the statistic is taken to be that of the inner gradient relative to its own terms.
+        """
+        start = self.start
+        coarser = jnp.maximum(start.noise / tree.or_one(start.eps * start.curvature * start.scale), 1.0)
+        return start.eps * coarser * size / 4
+
+    def over_phases(self, function: Callable[..., Any], *stacked: Any) -> Any:
+        """`function` of each phase, whose values are stacked along the leading axis."""
+        if self.sequential:
+            return jax.lax.map(lambda phase: function(*phase), stacked)
+        return jax.vmap(function)(*stacked)
+
+    def nudged_problem(self, base: Base, nudge: Nudge) -> Instance:
+        """The problem as the user wrote it, with what nudges in the place of its outer loss."""
+        instance, unflatten = self.tree_instance, self.flattening.unflatten
+        at = unflatten(base.params), instance.meta_params, instance.task, unflatten(base.of_outer_loss)
+        return instance.replace_problem(nudge.apply(instance.problem, *at))
+
+    def probe(self, params: Params, inner_grad: Params, displacement: jax.Array) -> Probe:
+        """What a nudging strength is derived from."""
+        start = self.start
+        return Probe(
+            inner_grad=tree.grad(self.instance.inner),
+            params=params,
+            free_grad=inner_grad,
+            outer_grad=start.outer_grad,
+            nudge_norm=start.nudge_norm,
+            scale=start.scale,
+            noise=start.noise,
+            curvature=start.curvature,
+            dtype=self.dtype,
+            eps=start.eps,
+            chosen=displacement,
+        )
+
+    def outer_at(self, params: Params) -> tuple[OuterGradients, Params]:
+        """`Base.outer` and `Base.outer_grad` at a point."""
+        outer = outer_gradients(self.instance, params)
+        if isinstance(self.nudge, LinearNudge | LossNudge):
+            return outer, ()
+        base = Base(params, outer.in_params, outer)
+        own = outer_gradients(self.nudged_problem(base, self.nudge).flattened(self.flattening), params)
+        return outer._replace(in_params=own.in_params, in_meta=own.in_meta), outer.in_params
+
+    def evaluate(self, base: Base, ends: Params, nudges: jax.Array, at_base: jax.Array, linear: jax.Array) -> Evaluated:
+        """Gradients of the phases' own losses in `params` and in the meta-parameters, where the phases ended.
+
+        The inner loss has one call site here, and the outer loss has one. Both serve the base point as well: there all
+        phases are at the same point, and the outer loss is evaluated once.
+
+        Args:
+          base: from which the phases are nudged; its outer gradients are replaced where `at_base`.
+          ends: where the phases ended, a leading axis of phases.
+          nudges: their strengths.
+          at_base: whether this is the base point itself.
+          linear: whether the nudge is linear.
+        """
+        nudge = self.rerun_nudge if self.may_rerun else self.nudge
+        autodiff = isinstance(self.rule, Autodiff)
+
+        def inner(params: Params) -> Any:
+            meta_params = self.instance.meta_params
+            if not autodiff:
+                return tree.grad(self.instance.inner)(params), ()
+            meta_params = tree.to_complex(meta_params) if tree.is_complex(params) else meta_params
+            task, problem = self.instance.task, self.instance.problem
+            return tree.grad(lambda at, meta: problem.inner(at, meta, task), (0, 1))(params, meta_params)
+
+        in_params, in_meta = self.over_phases(inner, ends)
+        outer, outer_grad = self._outer(base, ends, at_base, nudge, linear, nudges.size)
+
+        def with_nudge(gradient: jax.Array, pulls: jax.Array) -> jax.Array:
+            weights = nudges.astype(gradient.dtype).reshape(-1, *[1] * (gradient.ndim - 1))
+            return gradient + weights * pulls.astype(gradient.dtype)
+
+        residuals = jax.tree.map(with_nudge, in_params, outer.in_params)
+        if autodiff:
+            return Evaluated(residuals, jax.tree.map(with_nudge, in_meta, outer.in_meta), outer, outer_grad)
+        chosen = NudgeInPlace(linear) if isinstance(nudge, LossNudge) else nudge
+        nudged = self.nudged_problem(base, chosen)
+        statistics = self.over_phases(
+            lambda at, beta: measured_by(
+                self.rule, nudged.problem, self.flattening.unflatten(at), nudged.meta_params, nudged.task, beta
+            ),
+            ends,
+            nudges,
+        )
+        return Evaluated(residuals, statistics, outer, outer_grad)
+
+    def _outer(
+        self, base: Base, ends: Params, at_base: jax.Array, nudge: Nudge, linear: jax.Array, number: int
+    ) -> tuple[OuterGradients, Params]:
+        """`Base.outer` and `Base.outer_grad` at each end; those of `base` where the nudge is linear."""
+
+        def repeated(values: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *jnp.shape(x))), values)
+
+        if isinstance(nudge, LinearNudge):
+            # The outer loss is not evaluated but at the base point.
+            def evaluate_base(known: Any) -> Any:
+                at = jax.tree.map(lambda xs, x: jnp.real(xs[0]).astype(x.dtype), ends, base.params)
+                return cast_like(self.outer_at(at), known)
+
+            return repeated(only_if(at_base, evaluate_base, (base.outer, base.outer_grad)))
+        known = repeated((base.outer, base.outer_grad))
+        if tree.is_complex(ends):
+            return self._complex_outer(base, ends, at_base, nudge, known)
+        count = jnp.where(at_base, 1, jnp.where(linear, 0, number))
+
+        def evaluate(k: jax.Array, found: Any) -> Any:
+            values = self.outer_at(jax.tree.map(lambda xs: xs[k], ends))
+            return jax.tree.map(lambda xs, x: xs.at[k].set(jnp.asarray(x, xs.dtype)), found, values)
+
+        found: tuple[OuterGradients, Params] = jax.lax.fori_loop(0, count, evaluate, known)
+        return found
+
+    def _complex_outer(
+        self, base: Base, ends: Params, at_base: jax.Array, nudge: Nudge, known: Any
+    ) -> tuple[OuterGradients, Params]:
+        """The gradients of what nudges at complex points; at the base point, which is real, the outer loss as well."""
+        instance = self.nudged_problem(base, nudge).flattened(self.flattening)
+        meta_params = tree.to_complex(instance.meta_params)
+
+        def gradients(at: Params) -> Any:
+            return tree.grad(lambda p, meta: instance.problem.outer(p, meta, instance.task), (0, 1))(at, meta_params)
+
+        def evaluate_base(of_base: Any) -> Any:
+            at = jax.tree.map(lambda xs, x: jnp.real(xs[0]).astype(x.dtype), ends, base.params)
+            values = self.outer_at(at)
+            return jax.tree.map(lambda xs, x: jnp.broadcast_to(jnp.asarray(x, xs.dtype), xs.shape), of_base, values)
+
+        outer, outer_grad = only_if(at_base, evaluate_base, known)
+        in_params, in_meta = self.over_phases(gradients, ends)
+        return outer._replace(in_params=in_params, in_meta=in_meta), outer_grad
+
+
+def on_line(base: Params, response: Params, nudges: jax.Array) -> Params:
+    """Where phases end if learning is linear, base - beta_k u; in the precision of each leaf."""
+
+    def end(at: jax.Array, u: jax.Array) -> jax.Array:
+        dtype = jnp.result_type(at, jnp.complex64) if jnp.iscomplexobj(nudges) else at.dtype
+        return at - nudges.astype(dtype).reshape(-1, *[1] * at.ndim) * u
+
+    return jax.tree.map(end, base, response)
+
+
+def mean_of(stacked: Any) -> Any:
+    """The real part of the mean over phases."""
+    return jax.tree.map(lambda xs: jnp.mean(jnp.real(xs), axis=0), stacked)

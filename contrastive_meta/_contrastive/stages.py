@@ -15,6 +15,7 @@ The last two estimate the error, by iterative refinement: the result is compared
 """
 
 import enum
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ from contrastive_meta._contrastive.newton_step import LONG, Line, Region, Solved
 from contrastive_meta._contrastive.phases import Base, PhaseSetup, on_line
 from contrastive_meta._contrastive.rerun import Rerun, Runs, tolerances_for
 from contrastive_meta._contrastive.step_size import Contrast, Plan, measure, select
-from contrastive_meta._control import cast_like, only_if
+from contrastive_meta._control import cast_like, only_if, packed_loop, packed_switch
 from contrastive_meta._nudging import LinearNudge, LossNudge
 from contrastive_meta._problem import Params
 from contrastive_meta._result import Status, flag, worst
@@ -204,7 +205,7 @@ class Phases:
 
     def run(self, first: Turn) -> Turn:
         """Turns until the phases are found, and their error is estimated."""
-        last: Turn = jax.lax.while_loop(lambda turn: turn.running, self.turn, first)
+        last: Turn = packed_loop(lambda turn: turn.running, self.turn, first)
         return last
 
     def first(self) -> Turn:
@@ -242,7 +243,8 @@ class Phases:
         runs = self._solve(now)
 
         # Linear systems: a step of the base point, and an answer to what is left of the nudge.
-        prepared = self._by_stage(now, "_prepare", lambda branch: branch(now), self._prepare(now))
+        otherwise = self._prepare(now)
+        prepared = self._by_stage(now, "_prepare", lambda method: method(now), otherwise, lambda: otherwise)
         solved = solve_systems(setup, line.base, region, prepared.systems)
 
         # Measurement: a base point, and the phases around it.
@@ -266,22 +268,17 @@ class Phases:
         found = Found(taken, solved, ladder.trial, runs, plan.length)
 
         # Decision.
-        return self._by_stage(now, "_after", lambda branch: cast_like(branch(now, found), now), None)
+        return self._by_stage(now, "_after", lambda method: method(now, found), now)
 
-    def _by_stage(self, now: Turn, prefix: str, call: Any, otherwise: Any) -> Any:
-        """What the method of this stage returns; `otherwise` where it has none."""
-        methods = [getattr(self, f"{prefix}_{stage.name.lower()}", None) for stage in self.stages]
-        if otherwise is not None:
-            kinds = [None, *[m for m in methods if m is not None]]
-            branches = [lambda: otherwise, *[lambda m=m: cast_like(call(m), otherwise) for m in kinds[1:]]]
-        else:
-            kinds, branches = methods, [lambda m=m: call(m) for m in methods]
-        index = jnp.zeros((len(Stage),), jnp.int32)
-        table = [0] * len(Stage)
-        for stage, method in zip(self.stages, methods, strict=True):
-            table[stage] = kinds.index(method) if method in kinds else 0
-        index = jnp.asarray(table, jnp.int32)[now.stage]
-        return jax.lax.switch(index, branches)
+    def _by_stage(self, now: Turn, prefix: str, call: Any, like: Any, default: Any = None) -> Any:
+        """What the method of this stage returns; `default()` where it has none."""
+        branches, table = ([] if default is None else [default]), [0] * len(Stage)
+        for stage in self.stages:
+            method = getattr(self, f"{prefix}_{stage.name.lower()}", None)
+            if method is not None:
+                table[stage] = len(branches)
+                branches.append(functools.partial(call, method))
+        return packed_switch(jnp.asarray(table, jnp.int32)[now.stage], branches, like)
 
     # What is solved and measured.
 
