@@ -73,7 +73,7 @@ def _scenarios(session: Session, num_tasks: int) -> dict[str, Scenario]:
     )
     if session.smoke:
         return {RECORD: record}
-    return {LOGISTIC: _logistics(session, num_tasks), QUADRATIC: quadratic, RECORD: record}
+    return {LOGISTIC: _logistics(session, num_tasks), RECORD: record, QUADRATIC: quadratic}
 
 
 def _logistics(session: Session, num_tasks: int) -> Scenario:
@@ -182,7 +182,7 @@ def _measure(session: Session, x64: bool, name: str, at: Scenario, sizes: tuple[
             aim, target, measured = f"{key}, time over the sum of single calls", 1.0, over["over_sum"]
         record_aim(session, x64=x64, case=CASE, aim=f"{name}: {aim}", target=target, measured=measured)
         if "executed" in told:
-            words = f"{name}: {key}, gradients executed over those of single calls"
+            words = f"{name}: {key}, gradients over those of single calls"
             more = told["executed"] / max(told["executed_alone"], 1)
             record_aim(session, x64=x64, case=CASE, aim=words, target=1.0, measured=more)
 
@@ -214,7 +214,7 @@ def _measure_fallback(session: Session, x64: bool, num_tasks: int, rounds: int) 
     aim = f"{WELLS}: {words}, time over the batch and the one's fallback"
     record_aim(session, x64=x64, case=CASE, aim=aim, target=1.0, measured=over)
     over = executed["batch, one falls back"] / max(executed["batch"] + executed["single, falls back"], 1)
-    aim = f"{WELLS}: {words}, gradients executed over the same"
+    aim = f"{WELLS}: {words}, gradients over the same"
     record_aim(session, x64=x64, case=CASE, aim=aim, target=1.0, measured=over)
 
 

@@ -44,7 +44,7 @@ class Drawings(NamedTuple):
 def run(session: Session) -> None:
     """A few outer steps of each method in turn, each on its own trajectory, all on the same tasks."""
     x64 = bool(session.x64)
-    size = Size(8, 4, 2) if session.smoke else Size()
+    size = Size(8, 4, 1) if session.smoke else Size()
     num_steps = 1 if session.smoke else NUM_STEPS
     images, source = _images(session, size)
     rng = np.random.default_rng(session.seed)

@@ -58,7 +58,8 @@ def _two_classes(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 
 def _ten_classes(logits: jax.Array, label: jax.Array) -> jax.Array:
-    return jax.nn.logsumexp(logits) - logits[label]
+    loss: jax.Array = jax.nn.logsumexp(logits) - logits[label]
+    return loss
 
 
 def _make(
