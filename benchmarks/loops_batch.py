@@ -3,51 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import contrastive_meta as cm
 from benchmarks.harness import Session, precision
+from benchmarks.loops_batch_cases import ON_RIM, WELLS, Scenario, batches_of_tasks, wells
 from benchmarks.loops_measure import Program, compiled, median, ratio, record_aim, time_in_turn
 from benchmarks.speed_methods import Outcome, estimate
 
 CASE = "batch"
 SIZES = (2, 4, 16)
-LOGISTIC, QUADRATIC, RECORD, WELLS = "logistic", "quadratic", "quadratic, scaling record", "double wells"
-# Of the wells: which task of a batch starts on the rim between two minima, where the loss curves downwards.
-_ON_RIM = 5
-# The free phase has ended, as in the scaling record.
-_ENDED = cm.LBFGS(tol=0.0, max_steps=0)
-_LEAN = cm.Contrastive(
-    _ENDED,
-    cm.NewtonKrylov(tol=1e-3, max_steps=20_000),
-    cm.relative(cm.central_difference),
-    estimate_error=False,
-)
-# Compiles fast, which is all that a smoke run asks for.
-_QUICK = cm.ImplicitDifferentiation(_ENDED, cm.ConjugateGradient(tol=1e-2), estimate_error=False)
-
-
-class Scenario(NamedTuple):
-    """A batch of tasks and the estimator of their meta-gradients.
-
-    Attributes:
-      problem: of one task.
-      estimator: ours.
-      meta_params: shared by the tasks.
-      tasks: with a leading axis.
-      over_one: the most that a batch of 16 may take over one task, where that is the aim; None for the sum of single
-        calls.
-    """
-
-    problem: cm.BilevelProblem
-    estimator: cm.MetaGradientEstimator
-    meta_params: Any
-    tasks: Any
-    over_one: float | None = None
 
 
 def run(session: Session) -> None:
@@ -56,89 +24,10 @@ def run(session: Session) -> None:
     x64 = True if session.x64 is None else session.x64
     sizes, rounds = ((2,), 1) if session.smoke else (SIZES, 15)
     with precision(x64):
-        scenarios = _scenarios(session, max(sizes))
+        scenarios = batches_of_tasks(session, max(sizes))
         for name, scenario in scenarios.items():
             _measure(session, x64, name, scenario, sizes, rounds)
         _measure_fallback(session, x64, max(sizes), rounds)
-
-
-def _scenarios(session: Session, num_tasks: int) -> dict[str, Scenario]:
-    quadratic = _quadratics(session, num_tasks)
-    record = Scenario(
-        dataclasses.replace(quadratic.problem, init_params=lambda meta_params, task: task[1]),
-        _QUICK if session.smoke else _LEAN,
-        quadratic.meta_params,
-        quadratic.tasks,
-        over_one=2.2,
-    )
-    if session.smoke:
-        return {RECORD: record}
-    return {LOGISTIC: _logistics(session, num_tasks), RECORD: record, QUADRATIC: quadratic}
-
-
-def _logistics(session: Session, num_tasks: int) -> Scenario:
-    """Logistic regression, 200 weights and 300 examples, with one penalty for all: in the project's list of cases."""
-
-    def loss(w: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.mean(jnp.logaddexp(0.0, -y * (x @ w)))
-
-    def draw(key: jax.Array) -> Any:
-        keys = jax.random.split(key)
-        x = jax.random.normal(keys[0], (300, 200))
-        return {"x": x, "y": jnp.sign(x[:, 0] + jax.random.normal(keys[1], (300,)))}
-
-    problem = cm.BilevelProblem(
-        lambda w, s, task: loss(w, task["x"], task["y"]) + jnp.exp(s) * jnp.sum(w**2),
-        lambda w, s, task: loss(w, task["x"][:100], task["y"][:100]),
-        lambda s, task: jnp.zeros(200),
-    )
-    tasks = jax.vmap(draw)(jax.random.split(jax.random.key(session.seed), num_tasks))
-    return Scenario(problem, cm.Contrastive(cm.LBFGS()), jnp.asarray(-3.0), tasks)
-
-
-def _quadratics(session: Session, num_tasks: int) -> Scenario:
-    """Those of `speed_scaling`: dimension 32, condition number 100; a task is its data and its solution."""
-    keys = jax.random.split(jax.random.key(session.seed), num_tasks)
-    made = [cm.problems.quadratic(key, dim=32, num_meta=8, condition_number=100.0) for key in keys]
-    first = made[0]
-    assert first.exact is not None
-    tasks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.task for one in made))
-    solutions = jax.vmap(first.exact, in_axes=(None, 0))(first.meta_params, tasks).params
-    problem = cm.BilevelProblem(
-        lambda params, meta_params, task: first.problem.inner(params, meta_params, task[0]),
-        lambda params, meta_params, task: first.problem.outer(params, meta_params, task[0]),
-        lambda meta_params, task: first.problem.init(meta_params, task[0]),
-    )
-    return Scenario(problem, cm.Contrastive(cm.LBFGS()), first.meta_params, (tasks, solutions))
-
-
-def wells(session: Session, num_tasks: int) -> tuple[Scenario, Any]:
-    """Two wells along each of 100 weights, coupled; and the batch in which one task starts on the rim between them.
-
-    A loose tolerance ends learning at once. From near a minimum the fast nudged learner finishes it; from the rim it
-    cannot, and the user's learner goes on.
-    """
-    num = 20 if session.smoke else 100
-
-    def inner(w: jax.Array, force: jax.Array, task: Any) -> jax.Array:
-        return jnp.sum((w**2 - 1.0) ** 2) + 0.05 * jnp.mean((task["x"] @ w) ** 2) + jnp.sum(force * w)
-
-    def draw(key: jax.Array) -> Any:
-        keys = jax.random.split(key)
-        x = jax.random.normal(keys[0], (3 * num, num))
-        aim, noise = jax.random.normal(keys[1], (2, num))
-        return {"x": x, "aim": aim, "start": 1.0 + 0.05 * noise}
-
-    problem = cm.BilevelProblem(
-        inner,
-        lambda w, force, task: 0.5 * jnp.sum((w - task["aim"]) ** 2),
-        lambda force, task: task["start"],
-    )
-    tasks = jax.vmap(draw)(jax.random.split(jax.random.key(session.seed), num_tasks))
-    rim = _ON_RIM % num_tasks
-    mixed = tasks | {"start": tasks["start"].at[rim].add(-0.9)}
-    estimator = _QUICK if session.smoke else cm.Contrastive(cm.LBFGS(tol=5.0))
-    return Scenario(problem, estimator, jnp.zeros(num), tasks), mixed
 
 
 def task_of(tasks: Any, number: int) -> Any:
@@ -190,7 +79,7 @@ def _measure(session: Session, x64: bool, name: str, at: Scenario, sizes: tuple[
 def _measure_fallback(session: Session, x64: bool, num_tasks: int, rounds: int) -> None:
     at, mixed = wells(session, num_tasks)
     programs = _programs(session, WELLS, at, {"batch": at.tasks})
-    rim = task_of(mixed, _ON_RIM % num_tasks)
+    rim = task_of(mixed, ON_RIM % num_tasks)
     calls = {
         "single": functools.partial(programs["single"].call, at.meta_params, task_of(at.tasks, 0)),
         "single, falls back": functools.partial(programs["single"].call, at.meta_params, rim),
@@ -276,13 +165,13 @@ class Counted:
         self._compiled: dict[int, Callable[..., Any]] = {}
 
         def inner(params: Any, meta_params: Any, task: Any) -> jax.Array:
-            # It takes an entry of `params`, so that each task and each phase of a batch calls for itself.
-            jax.debug.callback(self._add, jax.tree.leaves(params)[0].ravel()[0])
+            # It takes an entry of `params` and of `task`, so that each task and each phase of a batch calls for itself.
+            jax.debug.callback(self._add, *(jax.tree.leaves(of)[0].ravel()[0] for of in (params, task)))
             return at.problem.inner(params, meta_params, task)
 
         self._problem = dataclasses.replace(at.problem, inner_loss=inner)
 
-    def _add(self, _: Any) -> None:
+    def _add(self, *_: Any) -> None:
         self._count += 1
 
     def single(self, task: Any) -> int:

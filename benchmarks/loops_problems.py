@@ -91,7 +91,8 @@ def _make(
         halves = 0.5 ** jnp.arange(12.0)
 
         def rest(w: jax.Array) -> jax.Array:
-            return jnp.linalg.norm(jax.grad(inner)(w, *args))
+            norm: jax.Array = jnp.linalg.norm(jax.grad(inner)(w, *args))
+            return norm
 
         def newton(at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             w, number = at
