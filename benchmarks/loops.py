@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks import figures, loops_batch, loops_cnn, loops_digits
 from benchmarks.harness import Record, Session
+from benchmarks.loops_few_shot import MAML
 from benchmarks.tables import decimals, lay_out, milliseconds, scientific, seeds_of, wrap
 
 NAME = "loops"
@@ -113,7 +114,7 @@ def _cnn(rows: Sequence[Record]) -> str:
         [
             row["method"],
             milliseconds(row["seconds"]),
-            decimals(row.get("over", {}).get(loops_cnn.MAML), 2),
+            decimals(row.get("over", {}).get(MAML), 2),
             _count(row["num_gradients"]),
             decimals(row.get("over_plain"), 2),
             decimals(row["compile_cpu_seconds"], 1),
