@@ -99,7 +99,8 @@ def _record(**fields: Any) -> dict[str, Any]:
         "case": "digits", "kind": "method", "problem": TEN_CLASSES, "method": DEFAULT, "seconds": 0.08,
         "all_seconds": [0.07, 0.09], "over": {IMPLICIT_CG: 2.0, JAXOPT: 0.3}, "compile_seconds": 10.0,
         "compile_cpu_seconds": 9.0, "operations": 18_000, "temp_bytes": 1000, "outer_loss": 0.1, "error": 1e-5,
-        "statuses": {"CONVERGED": 2}, "num_gradients": 600.0, "num_hvps": 0.0, "estimate": 2e-5,
+        "statuses": {"CONVERGED": 2}, "all_num_gradients": [240, 600], "num_gradients": 600.0,
+        "num_hvps": 0.0, "estimate": 2e-5,
         "estimate_over_error": 2.0,
         "environment": {"jax": "0.0", "cpu_count": 2, "device": "cpu", "commit": "0123456789"},
     }  # fmt: skip
@@ -109,7 +110,7 @@ def _record(**fields: Any) -> dict[str, Any]:
 def test_aims_are_of_the_rows_and_shown_beside_what_was_measured(tmp_path: Path, monkeypatch: Any) -> None:
     rows = {
         DEFAULT: _record(),
-        WITHOUT_ESTIMATE: _record(method=WITHOUT_ESTIMATE, num_gradients=500.0, estimate=None),
+        WITHOUT_ESTIMATE: _record(method=WITHOUT_ESTIMATE, all_num_gradients=[200, 500], estimate=None),
         IMPLICIT_CG: _record(method=IMPLICIT_CG, compile_cpu_seconds=4.5),
         JAXOPT: _record(method=JAXOPT, compile_cpu_seconds=3.0),
     }
