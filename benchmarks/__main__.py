@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--smoke", action="store_true", help="small sizes that only show that it runs")
     run.add_argument("--seed", type=int, default=0, help="of data splits and initialisations (default 0)")
     run.add_argument("--seeds", type=int, default=None, help="how many, where a benchmark takes several (speed, trust)")
-    run.add_argument("--cases", default=None, help="problems to run, comma-separated (speed, trust)")
+    run.add_argument(
+        "--cases", "--only", default=None, help="parts or problems to run, comma-separated (speed, trust, loops)"
+    )
     run.add_argument("--half", choices=HALVES, default=None, help="of the cases, where constants were chosen (trust)")
     run.add_argument("--x64", action=argparse.BooleanOptionalAction, default=None, help="float64 or float32")
     run.add_argument("--records", type=Path, default=None, help=f"folder to append records to ({DEFAULT_RECORDS})")

@@ -14,6 +14,10 @@ _MNIST = "mnist.npz holds the set of http://yann.lecun.com/exdb/mnist as x_train
 _LIBSVM = "from https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html"
 _IJCNN1 = f"ijcnn1.npz holds ijcnn1 {_LIBSVM} as X_train (49990, 22) and y_train (0 or 1)."
 _A9A = f"a9a_bits.npz holds a9a {_LIBSVM} as bits_train (numpy.packbits of its features by row), y_train, n_features."
+_OMNIGLOT = (
+    "omniglot28_u8.npz holds the drawings of https://github.com/brendenlake/omniglot, 28 x 28 and inverted (ink is "
+    "255), as images (characters, drawings, 28, 28)."
+)
 _NEWSGROUPS = (
     "newsgroups20_counts.npz holds 20news-bydate from http://qwone.com/~jason/20Newsgroups as word counts in rows "
     "(CSR): indptr_train, indices_train, counts_train, y_train."
@@ -55,6 +59,20 @@ def digits(seed: int, num_train: int, num_val: int) -> Split:
     """Handwritten digits of 8 x 8 pixels, grey values from 0 to 1, in 10 classes; 1797 in all."""
     x, y = _load("digits")
     return _shuffled_halves(x / 16.0, y, seed, num_train, num_val)
+
+
+def fours_and_nines(seed: int) -> Split:
+    """The 361 of those digits that are a 4 (labels 1) or a 9 (labels -1), the first 180 to learn from."""
+    x, y = _load("digits")
+    kept = (y == 4) | (y == 9)
+    return _shuffled_halves(x[kept] / 16.0, np.where(y[kept] == 4, 1.0, -1.0), seed, num_train=180, num_val=181)
+
+
+def omniglot(folder: Path | None) -> npt.NDArray[np.float32]:
+    """1,623 characters of many alphabets, each drawn by 20 people: (characters, drawings, 28, 28), ink is 1."""
+    with np.load(find_file("omniglot28_u8.npz", folder, _OMNIGLOT)) as arrays:
+        images: npt.NDArray[np.float32] = arrays["images"].astype(np.float32) / 255
+    return images
 
 
 def mnist(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split:

@@ -127,6 +127,32 @@ def draw_tuning(records: Sequence[Record], path: Path) -> Path:
     return _save(figure, path)
 
 
+def draw_loops(records: Sequence[Record], path: Path) -> Path:
+    """Time of each outer step of the training loops on digits: a panel for each problem, a line for each method."""
+    plt = _pyplot()
+    panels = list(dict.fromkeys((record["problem"], record["precision"]) for record in records))
+    size = (1.0 + 4.6 * len(panels), 5.0)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(record["method"] for record in records))
+    lines = {}
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for record in records:
+            if (record["problem"], record["precision"]) == panel:
+                index = names.index(record["method"])
+                style: dict[str, Any] = {
+                    "color": _COLOURS[index % len(_COLOURS)],
+                    "linestyle": "-" if index < len(_COLOURS) else "--",
+                }
+                milliseconds = [1e3 * seconds for seconds in record["all_seconds"]]
+                (lines[record["method"]],) = axis.semilogy(milliseconds, linewidth=1.2, **style)
+        axis.set_title(", ".join(panel), fontsize=10)
+        axis.set_xlabel("outer step")
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0][0].set_ylabel("time of the step (ms)")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

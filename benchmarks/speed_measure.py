@@ -94,7 +94,7 @@ def measure(
         args = tuple(point.args) if point.on_host else jax.tree.map(jnp.asarray, tuple(point.args))
         try:
             program, new = programs.find(point, args, session)
-            with _quiet():
+            with quiet():
                 start = time.perf_counter()
                 outcome = jax.block_until_ready(program.call(*args))
             took = time.perf_counter() - start
@@ -125,7 +125,7 @@ class _Warm(NamedTuple):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the trace that JAX logs where a peer raises from inside a program: the record tells."""
     logger = logging.getLogger("jax._src.callback")
     before = logger.level

@@ -34,29 +34,31 @@ Learn = Callable[[Any, cm.BilevelProblem, Any, Any], Any]
 def absent() -> Iterator[tuple[str, str]]:
     """The peers that are not installed, and how to get them."""
     for name in NAMES:
-        if not _installed(name):
+        if not installed(name):
             yield name, 'not installed: pip install ".[peers]"'
 
 
 def points(ready: Ready) -> Iterator[Point]:
     """The grids of those that are installed."""
-    if _installed(JAXOPT):
+    if installed(JAXOPT):
         yield from _jaxopt_points(ready)
-    if _installed(OPTIMISTIX):
+    if installed(OPTIMISTIX):
         yield from _optimistix_points(ready)
 
 
 def smoke_points(ready: Ready) -> Iterator[Point]:
     """One point of one peer."""
-    if _installed(JAXOPT):
+    if installed(JAXOPT):
         yield _point(ready, ACCURATE, "jaxopt, L-BFGS + CG", "0 steps, tolerance 0.001", _jaxopt_lbfgs, (0, 1e-3))
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
+    """Whether a peer can be imported."""
     return importlib.util.find_spec(name) is not None
 
 
-def _imported(name: str) -> Any:
+def imported(name: str) -> Any:
+    """A peer, without what it warns of on import."""
     with warnings.catch_warnings():
         # jaxopt says on import that it is no longer maintained.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -145,7 +147,7 @@ class _Differentiated:
 
 def _jaxopt_lbfgs(budget: Any, losses: cm.BilevelProblem, meta_params: Any, task: Any) -> Any:
     num_steps, tol = budget
-    jaxopt = _imported(JAXOPT)
+    jaxopt = imported(JAXOPT)
     solve = functools.partial(jaxopt.linear_solve.solve_cg, tol=tol, maxiter=_MAX_LINEAR_STEPS)
     solver = jaxopt.LBFGS(losses.inner, maxiter=num_steps, tol=0.0, implicit_diff=True, implicit_diff_solve=solve)
     return solver.run(task.start, meta_params, task).params
@@ -153,13 +155,13 @@ def _jaxopt_lbfgs(budget: Any, losses: cm.BilevelProblem, meta_params: Any, task
 
 def _jaxopt_lbfgs_default(budget: Any, losses: cm.BilevelProblem, meta_params: Any, task: Any) -> Any:
     num_steps, _ = budget
-    solver = _imported(JAXOPT).LBFGS(losses.inner, maxiter=num_steps, tol=0.0, implicit_diff=True)
+    solver = imported(JAXOPT).LBFGS(losses.inner, maxiter=num_steps, tol=0.0, implicit_diff=True)
     return solver.run(task.start, meta_params, task).params
 
 
 def _jaxopt_descent(step_size: float, budget: Any, losses: cm.BilevelProblem, meta_params: Any, task: Any) -> Any:
     num_steps, tol = budget
-    jaxopt = _imported(JAXOPT)
+    jaxopt = imported(JAXOPT)
     solve = functools.partial(jaxopt.linear_solve.solve_cg, tol=tol, maxiter=_MAX_LINEAR_STEPS)
     solver = jaxopt.GradientDescent(
         losses.inner, stepsize=step_size, maxiter=num_steps, tol=0.0, implicit_diff=True, implicit_diff_solve=solve
@@ -176,7 +178,7 @@ def _minimise(
 ) -> Any:
     """`make_linear` None: backprop through the solver, with checkpoints."""
     tol, linear_tol = budget
-    optimistix, lineax = _imported(OPTIMISTIX), _imported("lineax")
+    optimistix, lineax = imported(OPTIMISTIX), imported("lineax")
     if make_linear is None:
         adjoint = optimistix.RecursiveCheckpointAdjoint()
     else:
