@@ -29,6 +29,7 @@ ORDER = (
     "_dependence",
     "_response",
     "_solvers",
+    "_base_point",
     "_nudging",
     "_plasticity",
     "_inverse_hessian",
