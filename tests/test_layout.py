@@ -32,6 +32,7 @@ ORDER = (
     "_base_point",
     "_nudging",
     "_plasticity",
+    "_linear",
     "_inverse_hessian",
     "_estimators",
     "_argmin",

@@ -92,6 +92,14 @@ class System:
     finite: jax.Array
     dtype: Any
 
+    def scaled(self, values: Params) -> Params:
+        """`values` brought to the system's units."""
+        return _rescale(values, jnp.divide, self.unit)
+
+    def in_units(self, values: Params) -> Params:
+        """`values` of the system in the units of v."""
+        return _rescale(values, jnp.multiply, self.unit)
+
     def relative_norm(self, remainder: Params) -> jax.Array:
         """||remainder|| / ||v / unit||, infinite where it is NaN."""
         relative = (tree.norm(remainder) / self.norm).astype(self.dtype)
@@ -99,7 +107,7 @@ class System:
 
     def finish(self, solution: Params, residual: jax.Array, num_hvps: Any, status: jax.Array) -> LinearSolution:
         """The solution in the units of v: zero for a zero v, NaN (and a status) for a v that is not finite."""
-        solution = tree.where(self.solvable, _rescale(solution, jnp.multiply, self.unit), tree.zeros_like(solution))
+        solution = tree.where(self.solvable, self.in_units(solution), tree.zeros_like(solution))
         solution = jax.tree.map(lambda x: jnp.where(self.finite, x, jnp.nan).astype(x.dtype), solution)
         residual = jnp.where(self.solvable, residual, jnp.where(self.finite, 0.0, jnp.inf)).astype(self.dtype)
         sound = tree.all_finite(solution) & jnp.isfinite(residual)

@@ -1,0 +1,214 @@
+"""Conjugate gradients with restarts from the true residual: one loop, one call site of the product."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta import _pytree as tree
+from contrastive_meta._problem import Params
+
+Product = Callable[[Params], Params]
+
+
+class Stopping(NamedTuple):
+    """When conjugate gradients end. All fields may be traced, so that systems with their own settings share a loop.
+
+    Attributes:
+      tol: relative residual |b - (H + damping I) x| / |b| at which the system counts as solved.
+      highest_tol: up to here `tol` is raised where rounding of the products permits no less. Equal to `tol`: never.
+      max_steps: the largest number of search directions. 0 measures the residual of the guess.
+      damping: added to the diagonal of H.
+      look_ahead: whether to spend one product more on the curvature along the final residual.
+    """
+
+    tol: Any
+    highest_tol: Any
+    max_steps: Any
+    damping: Any = 0.0
+    look_ahead: Any = False
+
+
+class LinearSolve(NamedTuple):
+    """What conjugate gradients found.
+
+    Attributes:
+      solution: the iterate of the smallest measured residual.
+      residual: b - H x there, of the undamped system. It was measured by a product, not by the recursion.
+      relative_residual: |b - (H + damping I) x| / |b| there; infinite where no step could be taken.
+      tolerance: the tolerance that applied there, between `tol` and `highest_tol`.
+      first_curvature: Rayleigh quotient of H along the first search direction, which is b without a guess.
+      last_curvature: Rayleigh quotient of H along `residual` where `look_ahead` asked for it, else 0.
+      num_products: products with H.
+      indefinite: whether a direction of curvature that is not positive ended the search.
+      broken: whether a product that is not finite ended the search.
+    """
+
+    solution: Params
+    residual: Params
+    relative_residual: jax.Array
+    tolerance: jax.Array
+    first_curvature: jax.Array
+    last_curvature: jax.Array
+    num_products: jax.Array
+    indefinite: jax.Array
+    broken: jax.Array
+
+
+class _Search(NamedTuple):
+    """The loop's carry. A turn takes a step along `direction`, or measures the residual of `best`."""
+
+    iterate: Params
+    residual: Params  # of the iterate, by recursion
+    squared: jax.Array  # |residual|^2
+    direction: Params
+    best: Params  # the iterate of smallest recursive residual since the last measurement
+    best_norm: jax.Array  # relative
+    kept: Params  # the iterate of smallest measured residual
+    kept_residual: Params
+    kept_norm: jax.Array  # relative
+    kept_tolerance: jax.Array
+    largest_curvature: jax.Array  # the largest Rayleigh quotient so far, at most |H|
+    first_curvature: jax.Array
+    last_curvature: jax.Array
+    num_steps: jax.Array
+    num_products: jax.Array
+    measuring: jax.Array  # the next turn measures
+    looking_ahead: jax.Array  # the next turn is the last, along the final residual
+    indefinite: jax.Array
+    broken: jax.Array
+    done: jax.Array
+
+
+def conjugate_gradient(
+    product: Product, right_side: Params, norm: jax.Array, stopping: Stopping, *, guess: Params | None = None, skip: Any
+) -> LinearSolve:
+    """Solve (H + damping I) x = b for symmetric H.
+
+    The residual of the recursion drifts from the true one. So on reaching the tolerance the true residual is measured
+    by one product more. Where it is still above the tolerance the search restarts from there, as long as restarts
+    halve it. The search ends at a direction of curvature that is not positive beyond rounding. Every turn needs one
+    product, along the next direction or at the iterate to be measured, so the product is compiled once.
+
+    Args:
+      product: `x -> H x`.
+      right_side: b, of order one, so that squares neither overflow nor vanish.
+      norm: |b|, or 1 where b is zero. Its dtype is that of all scalars.
+      stopping: tolerance, budget and damping.
+      guess: where to start; its residual is measured first. None starts at zero and measures nothing.
+      skip: whether to return at once, with the zero that the search starts from.
+
+    Reference:
+      Hestenes & Stiefel (1952); for the restarts van der Vorst & Ye (2000).
+    """
+    start = _start(right_side, norm, guess, skip)
+    search = jax.lax.while_loop(lambda s: ~s.done, lambda s: _turn(product, right_side, norm, stopping, s), start)
+    return LinearSolve(
+        solution=search.kept,
+        residual=tree.add_scaled(search.kept_residual, stopping.damping, search.kept),
+        relative_residual=search.kept_norm,
+        tolerance=search.kept_tolerance,
+        first_curvature=search.first_curvature,
+        last_curvature=search.last_curvature,
+        num_products=search.num_products,
+        indefinite=search.indefinite,
+        broken=search.broken,
+    )
+
+
+def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopping, s: _Search) -> _Search:
+    """One product, and what follows from it."""
+    dtype, eps = norm.dtype, float(jnp.finfo(norm.dtype).eps)
+    point = tree.where(s.measuring, s.best, s.direction)
+    image = tree.add_scaled(product(point), stopping.damping, point)
+
+    # A step of length r'r / p'Hp along the direction p; or, measuring, the residual b - H x of x itself.
+    along, length = _vdot(point, image, dtype), _vdot(point, point, dtype)
+    rayleigh = along / tree.or_one(length)
+    largest = jnp.where(s.measuring, s.largest_curvature, jnp.maximum(s.largest_curvature, rayleigh))
+    upward = along > eps * largest * length
+    step = jnp.where(s.measuring, 1, s.squared / jnp.where(upward, along, 1))
+    iterate = tree.add_scaled(tree.where(s.measuring, tree.zeros_like(s.iterate), s.iterate), step, point)
+    residual = tree.add_scaled(tree.where(s.measuring, right_side, s.residual), -step, image)
+    squared = _vdot(residual, residual, dtype)
+    relative = jnp.sqrt(squared) / norm
+    finite = jnp.isfinite(along) & (~upward | jnp.isfinite(squared))
+
+    # The product's rounding leaves a residual of about eps |H| |x|. Scaled by |H|, x has no squares that overflow.
+    scaled = tree.scale(largest, iterate)
+    rounding = 4 * eps * jnp.sqrt(_vdot(scaled, scaled, dtype)) / norm
+    tolerance = jnp.clip(rounding, jnp.asarray(stopping.tol, dtype), jnp.asarray(stopping.highest_tol, dtype))
+    # Below one rounding of b the recursion says nothing.
+    claim = jnp.maximum(jnp.asarray(stopping.tol, dtype), eps)
+
+    stepping = ~s.measuring & ~s.looking_ahead
+    num_steps = s.num_steps + stepping.astype(jnp.int32)
+    broken, indefinite = s.broken | (stepping & ~finite), s.indefinite | (stepping & finite & ~upward)
+    # Every step brings the iterate closer to the solution, even while its residual is above that of zero; so the
+    # start has an infinite norm, and any step is kept in preference to it.
+    better = s.measuring | (upward & finite & (relative < s.best_norm))
+    improved = s.measuring & (s.best_norm < jnp.inf) & (relative < s.kept_norm)
+    kept, kept_residual = tree.where(improved, (iterate, residual), (s.kept, s.kept_residual))
+
+    spent = num_steps >= stopping.max_steps
+    restart = (relative > jnp.maximum(tolerance, claim)) & (relative <= 0.5 * s.kept_norm)
+    ended = s.measuring & (broken | indefinite | spent | ~restart)
+    ahead = ended & stopping.look_ahead
+    # Where the search ended, the residual of the undamped system is what is left.
+    left = tree.add_scaled(kept_residual, jnp.where(ended, stopping.damping, 0), kept)
+    return _Search(
+        iterate=iterate,
+        residual=residual,
+        squared=squared,
+        direction=tree.where(s.measuring, left, tree.add_scaled(residual, squared / tree.or_one(s.squared), point)),
+        best=tree.where(better, iterate, s.best),
+        best_norm=jnp.where(better, relative, s.best_norm),
+        kept=kept,
+        kept_residual=kept_residual,
+        kept_norm=jnp.where(improved, relative, s.kept_norm),
+        kept_tolerance=jnp.where(improved, tolerance, s.kept_tolerance),
+        largest_curvature=jnp.where(jnp.isfinite(largest), largest, s.largest_curvature),
+        first_curvature=jnp.where(stepping & (s.num_steps == 0), rayleigh - stopping.damping, s.first_curvature),
+        last_curvature=jnp.where(s.looking_ahead, rayleigh - stopping.damping, s.last_curvature),
+        num_steps=num_steps,
+        num_products=s.num_products + 1,
+        measuring=stepping & (~finite | ~upward | (relative <= claim) | spent),
+        looking_ahead=ahead,
+        indefinite=indefinite,
+        broken=broken,
+        done=s.looking_ahead | (ended & ~ahead),
+    )
+
+
+def _start(right_side: Params, norm: jax.Array, guess: Params | None, skip: Any) -> _Search:
+    zero, false = jnp.zeros((), norm.dtype), jnp.asarray(False)
+    none = jnp.zeros((), jnp.int32)
+    infinite = jnp.full((), jnp.inf, norm.dtype)
+    nothing = tree.zeros_like(right_side)
+    return _Search(
+        iterate=nothing,
+        residual=right_side,
+        squared=jnp.square(norm),
+        direction=right_side,
+        best=nothing if guess is None else guess,
+        best_norm=infinite if guess is None else jnp.ones_like(norm),
+        kept=nothing,
+        kept_residual=right_side,
+        kept_norm=infinite,
+        kept_tolerance=zero,
+        largest_curvature=zero,
+        first_curvature=zero,
+        last_curvature=zero,
+        num_steps=none,
+        num_products=none,
+        measuring=jnp.asarray(guess is not None),
+        looking_ahead=false,
+        indefinite=false,
+        broken=false,
+        done=jnp.asarray(skip),
+    )
+
+
+def _vdot(a: Params, b: Params, dtype: Any) -> jax.Array:
+    return tree.vdot(a, b).astype(dtype)
