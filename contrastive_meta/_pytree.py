@@ -140,6 +140,11 @@ def norm(a: PyTree) -> jax.Array:
     return trusted.astype(dtype)
 
 
+def norms(*trees: PyTree) -> list[jax.Array]:
+    """The Euclidean norms of several trees alike, compiled once."""
+    return list(jax.vmap(norm)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)))
+
+
 def max_abs(a: PyTree) -> jax.Array:
     """The largest absolute entry of any leaf; 0 for a tree without entries."""
     leaves = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(a)]

@@ -43,7 +43,7 @@ class Probe(NamedTuple):
 
 def length_scale(params: Params, init: Params, dtype: Any) -> jax.Array:
     """The norm of `params`, or of `params - init` if larger; 1 if both vanish."""
-    larger = jnp.maximum(tree.norm(params), tree.norm(tree.subtract(params, init))).astype(dtype)
+    larger = jnp.maximum(*tree.norms(params, tree.subtract(params, init))).astype(dtype)
     return jnp.where(larger > 0, larger, jnp.ones((), dtype))
 
 
@@ -78,9 +78,9 @@ def measure_noise(
     # Taken from `here`, nearly equal numbers are subtracted exactly.
     ahead, behind = tree.subtract(ahead, here), tree.subtract(behind, here)
     # The variance of a second difference of independent errors is 1 + 4 + 1 times theirs.
-    noise = tree.norm(tree.add(ahead, behind)) / 6**0.5
-    slope = tree.norm(tree.subtract(ahead, behind)) / (2 * step * tree.or_one(length))
-    return here, noise.astype(scale.dtype), slope.astype(scale.dtype)
+    second, first = tree.norms(tree.add(ahead, behind), tree.subtract(ahead, behind))
+    slope = first / (2 * step * tree.or_one(length))
+    return here, (second / 6**0.5).astype(scale.dtype), slope.astype(scale.dtype)
 
 
 def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:

@@ -12,7 +12,6 @@ from contrastive_meta._base_point import (
     NUM_GRADIENTS,
     BasePoint,
     FreeResidual,
-    OuterGradients,
     cauchy_length,
     free_status,
     outer_gradients,
@@ -159,12 +158,12 @@ class _Carry(NamedTuple):
     Attributes:
       right_side: of the next system.
       step: Newton's step, from the first system on.
-      outer: the outer loss where it was evaluated last.
+      outer_grads: of the outer loss in `params` and `meta_params`, where it was evaluated last.
     """
 
     right_side: Params
     step: Params
-    outer: OuterGradients
+    outer_grads: tuple[Params, MetaParams]
 
 
 def _solve_systems(
@@ -181,9 +180,10 @@ def _solve_systems(
     """
     stopping, first, guess = _settings(setting, base, hvp, inverse, refine)
     # At the floor of the dtype the inner gradient is noise, and learning has converged.
-    converged = tree.norm(base.inner_grad) <= NOISE_FLOOR * base.noise
+    residual = setting.norm(base.inner_grad)
+    converged = residual <= NOISE_FLOOR * base.noise
     inner_grad = tree.where(converged, tree.zeros_like(base.inner_grad), base.inner_grad)
-    length = setting.norm(inner_grad)
+    length = jnp.where(converged, 0, residual)
     last = stopping.tol.shape[0] - 1
 
     def solve(carry: _Carry, system: tuple[jax.Array, Stopping]) -> tuple[_Carry, Any]:
@@ -195,28 +195,21 @@ def _solve_systems(
         cauchy = cauchy_length(length, found.first_curvature, setting.dtype)
         cauchy_step = tree.scale(cauchy / tree.or_one(length), inner_grad)
         ahead = tree.subtract(base.params, tree.where(k == 0, cauchy_step, carry.step))
-        outer = jax.lax.cond(k < last, lambda: outer_gradients(setting, ahead), lambda: carry.outer)
-        change = tree.subtract(outer.in_params, base.outer_grad)
+        outer_grads = jax.lax.cond(k < last, lambda: outer_gradients(setting, ahead)[2:], lambda: carry.outer_grads)
+        change = tree.subtract(outer_grads[0], base.outer_grad)
 
         right_side = tree.where(k == 0, base.outer_grad, tree.add(found.residual, change))
         step = tree.where(k == 0, answer.solution, carry.step)
-        lengths = (
-            cauchy,
-            tree.norm(change),
-            cauchy_length(tree.norm(found.residual), found.last_curvature, setting.dtype),
-        )
-        return _Carry(right_side, step, outer), (answer, lengths)
+        return _Carry(right_side, step, outer_grads), (answer, (cauchy, tree.norm(change), found.missing))
 
-    begin = _Carry(
-        inner_grad, inner_grad, OuterGradients(base.outer_loss, base.aux, base.outer_grad, base.outer_in_meta)
-    )
+    begin = _Carry(inner_grad, inner_grad, (base.outer_grad, base.outer_in_meta))
     end, (answers, (cauchy, change, missing)) = jax.lax.scan(solve, begin, (jnp.arange(last + 1), stopping))
     newton, adjoint, *rest = tree.unstack(answers, last + 1)
     num_hvps = jnp.sum(answers.num_hvps)
     if first is not None:
         adjoint, num_hvps = first, num_hvps + first.num_hvps
-    solved = (adjoint.residual <= _UNSOLVED_ADJOINT) & (missing[1] <= _UNSOLVED_ADJOINT * tree.norm(adjoint.solution))
-    free = FreeResidual(setting.norm(base.inner_grad), cauchy[0], change[0], base.nudge_norm)
+    solved = (adjoint.residual <= _UNSOLVED_ADJOINT) & (missing[1] <= _UNSOLVED_ADJOINT)
+    free = FreeResidual(residual, cauchy[0], change[0], base.nudge_norm)
     refinement = None
     if refine:
         (correction,) = rest
@@ -224,7 +217,7 @@ def _solve_systems(
         refinement = _Refinement(
             tree.subtract(base.params, newton.solution),
             tree.add(adjoint.solution, correction.solution),
-            end.outer.in_meta,
+            end.outer_grads[1],
             unknown,
         )
     return _Systems(adjoint, solved, free, refinement, num_hvps)
@@ -284,6 +277,6 @@ def _meta_gradient(setting: Setting, base: BasePoint, systems: _Systems) -> tupl
     *ahead, unknown = systems.refinement
     # One after another: side by side the two would need twice the memory.
     grad, refined = tree.unstack(jax.lax.map(gradient, jax.tree.map(lambda *x: jnp.stack(x), here, tuple(ahead))), 2)
-    error = tree.norm(tree.subtract(refined, grad))
-    error = jnp.where(error == 0, 0.0, error / tree.norm(refined))
+    difference, size = tree.norms(tree.subtract(refined, grad), refined)
+    error = jnp.where(difference == 0, 0.0, difference / size)
     return grad, jnp.where(unknown | jnp.isnan(error), jnp.inf, error)

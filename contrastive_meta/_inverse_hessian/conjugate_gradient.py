@@ -96,7 +96,7 @@ def solve_by_conjugate_gradient(
     system = make_system(hvp, vector)
     guess = None if guess is None else system.scaled(guess)
     found = conjugate_gradient(system.product, system.vector, system.norm, stopping, guess=guess, skip=~system.solvable)
-    undamped = system.relative_norm(found.residual)
+    undamped = found.undamped_relative_residual
     status = worst(
         flag(undamped > found.tolerance, Status.APPROXIMATE),
         flag(found.relative_residual > found.tolerance, Status.NUDGED_NOT_CONVERGED),

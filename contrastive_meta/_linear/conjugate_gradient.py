@@ -37,9 +37,11 @@ class LinearSolve(NamedTuple):
       solution: the iterate of the smallest measured residual.
       residual: b - H x there, of the undamped system. It was measured by a product, not by the recursion.
       relative_residual: |b - (H + damping I) x| / |b| there; infinite where no step could be taken.
+      undamped_relative_residual: |residual| / |b|; never NaN.
       tolerance: the tolerance that applied there, between `tol` and `highest_tol`.
       first_curvature: Rayleigh quotient of H along the first search direction, which is b without a guess.
-      last_curvature: Rayleigh quotient of H along `residual` where `look_ahead` asked for it, else 0.
+      missing: length of the Cauchy step that `residual` asks for, over the length of the solution. Infinite where the
+        curvature along `residual` is not positive, and where `look_ahead` did not ask for it.
       num_products: products with H.
       indefinite: whether a direction of curvature that is not positive ended the search.
       broken: whether a product that is not finite ended the search.
@@ -48,9 +50,10 @@ class LinearSolve(NamedTuple):
     solution: Params
     residual: Params
     relative_residual: jax.Array
+    undamped_relative_residual: jax.Array
     tolerance: jax.Array
     first_curvature: jax.Array
-    last_curvature: jax.Array
+    missing: jax.Array
     num_products: jax.Array
     indefinite: jax.Array
     broken: jax.Array
@@ -68,8 +71,8 @@ class _Search(NamedTuple):
     kept: Params  # the iterate of smallest measured residual
     kept_residual: Params
     kept_norm: jax.Array  # relative
-    kept_tolerance: jax.Array
-    largest_curvature: jax.Array  # the largest Rayleigh quotient so far, at most |H|
+    kept_scaled: jax.Array  # its length times `largest_curvature`
+    largest_curvature: jax.Array  # the largest modulus of a Rayleigh quotient so far, at most |H|
     first_curvature: jax.Array
     last_curvature: jax.Array
     num_steps: jax.Array
@@ -104,13 +107,18 @@ def conjugate_gradient(
     """
     start = _start(right_side, norm, guess, skip)
     search = jax.lax.while_loop(lambda s: ~s.done, lambda s: _turn(product, right_side, norm, stopping, s), start)
+    residual = tree.add_scaled(search.kept_residual, stopping.damping, search.kept)
+    length = jnp.sqrt(_vdot(residual, residual, norm.dtype))
+    relative = jnp.where(jnp.isnan(length), jnp.inf, length / norm)
+    cauchy = length / jnp.maximum(search.last_curvature, jnp.finfo(norm.dtype).tiny) * search.largest_curvature
     return LinearSolve(
         solution=search.kept,
-        residual=tree.add_scaled(search.kept_residual, stopping.damping, search.kept),
+        residual=residual,
         relative_residual=search.kept_norm,
-        tolerance=search.kept_tolerance,
+        undamped_relative_residual=relative,
+        tolerance=_tolerance(stopping, norm, search.kept_scaled),
         first_curvature=search.first_curvature,
-        last_curvature=search.last_curvature,
+        missing=jnp.where(length == 0, 0.0, cauchy / search.kept_scaled),
         num_products=search.num_products,
         indefinite=search.indefinite,
         broken=search.broken,
@@ -126,7 +134,7 @@ def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopp
     # A step of length r'r / p'Hp along the direction p; or, measuring, the residual b - H x of x itself.
     along, length = _vdot(point, image, dtype), _vdot(point, point, dtype)
     rayleigh = along / tree.or_one(length)
-    largest = jnp.where(s.measuring, s.largest_curvature, jnp.maximum(s.largest_curvature, rayleigh))
+    largest = jnp.maximum(s.largest_curvature, jnp.abs(rayleigh))
     upward = along > eps * largest * length
     step = jnp.where(s.measuring, 1, s.squared / jnp.where(upward, along, 1))
     iterate = tree.add_scaled(tree.where(s.measuring, tree.zeros_like(s.iterate), s.iterate), step, point)
@@ -135,10 +143,9 @@ def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopp
     relative = jnp.sqrt(squared) / norm
     finite = jnp.isfinite(along) & (~upward | jnp.isfinite(squared))
 
-    # The product's rounding leaves a residual of about eps |H| |x|. Scaled by |H|, x has no squares that overflow.
-    scaled = tree.scale(largest, iterate)
-    rounding = 4 * eps * jnp.sqrt(_vdot(scaled, scaled, dtype)) / norm
-    tolerance = jnp.clip(rounding, jnp.asarray(stopping.tol, dtype), jnp.asarray(stopping.highest_tol, dtype))
+    # |H| |x|: scaled by |H|, x has no squares that overflow.
+    scaled_iterate = tree.scale(largest, iterate)
+    scaled = jnp.sqrt(_vdot(scaled_iterate, scaled_iterate, dtype))
     # Below one rounding of b the recursion says nothing.
     claim = jnp.maximum(jnp.asarray(stopping.tol, dtype), eps)
 
@@ -152,7 +159,8 @@ def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopp
     kept, kept_residual = tree.where(improved, (iterate, residual), (s.kept, s.kept_residual))
 
     spent = num_steps >= stopping.max_steps
-    restart = (relative > jnp.maximum(tolerance, claim)) & (relative <= 0.5 * s.kept_norm)
+    enough = jnp.maximum(_tolerance(stopping, norm, scaled), claim)
+    restart = (relative > enough) & (relative <= 0.5 * s.kept_norm)
     ended = s.measuring & (broken | indefinite | spent | ~restart)
     ahead = ended & stopping.look_ahead
     # Where the search ended, the residual of the undamped system is what is left.
@@ -167,7 +175,7 @@ def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopp
         kept=kept,
         kept_residual=kept_residual,
         kept_norm=jnp.where(improved, relative, s.kept_norm),
-        kept_tolerance=jnp.where(improved, tolerance, s.kept_tolerance),
+        kept_scaled=jnp.where(improved, scaled, s.kept_scaled),
         largest_curvature=jnp.where(jnp.isfinite(largest), largest, s.largest_curvature),
         first_curvature=jnp.where(stepping & (s.num_steps == 0), rayleigh - stopping.damping, s.first_curvature),
         last_curvature=jnp.where(s.looking_ahead, rayleigh - stopping.damping, s.last_curvature),
@@ -179,6 +187,13 @@ def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopp
         broken=broken,
         done=s.looking_ahead | (ended & ~ahead),
     )
+
+
+def _tolerance(stopping: Stopping, norm: jax.Array, scaled: jax.Array) -> jax.Array:
+    """The tolerance where rounding of the products leaves a residual of about eps |H| |x|, `scaled` being |H| |x|."""
+    eps = float(jnp.finfo(norm.dtype).eps)
+    lowest, highest = jnp.asarray(stopping.tol, norm.dtype), jnp.asarray(stopping.highest_tol, norm.dtype)
+    return jnp.clip(4 * eps * scaled / norm, lowest, highest)
 
 
 def _start(right_side: Params, norm: jax.Array, guess: Params | None, skip: Any) -> _Search:
@@ -196,7 +211,7 @@ def _start(right_side: Params, norm: jax.Array, guess: Params | None, skip: Any)
         kept=nothing,
         kept_residual=right_side,
         kept_norm=infinite,
-        kept_tolerance=zero,
+        kept_scaled=zero,
         largest_curvature=zero,
         first_curvature=zero,
         last_curvature=zero,
