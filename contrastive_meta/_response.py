@@ -48,7 +48,12 @@ def length_scale(params: Params, init: Params, dtype: Any) -> jax.Array:
 
 
 def measure_noise(
-    function: Callable[[Params], Params], at: Params, direction: Params, scale: jax.Array, eps: float
+    function: Callable[[Params], Params],
+    at: Params,
+    direction: Params,
+    scale: jax.Array,
+    eps: float,
+    length: jax.Array | None = None,
 ) -> tuple[Params, jax.Array, jax.Array]:
     """The value of `function` at a point, the norm of its rounding noise there, and its slope.
 
@@ -62,6 +67,7 @@ def measure_noise(
       direction: along which to step; any length.
       scale: length of `at`.
       eps: relative rounding.
+      length: norm of `direction` where it is known.
 
     Returns:
       The value; the norm of its noise; and how much it changes, in norm, for a unit of length along `direction`.
@@ -69,7 +75,7 @@ def measure_noise(
     Reference:
       More & Wild (2011), ECnoise: the difference table.
     """
-    length = tree.norm(direction)
+    length = tree.norm(direction) if length is None else length
     step = (0.05 * eps**0.5 * scale / tree.or_one(length)).astype(scale.dtype)
     steps = jnp.stack([jnp.zeros_like(step), step, -step])
     points = jax.vmap(lambda distance: tree.add_scaled(at, distance, direction))(steps)

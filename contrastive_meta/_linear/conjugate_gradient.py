@@ -59,6 +59,12 @@ class LinearSolve(NamedTuple):
     broken: jax.Array
 
 
+# A step along the direction; the measured residual of the best iterate; the curvature along the final residual.
+_STEP, _MEASURE, _LOOK_AHEAD, _DONE = range(4)
+# Why a search ended early: curvature that is not positive, or a product that is not finite.
+_INDEFINITE, _BROKEN = 1, 2
+
+
 class _Search(NamedTuple):
     """The loop's carry. A turn takes a step along `direction`, or measures the residual of `best`."""
 
@@ -77,11 +83,8 @@ class _Search(NamedTuple):
     last_curvature: jax.Array
     num_steps: jax.Array
     num_products: jax.Array
-    measuring: jax.Array  # the next turn measures
-    looking_ahead: jax.Array  # the next turn is the last, along the final residual
-    indefinite: jax.Array
-    broken: jax.Array
-    done: jax.Array
+    turn: jax.Array  # what the next turn is: _STEP, _MEASURE, _LOOK_AHEAD or _DONE
+    failure: jax.Array  # _INDEFINITE, _BROKEN or 0
 
 
 def conjugate_gradient(
@@ -106,7 +109,9 @@ def conjugate_gradient(
       Hestenes & Stiefel (1952); for the restarts van der Vorst & Ye (2000).
     """
     start = _start(right_side, norm, guess, skip)
-    search = jax.lax.while_loop(lambda s: ~s.done, lambda s: _turn(product, right_side, norm, stopping, s), start)
+    search = jax.lax.while_loop(
+        lambda s: s.turn != _DONE, lambda s: _turn(product, right_side, norm, stopping, s), start
+    )
     residual = tree.add_scaled(search.kept_residual, stopping.damping, search.kept)
     length = jnp.sqrt(_vdot(residual, residual, norm.dtype))
     relative = jnp.where(jnp.isnan(length), jnp.inf, length / norm)
@@ -120,15 +125,16 @@ def conjugate_gradient(
         first_curvature=search.first_curvature,
         missing=jnp.where(length == 0, 0.0, cauchy / search.kept_scaled),
         num_products=search.num_products,
-        indefinite=search.indefinite,
-        broken=search.broken,
+        indefinite=search.failure == _INDEFINITE,
+        broken=search.failure == _BROKEN,
     )
 
 
 def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopping, s: _Search) -> _Search:
     """One product, and what follows from it."""
     dtype, eps = norm.dtype, float(jnp.finfo(norm.dtype).eps)
-    point = tree.where(s.measuring, s.best, s.direction)
+    measuring, stepping = s.turn == _MEASURE, s.turn == _STEP
+    point = tree.where(measuring, s.best, s.direction)
     image = tree.add_scaled(product(point), stopping.damping, point)
 
     # A step of length r'r / p'Hp along the direction p; or, measuring, the residual b - H x of x itself.
@@ -136,9 +142,9 @@ def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopp
     rayleigh = along / tree.or_one(length)
     largest = jnp.maximum(s.largest_curvature, jnp.abs(rayleigh))
     upward = along > eps * largest * length
-    step = jnp.where(s.measuring, 1, s.squared / jnp.where(upward, along, 1))
-    iterate = tree.add_scaled(tree.where(s.measuring, tree.zeros_like(s.iterate), s.iterate), step, point)
-    residual = tree.add_scaled(tree.where(s.measuring, right_side, s.residual), -step, image)
+    step = jnp.where(measuring, 1, s.squared / jnp.where(upward, along, 1))
+    iterate = tree.add_scaled(tree.where(measuring, tree.zeros_like(s.iterate), s.iterate), step, point)
+    residual = tree.add_scaled(tree.where(measuring, right_side, s.residual), -step, image)
     squared = _vdot(residual, residual, dtype)
     relative = jnp.sqrt(squared) / norm
     finite = jnp.isfinite(along) & (~upward | jnp.isfinite(squared))
@@ -149,43 +155,41 @@ def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopp
     # Below one rounding of b the recursion says nothing.
     claim = jnp.maximum(jnp.asarray(stopping.tol, dtype), eps)
 
-    stepping = ~s.measuring & ~s.looking_ahead
     num_steps = s.num_steps + stepping.astype(jnp.int32)
-    broken, indefinite = s.broken | (stepping & ~finite), s.indefinite | (stepping & finite & ~upward)
+    failed = jnp.where(finite, jnp.where(upward, 0, _INDEFINITE), _BROKEN)
+    failure = jnp.where(stepping, failed, s.failure)
     # Every step brings the iterate closer to the solution, even while its residual is above that of zero; so the
     # start has an infinite norm, and any step is kept in preference to it.
-    better = s.measuring | (upward & finite & (relative < s.best_norm))
-    improved = s.measuring & (s.best_norm < jnp.inf) & (relative < s.kept_norm)
+    better = measuring | (upward & finite & (relative < s.best_norm))
+    improved = measuring & (s.best_norm < jnp.inf) & (relative < s.kept_norm)
     kept, kept_residual = tree.where(improved, (iterate, residual), (s.kept, s.kept_residual))
 
     spent = num_steps >= stopping.max_steps
     enough = jnp.maximum(_tolerance(stopping, norm, scaled), claim)
     restart = (relative > enough) & (relative <= 0.5 * s.kept_norm)
-    ended = s.measuring & (broken | indefinite | spent | ~restart)
-    ahead = ended & stopping.look_ahead
+    ended = measuring & ((failure > 0) | spent | ~restart)
+    claimed = stepping & ((failure > 0) | (relative <= claim) | spent)
+    after = jnp.where(ended, jnp.where(stopping.look_ahead, _LOOK_AHEAD, _DONE), jnp.where(claimed, _MEASURE, _STEP))
     # Where the search ended, the residual of the undamped system is what is left.
     left = tree.add_scaled(kept_residual, jnp.where(ended, stopping.damping, 0), kept)
     return _Search(
         iterate=iterate,
         residual=residual,
         squared=squared,
-        direction=tree.where(s.measuring, left, tree.add_scaled(residual, squared / tree.or_one(s.squared), point)),
+        direction=tree.where(measuring, left, tree.add_scaled(residual, squared / tree.or_one(s.squared), point)),
         best=tree.where(better, iterate, s.best),
         best_norm=jnp.where(better, relative, s.best_norm),
         kept=kept,
         kept_residual=kept_residual,
         kept_norm=jnp.where(improved, relative, s.kept_norm),
         kept_scaled=jnp.where(improved, scaled, s.kept_scaled),
-        largest_curvature=jnp.where(jnp.isfinite(largest), largest, s.largest_curvature),
+        largest_curvature=jnp.where((s.turn != _LOOK_AHEAD) & jnp.isfinite(largest), largest, s.largest_curvature),
         first_curvature=jnp.where(stepping & (s.num_steps == 0), rayleigh - stopping.damping, s.first_curvature),
-        last_curvature=jnp.where(s.looking_ahead, rayleigh - stopping.damping, s.last_curvature),
+        last_curvature=jnp.where(s.turn == _LOOK_AHEAD, rayleigh - stopping.damping, s.last_curvature),
         num_steps=num_steps,
         num_products=s.num_products + 1,
-        measuring=stepping & (~finite | ~upward | (relative <= claim) | spent),
-        looking_ahead=ahead,
-        indefinite=indefinite,
-        broken=broken,
-        done=s.looking_ahead | (ended & ~ahead),
+        turn=jnp.where(s.turn == _LOOK_AHEAD, _DONE, after).astype(jnp.int32),
+        failure=failure.astype(jnp.int32),
     )
 
 
@@ -197,7 +201,7 @@ def _tolerance(stopping: Stopping, norm: jax.Array, scaled: jax.Array) -> jax.Ar
 
 
 def _start(right_side: Params, norm: jax.Array, guess: Params | None, skip: Any) -> _Search:
-    zero, false = jnp.zeros((), norm.dtype), jnp.asarray(False)
+    zero = jnp.zeros((), norm.dtype)
     none = jnp.zeros((), jnp.int32)
     infinite = jnp.full((), jnp.inf, norm.dtype)
     nothing = tree.zeros_like(right_side)
@@ -217,11 +221,8 @@ def _start(right_side: Params, norm: jax.Array, guess: Params | None, skip: Any)
         last_curvature=zero,
         num_steps=none,
         num_products=none,
-        measuring=jnp.asarray(guess is not None),
-        looking_ahead=false,
-        indefinite=false,
-        broken=false,
-        done=jnp.asarray(skip),
+        turn=jnp.where(skip, _DONE, _STEP if guess is None else _MEASURE).astype(jnp.int32),
+        failure=none,
     )
 
 
