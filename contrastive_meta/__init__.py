@@ -19,13 +19,13 @@ from contrastive_meta._compare import diagnose as diagnose
 from contrastive_meta._compare import measure as measure
 from contrastive_meta._compare import measure_interleaved as measure_interleaved
 from contrastive_meta._estimators import BackpropThroughLearning as BackpropThroughLearning
-from contrastive_meta._estimators import Contrastive as Contrastive
+from contrastive_meta._contrastive import Contrastive as Contrastive
 from contrastive_meta._estimators import EvolutionStrategies as EvolutionStrategies
 from contrastive_meta._estimators import FiniteDifference as FiniteDifference
 from contrastive_meta._estimators import FirstOrder as FirstOrder
 from contrastive_meta._estimators import ImplicitDifferentiation as ImplicitDifferentiation
 from contrastive_meta._estimators import MetaGradientEstimator as MetaGradientEstimator
-from contrastive_meta._estimators import NewtonKrylov as NewtonKrylov
+from contrastive_meta._contrastive import NewtonKrylov as NewtonKrylov
 from contrastive_meta._estimators import Reptile as Reptile
 from contrastive_meta._front import EstimateError as EstimateError
 from contrastive_meta._front import raise_if_failed as raise_if_failed

@@ -1,13 +1,14 @@
 """The base point: where learning ended, and what both losses say there."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
-from contrastive_meta._response import length_scale, measure_noise
+from contrastive_meta._instance import Instance
+from contrastive_meta._problem import MetaParams, Params
+from contrastive_meta._response import measure_noise
 from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers.base import Solution
 
@@ -18,29 +19,6 @@ UNCONVERGED = 1e-2
 NOISE_FLOOR = 10.0
 # Gradients that `survey` evaluates: the inner gradient three times, the outer gradient once.
 NUM_GRADIENTS = 4
-
-
-class Instance(Protocol):
-    """What `survey` needs to know of a problem at one task and one value of the meta-parameters."""
-
-    @property
-    def problem(self) -> BilevelProblem:
-        """The losses."""
-
-    @property
-    def meta_params(self) -> MetaParams:
-        """The meta-parameters theta."""
-
-    @property
-    def task(self) -> Task:
-        """The task."""
-
-    @property
-    def dtype(self) -> Any:
-        """Real floating dtype of the inner loss."""
-
-    def inner(self, params: Params) -> jax.Array:
-        """The inner loss on the whole task."""
 
 
 class OuterGradients(NamedTuple):
@@ -71,7 +49,7 @@ class BasePoint(NamedTuple):
       outer_grad: gradient of the outer loss in `params`, the nudge v.
       outer_in_meta: gradient of the outer loss in `meta_params` at fixed `params`, the direct term.
       nudge_norm: norm of v.
-      scale: the unit of length, see `length_scale`.
+      scale: the unit of length, the norm of `params` or of the distance learned, whichever is larger; 1 if both vanish.
       noise: norm of the rounding noise of the inner gradient.
       curvature: the norm of H v over the norm of v; of H 1 over the norm of 1 where v is 0.
       eps: relative rounding of the coarser one of the losses' dtype and the dtypes of `params`.
@@ -113,12 +91,16 @@ def survey(instance: Instance, params: Params, solution: Solution, init: Params)
       solution: what the solver reported.
       init: where learning started.
     """
+    dtype, eps = instance.dtype, tree.coarsest_eps(instance.dtype, params)
     outer = outer_gradients(instance, params)
-    scale, eps = length_scale(params, init, instance.dtype), tree.coarsest_eps(instance.dtype, params)
-    nudge_norm = tree.norm(outer.in_params).astype(instance.dtype)
-    # Where the nudge is zero, the curvature along any direction serves.
-    direction = tree.where(nudge_norm > 0, outer.in_params, jax.tree.map(jnp.ones_like, params))
-    inner_grad, noise, curvature = measure_noise(tree.grad(instance.inner), params, direction, scale, eps)
+    lengths = tree.norms(params, tree.subtract(params, init), outer.in_params)
+    size, distance, nudge_norm = (length.astype(dtype) for length in lengths)
+    scale = tree.or_one(jnp.maximum(size, distance))
+    # Where the nudge is zero, the curvature along any direction serves: here along ones.
+    ones = jax.tree.map(jnp.ones_like, params)
+    direction = tree.where(nudge_norm > 0, outer.in_params, ones)
+    length = jnp.where(nudge_norm > 0, nudge_norm, sum(x.size for x in jax.tree.leaves(params)) ** 0.5)
+    inner_grad, noise, curvature = measure_noise(tree.grad(instance.inner), params, direction, scale, eps, length)
     return BasePoint(
         params=params,
         solution=solution,

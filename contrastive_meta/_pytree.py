@@ -136,17 +136,17 @@ def norms(*trees: PyTree) -> jax.Array:
     if not columns:
         return jnp.zeros((len(trees),), fine)
     largest = int(jnp.finfo(fine).maxexp)
-    scales = np.ldexp(1.0, [-5 * largest // 8, 0, 5 * largest // 8]).astype(fine)[:, None]
+    scales = np.ldexp(1.0, [-5 * largest // 8, 0, 5 * largest // 8]).astype(fine)
     # As they are, squares of norms between the first two neither vanish nor overflow; that of the third does.
     lowest, highest, too_large = np.ldexp(1.0, [-largest // 3, largest // 3, 7 * largest // 8]).astype(fine)
 
     def sums(column: tuple[jax.Array, ...]) -> jax.Array:
-        stacked = jnp.stack([jnp.abs(x).astype(fine).reshape(-1) for x in column])
-        scaled = scales[..., None] * stacked
+        stacked = jnp.stack([jnp.abs(x).astype(fine) for x in column])
+        scaled = scales.reshape(3, *[1] * stacked.ndim) * stacked
         # Changes no square, and keeps the compiler from squaring the scales, which overflows.
-        return jnp.sum(jnp.square(jnp.minimum(scaled, too_large)), axis=-1)
+        return jnp.sum(jnp.square(jnp.minimum(scaled, too_large)), axis=tuple(range(2, scaled.ndim)))
 
-    down, as_is, up = jnp.sqrt(_sum([sums(column) for column in columns])) / scales
+    down, as_is, up = jnp.sqrt(_sum([sums(column) for column in columns])) / scales[:, None]
     return jnp.where(as_is < lowest, up, jnp.where(as_is <= highest, as_is, down))
 
 

@@ -43,12 +43,17 @@ class Probe(NamedTuple):
 
 def length_scale(params: Params, init: Params, dtype: Any) -> jax.Array:
     """The norm of `params`, or of `params - init` if larger; 1 if both vanish."""
-    larger = jnp.maximum(tree.norm(params), tree.norm(tree.subtract(params, init))).astype(dtype)
+    larger = jnp.maximum(*tree.norms(params, tree.subtract(params, init))).astype(dtype)
     return jnp.where(larger > 0, larger, jnp.ones((), dtype))
 
 
 def measure_noise(
-    function: Callable[[Params], Params], at: Params, direction: Params, scale: jax.Array, eps: float
+    function: Callable[[Params], Params],
+    at: Params,
+    direction: Params,
+    scale: jax.Array,
+    eps: float,
+    length: jax.Array | None = None,
 ) -> tuple[Params, jax.Array, jax.Array]:
     """The value of `function` at a point, the norm of its rounding noise there, and its slope.
 
@@ -62,6 +67,7 @@ def measure_noise(
       direction: along which to step; any length.
       scale: length of `at`.
       eps: relative rounding.
+      length: norm of `direction` where it is known.
 
     Returns:
       The value; the norm of its noise; and how much it changes, in norm, for a unit of length along `direction`.
@@ -69,7 +75,7 @@ def measure_noise(
     Reference:
       More & Wild (2011), ECnoise: the difference table.
     """
-    length = tree.norm(direction)
+    length = tree.norm(direction) if length is None else length
     step = (0.05 * eps**0.5 * scale / tree.or_one(length)).astype(scale.dtype)
     steps = jnp.stack([jnp.zeros_like(step), step, -step])
     points = jax.vmap(lambda distance: tree.add_scaled(at, distance, direction))(steps)
@@ -78,9 +84,9 @@ def measure_noise(
     # Taken from `here`, nearly equal numbers are subtracted exactly.
     ahead, behind = tree.subtract(ahead, here), tree.subtract(behind, here)
     # The variance of a second difference of independent errors is 1 + 4 + 1 times theirs.
-    noise = tree.norm(tree.add(ahead, behind)) / 6**0.5
-    slope = tree.norm(tree.subtract(ahead, behind)) / (2 * step * tree.or_one(length))
-    return here, noise.astype(scale.dtype), slope.astype(scale.dtype)
+    second, first = tree.norms(tree.add(ahead, behind), tree.subtract(ahead, behind))
+    slope = first / (2 * step * tree.or_one(length))
+    return here, (second / 6**0.5).astype(scale.dtype), slope.astype(scale.dtype)
 
 
 def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:

@@ -29,10 +29,14 @@ ORDER = (
     "_dependence",
     "_response",
     "_solvers",
+    "_base_point",
     "_nudging",
     "_plasticity",
+    "_linear",
     "_inverse_hessian",
+    "_instance",
     "_estimators",
+    "_contrastive",
     "_argmin",
     "_layout",
     "_front",
@@ -48,7 +52,10 @@ DEPENDENCIES = {"jax", "optax", "numpy", "scipy"}
 
 # The only files outside the package that may name its private modules: tests of those modules' own promises, which
 # no public name exposes.
-PRIVATE_TESTED_BY: dict[str, set[str]] = {"tests/test_holomorphic.py": {"_holomorphic"}}
+PRIVATE_TESTED_BY: dict[str, set[str]] = {
+    "tests/test_holomorphic.py": {"_holomorphic"},
+    "tests/test_conjugate_gradient.py": {"_linear"},
+}
 
 
 def package_files() -> list[Path]:

@@ -3,13 +3,8 @@
 import abc
 from typing import Any
 
-from contrastive_meta._estimators import (
-    BackpropThroughLearning,
-    Contrastive,
-    ImplicitDifferentiation,
-    MetaGradientEstimator,
-    NewtonKrylov,
-)
+from contrastive_meta._contrastive import Contrastive, NewtonKrylov
+from contrastive_meta._estimators import BackpropThroughLearning, ImplicitDifferentiation, MetaGradientEstimator
 from contrastive_meta._inverse_hessian import ConjugateGradient, IdentityHessian, InverseHessian
 from contrastive_meta._nudging import NudgeStrength, central_difference, relative
 from contrastive_meta._pytree import static, strategy

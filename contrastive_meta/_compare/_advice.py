@@ -7,7 +7,7 @@ import numpy as np
 
 from contrastive_meta._compare._findings import Findings, Segment
 from contrastive_meta._compare._text import share
-from contrastive_meta._estimators._free_point import UNANSWERED, UNLEARNED
+from contrastive_meta._base_point import UNCONVERGED
 from contrastive_meta._result import DOUBTFUL, Status
 
 # An error within this factor of the least is as good as it.
@@ -49,7 +49,7 @@ def runaway(found: Findings) -> Segment | None:
 def _unlearned(found: Findings) -> bool:
     """Learning that goes on moves `params` far, unless the phases had made up for it."""
     made_up = found.drift.gradient <= found.tolerance
-    return found.status == Status.FREE_NOT_CONVERGED or (found.drift.distance > UNLEARNED and not made_up)
+    return found.status == Status.FREE_NOT_CONVERGED or (found.drift.distance > UNCONVERGED and not made_up)
 
 
 def _worth_changing(found: Findings) -> bool:
@@ -78,7 +78,7 @@ def _runs_away(found: Findings) -> bool:
 
 def _unanswered(found: Findings) -> bool:
     left = float(found.result.diagnostics.nudged_residual)
-    return found.status == Status.NUDGED_NOT_CONVERGED or left > UNANSWERED
+    return found.status == Status.NUDGED_NOT_CONVERGED or left > UNCONVERGED
 
 
 def _loose(found: Findings) -> bool:

@@ -11,8 +11,9 @@ from scipy.interpolate import PchipInterpolator
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._compare._findings import Segment
-from contrastive_meta._estimators import Contrastive, NewtonKrylov
-from contrastive_meta._estimators._free_point import NOISE_FLOOR
+from contrastive_meta._contrastive import Contrastive, NewtonKrylov
+from contrastive_meta._contrastive.phases import on_line
+from contrastive_meta._base_point import NOISE_FLOOR
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge
 from contrastive_meta._problem import Params, same_arrays
@@ -65,32 +66,41 @@ class Seen(NamedTuple):
 @jax.jit
 def look(estimator: Contrastive, setting: Instance, state: EstimatorState) -> Seen:
     """Run the free phase and the nudged ones as the estimator does, and the free one on without a nudge."""
-    free, nudging, point, phases, fell_back = estimator._run_phases(setting, state)
-    setting, flattening = nudging.tree_setting, nudging.flattening
+    free = setting.free_phase(estimator.solver, state)
+    phases = estimator._phases(setting, state, free)
+    last = phases.run(phases.first())
+    setup, line = phases.setup, last.kept
+    setting, flattening = setup.tree_instance, setup.flattening
     flatten, unflatten = flattening.flatten, flattening.unflatten
     learner = estimator._learner(setting)
-    nudges, _ = phases.scheme.arrays(setting.dtype)
+    nudges = line.contrast.beta * setup.stencil.nudges
+    ends = on_line(line.base.params, line.response, nudges)
 
     own = (learner if isinstance(learner, InnerSolver) else estimator.solver).bind(setting.meta_params)
-    budget = jnp.maximum(1, phases.num_gradients // len(phases.scheme.nudges))
+    budget = jnp.maximum(1, last.num_gradients // nudges.size)
     on = _learn_on(own, setting, free, budget)
-    nudged = nudging.nudged(phases.base, phases.base_outer[1])
-    both = jax.tree.map(lambda *xs: jnp.stack(xs), flatten(free.params), flatten(on.params))
-    before, after = tree.unstack(nudging.measure(nudged, both, jnp.zeros(2, setting.dtype)), 2)
-    by_nudge = tree.norm(phases.scheme.contrast(phases.statistic))
+    no, none = jnp.asarray(False), jnp.zeros_like(nudges)
+    residuals = setup.evaluate(line.base, ends, nudges, no, last.ran.linear).residuals
+    both = jax.tree.map(
+        lambda a, b, x: jnp.stack([a, *[b] * (nudges.size - 1)]).astype(x.dtype),
+        flatten(free.params), flatten(on.params), ends,
+    )  # fmt: skip
+    measured = setup.evaluate(line.base, both, none, no, last.ran.linear).statistics
+    before, after = tree.unstack(measured, 2)
+    by_nudge = tree.norm(line.contrast.grad)
     return Seen(
         free=free,
         free_residual=free.residual,
-        noise=point.noise,
-        nudge_norm=point.nudge_norm,
-        scale=point.scale,
+        noise=setup.start.noise,
+        nudge_norm=setup.start.nudge_norm,
+        scale=setup.start.scale,
         nudges=nudges,
-        ends=jax.vmap(unflatten)(phases.params),
-        residuals=jax.vmap(tree.norm)(phases.residual),
-        statuses=phases.status,
-        response=unflatten(phases.scheme.contrast(phases.params)),
-        num_gradients=phases.num_gradients,
-        replaced=phases.at_minima if isinstance(learner, NewtonKrylov) else fell_back == Status.FELL_BACK,
+        ends=jax.vmap(unflatten)(ends),
+        residuals=jax.vmap(tree.norm)(residuals),
+        statuses=last.ran.statuses,
+        response=unflatten(tree.scale(-1.0, line.response)),
+        num_gradients=last.num_gradients,
+        replaced=last.by_solver if isinstance(learner, NewtonKrylov) else last.ran.linearised,
         on=on.params,
         drift=tree.norm(tree.subtract(on.params, free.params)),
         statistic=tree.norm(tree.subtract(after, before)) / by_nudge,

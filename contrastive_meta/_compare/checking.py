@@ -19,10 +19,10 @@ from contrastive_meta._compare._oracle import Slopes, measure_slopes
 from contrastive_meta._compare._verdict import ORACLE, Answer, Blindness, Evidence
 from contrastive_meta._compare._words import sentences
 from contrastive_meta._compare.report import CheckReport, CheckRow
+from contrastive_meta._contrastive import Contrastive
 from contrastive_meta._dependence import leaf_names
 from contrastive_meta._estimators import (
     BackpropThroughLearning,
-    Contrastive,
     ImplicitDifferentiation,
     MetaGradientEstimator,
 )

@@ -13,8 +13,9 @@ from contrastive_meta._compare._findings import Drift, Phase, Segment
 from contrastive_meta._compare._gradients import Vector, flatten, norm, relative_error, status_of, unseen_told_later
 from contrastive_meta._compare._phases_seen import Seen, look, make_segment, nudge_used, walk
 from contrastive_meta._compare.diagnosis import Diagnosis
-from contrastive_meta._estimators import Contrastive, MetaGradientEstimator
-from contrastive_meta._estimators._free_point import UNANSWERED
+from contrastive_meta._contrastive import Contrastive
+from contrastive_meta._estimators import MetaGradientEstimator
+from contrastive_meta._base_point import UNCONVERGED
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LossNudge, Nudge, NudgeScheme
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays, float_dtype_of, same_structure
@@ -208,7 +209,7 @@ def _phases(estimator: Contrastive, seen: Seen, result: MetaGradient) -> tuple[P
     weakest = float(np.min(np.abs(nudges[nudges != 0]), initial=np.inf))
     phases = [free]
     for index, (beta, end) in enumerate(zip(nudges, tree.unstack(seen.ends, len(nudges)), strict=True)):
-        enough = UNANSWERED * (abs(beta) if beta != 0 else weakest) * float(seen.nudge_norm)
+        enough = UNCONVERGED * (abs(beta) if beta != 0 else weakest) * float(seen.nudge_norm)
         phases.append(
             Phase(
                 name="nudged" if beta != 0 else "control",

@@ -111,6 +111,10 @@ class Contrastive(MetaGradientEstimator):
         # Contrast: what the phases measured, weighted and summed, theory (8).
         return self._result(instance, state, free, phases, last)
 
+    def default_nudge(self, instance: Instance) -> Nudge:
+        """What is added to the inner loss of phases where the user left that open."""
+        return LossNudge() if isinstance(self._learner(instance), InnerSolver) else LinearNudge()
+
     def _phases(self, instance: Instance, state: EstimatorState, free: Solution) -> Phases:
         """What the nudged phases are to be, and who runs them."""
         instance = instance.at(free.model_state)
@@ -133,7 +137,7 @@ class Contrastive(MetaGradientEstimator):
             start=start,
             scheme=self.scheme,
             stencil=Stencil.of(template, instance.dtype),
-            nudge=self.nudge or (LossNudge() if fast is None else LinearNudge()),
+            nudge=self.nudge or self.default_nudge(instance),
             rerun_nudge=self.nudge or LossNudge(),
             rule=self.rule,
             sequential=self.sequential,

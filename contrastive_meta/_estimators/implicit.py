@@ -7,29 +7,38 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._estimators._free_point import (
+from contrastive_meta._base_point import (
     NOISE_FLOOR,
     NUM_GRADIENTS,
-    UNANSWERED,
-    FreePoint,
-    LeftToLearn,
+    BasePoint,
+    FreeResidual,
+    cauchy_length,
     free_status,
-    newton_length,
+    outer_gradients,
     survey,
 )
 from contrastive_meta._instance import Instance
 from contrastive_meta._estimators.base import MetaGradientEstimator
-from contrastive_meta._inverse_hessian import ConjugateGradient, InverseHessian, LinearSolution
+from contrastive_meta._inverse_hessian import (
+    ConjugateGradient,
+    InverseHessian,
+    LinearSolution,
+    solve_by_conjugate_gradient,
+)
+from contrastive_meta._linear import Stopping
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver
 
-# What answers what is left, of learning and of the nudge, to estimate how wrong a result is. A coarser answer misses
-# what lies along low curvature: at 1e-2 it is off by 100 at condition 1e6, at 1e-4 by a quarter.
-_ANSWER = ConjugateGradient(tol=1e-4, max_steps=200)
-# A part of it that is left without an answer, beyond which nothing is known.
-_UNKNOWN = 0.1
+# Solves the two systems of the error estimate. A coarser solution misses what lies along low curvature: at a tolerance
+# of 1e-2 the estimate is off by 100 at condition 1e6, at 1e-4 by a quarter.
+_REFINEMENT = ConjugateGradient(tol=1e-4, max_steps=200)
+# The error is unknown where one of these two systems is left with a larger relative residual.
+_UNSOLVED_REFINEMENT = 0.1
+# The adjoint system is solved where its residual, and the Cauchy step that this residual still asks for, are below this
+# fraction of the right-hand side and of the solution.
+_UNSOLVED_ADJOINT = 1e-2
 
 
 @strategy
@@ -76,108 +85,198 @@ class ImplicitDifferentiation(MetaGradientEstimator):
     def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
         free = setting.free_phase(self.solver, state)
         setting = setting.at(free.model_state)
-        point = survey(setting, free.params, free, setting.problem.init(setting.meta_params, setting.task))
+        base = survey(setting, free.params, free, setting.problem.init(setting.meta_params, setting.task))
 
         # Linearising once keeps what the products share; each then costs one forward-over-reverse pass.
-        _, hvp = jax.linearize(tree.grad(setting.inner), point.params)
-        adjoint = self.inverse_hessian.solve(hvp, point.outer_grad)
-
-        grad = _implicit_gradient(setting, point.params, adjoint.solution)
-
-        remainder, left, solved = _left(setting, point, hvp, adjoint)
-        doubt = _Doubt(jnp.asarray(jnp.nan, setting.dtype), jnp.int32(0))
-        if self.estimate_error:
-            doubt = _doubt(setting, point, hvp, adjoint, remainder, grad)
+        _, hvp = jax.linearize(tree.grad(setting.inner), base.params)
+        systems = _solve_systems(setting, base, hvp, self.inverse_hessian, self.estimate_error)
+        grad, error = _meta_gradient(setting, base, systems)
         return MetaGradient(
             grad=grad,
-            outer_loss=point.outer_loss,
-            params=point.params,
+            outer_loss=base.outer_loss,
+            params=base.params,
             state=state._replace(
-                params=point.params,
+                params=base.params,
                 memory=free.memory,
-                displacement=tree.scale(-1.0, adjoint.solution),
+                displacement=tree.scale(-1.0, systems.adjoint.solution),
                 model_state=free.model_state,
             ),
-            aux=point.aux,
+            aux=base.aux,
             diagnostics=make_diagnostics(
                 setting.dtype,
-                free_residual=left.residual,
-                nudged_residual=adjoint.residual,
-                num_gradients=free.num_gradients + NUM_GRADIENTS + 1 + 3 * self.estimate_error,
-                num_hvps=adjoint.num_hvps + 3 + doubt.num_hvps,
-                error_estimate=doubt.error,
+                free_residual=systems.free.residual,
+                nudged_residual=systems.adjoint.residual,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + 1 + 2 * self.estimate_error,
+                num_hvps=systems.num_hvps,
+                error_estimate=error,
                 status=worst(
-                    free_status(setting, point, left),
-                    _linear_status(adjoint, solved),
-                    flag(~tree.all_finite((grad, point.params)), Status.NOT_FINITE),
+                    free_status(base, systems.free),
+                    _adjoint_status(systems.adjoint, systems.solved),
+                    flag(~tree.all_finite((grad, base.params)), Status.NOT_FINITE),
                 ),
             ),
         )
 
 
-def _left(
-    setting: Instance, point: FreePoint, hvp: Callable[[Params], Params], adjoint: LinearSolution
-) -> tuple[Params, LeftToLearn, jax.Array]:
-    """What is left of the nudge, what was left to learn, and whether the linear system counts as solved.
+class _Refinement(NamedTuple):
+    """One step of Newton's method for the base point, and of iterative refinement for the adjoint.
 
-    A solver's own tolerance may lie below what the dtype can reach; what matters is what is left.
+    Attributes:
+      params: base point after the step.
+      adjoint: adjoint after the step.
+      outer_in_meta: direct term at `params`.
+      unknown: whether one of the two systems was left unsolved.
     """
-    pair = jax.tree.map(lambda u, g: jnp.stack([u, g]), adjoint.solution, point.inner_grad)
-    of_solution, of_residual = tree.unstack(jax.vmap(hvp)(pair), 2)
-    least = jnp.asarray(jnp.finfo(setting.dtype).tiny, setting.dtype)
-    remainder = tree.subtract(point.outer_grad, of_solution)
-    missing = newton_length(remainder, hvp(remainder), least, tree.norm(remainder))
-    solved = (adjoint.residual <= UNANSWERED) & (missing <= UNANSWERED * tree.norm(adjoint.solution))
-    residual = tree.norm(point.inner_grad)
-    distance = newton_length(point.inner_grad, of_residual, least, residual)
-    ahead = tree.add_scaled(point.params, -distance / tree.or_one(residual), point.inner_grad)
-    shift = tree.norm(tree.subtract(tree.grad(setting.outer)(ahead), point.outer_grad))
-    return remainder, LeftToLearn(residual, distance, shift, point.nudge_norm), solved
+
+    params: Params
+    adjoint: Params
+    outer_in_meta: MetaParams
+    unknown: jax.Array
 
 
-def _linear_status(adjoint: LinearSolution, solved: jax.Array) -> jax.Array:
-    """What is to be said of the linear system."""
-    excused = solved & (adjoint.status == Status.NUDGED_NOT_CONVERGED)
-    told = worst(jnp.where(excused, Status.CONVERGED, adjoint.status), flag(~solved, Status.NUDGED_NOT_CONVERGED))
-    # By its own account an approximation: that it leaves a remainder is no news.
-    return jnp.where(adjoint.status == Status.APPROXIMATE, adjoint.status, told)
+class _Systems(NamedTuple):
+    """The linear systems with the Hessian at the base point, solved.
 
+    Attributes:
+      adjoint: of H u = v.
+      solved: whether the adjoint system counts as solved.
+      free: how far learning was from converged.
+      refinement: for the error estimate; None without one.
+      num_hvps: Hessian products of all systems.
+    """
 
-class _Doubt(NamedTuple):
-    """How wrong an estimate is held to be, relative to it, and the products spent on finding out."""
-
-    error: jax.Array
+    adjoint: LinearSolution
+    solved: jax.Array
+    free: FreeResidual
+    refinement: _Refinement | None
     num_hvps: jax.Array
 
 
-def _doubt(
-    setting: Instance,
-    point: FreePoint,
-    hvp: Callable[[Params], Params],
-    adjoint: LinearSolution,
-    remainder: Params,
-    grad: MetaParams,
-) -> _Doubt:
-    """Take the rest of learning's way, answer what is left of the nudge there, and compare."""
-    # At the dtype's floor what is left to learn is noise.
-    unlearned = tree.norm(point.inner_grad) > NOISE_FLOOR * point.noise
-    step = _ANSWER.solve(hvp, tree.where(unlearned, point.inner_grad, tree.zeros_like(point.inner_grad)))
-    ahead = tree.subtract(point.params, step.solution)
-    change = tree.subtract(tree.grad(setting.outer)(ahead), point.outer_grad)
-    more = _ANSWER.solve(hvp, tree.add(remainder, change))
-    after = _implicit_gradient(setting, ahead, tree.add(adjoint.solution, more.solution))
-    error = tree.norm(tree.subtract(after, grad))
-    error = jnp.where(error == 0, 0.0, error / tree.norm(after))
-    unknown = (step.residual > _UNKNOWN) | (more.residual > _UNKNOWN) | jnp.isnan(error)
-    return _Doubt(jnp.where(unknown, jnp.inf, error), step.num_hvps + more.num_hvps)
+class _Carry(NamedTuple):
+    """What one system hands to the next.
+
+    Attributes:
+      right_side: of the next system.
+      step: Newton's step, from the first system on.
+      outer_grads: of the outer loss in `params` and `meta_params`, where it was evaluated last.
+    """
+
+    right_side: Params
+    step: Params
+    outer_grads: tuple[Params, MetaParams]
 
 
-def _implicit_gradient(setting: Instance, params: Params, adjoint: Params) -> MetaParams:
-    """What the implicit function theorem makes of a solution and of H^-1 v there, theory.md (4)."""
-    direct = tree.grad(lambda meta: setting.problem.outer(params, meta, setting.task))(setting.meta_params)
-    _, inner_grad_vjp = jax.vjp(
-        lambda meta: tree.grad(lambda at: setting.problem.inner(at, meta, setting.task))(params), setting.meta_params
+def _solve_systems(
+    setting: Instance, base: BasePoint, hvp: Callable[[Params], Params], inverse: InverseHessian, refine: bool
+) -> _Systems:
+    """Solve three systems one after another in one loop, so that products and outer gradients are compiled once.
+
+        0.  H s = g                      Newton's step -s for the base point x; its first product gives the Cauchy step
+        1.  H u = v(x)                   the adjoint
+        2.  H c = v(x - s) - H u         the adjoint's refinement, v(x - s) being the outer gradient after Newton's step
+
+    Without an error estimate there is no system 2, and system 0 ends after one step. Any other inverse Hessian than
+    conjugate gradients solves system 1 beforehand, and the loop only measures the residual.
+    """
+    stopping, first, guess = _settings(setting, base, hvp, inverse, refine)
+    # At the floor of the dtype the inner gradient is noise, and learning has converged.
+    residual = setting.norm(base.inner_grad)
+    converged = residual <= NOISE_FLOOR * base.noise
+    inner_grad = tree.where(converged, tree.zeros_like(base.inner_grad), base.inner_grad)
+    length = jnp.where(converged, 0, residual)
+    last = stopping.tol.shape[0] - 1
+
+    def solve(carry: _Carry, system: tuple[jax.Array, Stopping]) -> tuple[_Carry, Any]:
+        k, stop = system
+        start = None if guess is None else tree.where(k == 1, guess, tree.zeros_like(guess))
+        answer, found = solve_by_conjugate_gradient(hvp, carry.right_side, stop, start)
+
+        # The outer loss at the end of the Cauchy step, then of Newton's step.
+        cauchy = cauchy_length(length, found.first_curvature, setting.dtype)
+        cauchy_step = tree.scale(cauchy / tree.or_one(length), inner_grad)
+        ahead = tree.subtract(base.params, tree.where(k == 0, cauchy_step, carry.step))
+        outer_grads = jax.lax.cond(k < last, lambda: outer_gradients(setting, ahead)[2:], lambda: carry.outer_grads)
+        change = tree.subtract(outer_grads[0], base.outer_grad)
+
+        right_side = tree.where(k == 0, base.outer_grad, tree.add(found.residual, change))
+        step = tree.where(k == 0, answer.solution, carry.step)
+        return _Carry(right_side, step, outer_grads), (answer, (cauchy, tree.norm(change), found.missing))
+
+    begin = _Carry(inner_grad, inner_grad, (base.outer_grad, base.outer_in_meta))
+    end, (answers, (cauchy, change, missing)) = jax.lax.scan(solve, begin, (jnp.arange(last + 1), stopping))
+    newton, adjoint, *rest = tree.unstack(answers, last + 1)
+    num_hvps = jnp.sum(answers.num_hvps)
+    if first is not None:
+        adjoint, num_hvps = first, num_hvps + first.num_hvps
+    solved = (adjoint.residual <= _UNSOLVED_ADJOINT) & (missing[1] <= _UNSOLVED_ADJOINT)
+    free = FreeResidual(residual, cauchy[0], change[0], base.nudge_norm)
+    refinement = None
+    if refine:
+        (correction,) = rest
+        unknown = (newton.residual > _UNSOLVED_REFINEMENT) | (correction.residual > _UNSOLVED_REFINEMENT)
+        refinement = _Refinement(
+            tree.subtract(base.params, newton.solution),
+            tree.add(adjoint.solution, correction.solution),
+            end.outer_grads[1],
+            unknown,
+        )
+    return _Systems(adjoint, solved, free, refinement, num_hvps)
+
+
+def _settings(
+    setting: Instance, base: BasePoint, hvp: Callable[[Params], Params], inverse: InverseHessian, refine: bool
+) -> tuple[Stopping, LinearSolution | None, Params | None]:
+    """The settings of each system stacked, and what another inverse Hessian made of the adjoint system."""
+    dtype = tree.float_dtype(base.params)
+    refinement = _REFINEMENT.stopping(dtype)
+    newton = refinement if refine else refinement._replace(max_steps=1)
+    if isinstance(inverse, ConjugateGradient):
+        first, guess, adjoint = None, None, inverse.stopping(dtype, look_ahead=True)
+    else:
+        first = inverse.solve(hvp, base.outer_grad)
+        guess, adjoint = first.solution, refinement._replace(max_steps=0, look_ahead=True)
+    systems = [newton, adjoint, refinement][: 3 if refine else 2]
+    kinds = Stopping(dtype, dtype, jnp.int32, dtype, jnp.bool_)
+    stopping = Stopping(
+        *(
+            jnp.stack([jnp.asarray(x, kind) for x in of])
+            for of, kind in zip(zip(*systems, strict=True), kinds, strict=True)
+        )
     )
-    (indirect,) = inner_grad_vjp(adjoint)
-    gradient: MetaParams = tree.subtract(direct, indirect)
-    return gradient
+    return stopping, first, guess
+
+
+def _adjoint_status(adjoint: LinearSolution, solved: jax.Array) -> jax.Array:
+    """What is to be said of the adjoint system.
+
+    A solver's own tolerance may lie below what the dtype can reach; then `solved` decides.
+    """
+    excused = solved & (adjoint.status == Status.NUDGED_NOT_CONVERGED)
+    told = worst(jnp.where(excused, Status.CONVERGED, adjoint.status), flag(~solved, Status.NUDGED_NOT_CONVERGED))
+    # By its own account an approximation: that it leaves a residual is no news.
+    return jnp.where(adjoint.status == Status.APPROXIMATE, adjoint.status, told)
+
+
+def _meta_gradient(setting: Instance, base: BasePoint, systems: _Systems) -> tuple[MetaParams, jax.Array]:
+    """The meta-gradient by the implicit function theorem, theory.md (4), and its estimated relative error.
+
+    The error is the difference to the meta-gradient after one step of Newton's method and of iterative refinement.
+    """
+
+    def gradient(at: tuple[Params, Params, MetaParams]) -> MetaParams:
+        params, adjoint, direct = at
+        _, inner_grad_vjp = jax.vjp(
+            lambda meta: tree.grad(lambda x: setting.problem.inner(x, meta, setting.task))(params), setting.meta_params
+        )
+        (indirect,) = inner_grad_vjp(adjoint)
+        return tree.subtract(direct, indirect)
+
+    here = base.params, systems.adjoint.solution, base.outer_in_meta
+    if systems.refinement is None:
+        return gradient(here), jnp.asarray(jnp.nan, setting.dtype)
+    *ahead, unknown = systems.refinement
+    # One after another: side by side the two would need twice the memory.
+    grad, refined = tree.unstack(jax.lax.map(gradient, jax.tree.map(lambda *x: jnp.stack(x), here, tuple(ahead))), 2)
+    difference, size = tree.norms(tree.subtract(refined, grad), refined)
+    error = jnp.where(difference == 0, 0.0, difference / size)
+    return grad, jnp.where(unknown | jnp.isnan(error), jnp.inf, error)

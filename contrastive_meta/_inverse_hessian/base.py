@@ -92,6 +92,14 @@ class System:
     finite: jax.Array
     dtype: Any
 
+    def scaled(self, values: Params) -> Params:
+        """`values` brought to the system's units."""
+        return _rescale(values, jnp.divide, self.unit)
+
+    def in_units(self, values: Params) -> Params:
+        """`values` of the system in the units of v."""
+        return _rescale(values, jnp.multiply, self.unit)
+
     def relative_norm(self, remainder: Params) -> jax.Array:
         """||remainder|| / ||v / unit||, infinite where it is NaN."""
         relative = (tree.norm(remainder) / self.norm).astype(self.dtype)
@@ -99,7 +107,7 @@ class System:
 
     def finish(self, solution: Params, residual: jax.Array, num_hvps: Any, status: jax.Array) -> LinearSolution:
         """The solution in the units of v: zero for a zero v, NaN (and a status) for a v that is not finite."""
-        solution = tree.where(self.solvable, _rescale(solution, jnp.multiply, self.unit), tree.zeros_like(solution))
+        solution = tree.where(self.solvable, self.in_units(solution), tree.zeros_like(solution))
         solution = jax.tree.map(lambda x: jnp.where(self.finite, x, jnp.nan).astype(x.dtype), solution)
         residual = jnp.where(self.solvable, residual, jnp.where(self.finite, 0.0, jnp.inf)).astype(self.dtype)
         sound = tree.all_finite(solution) & jnp.isfinite(residual)
@@ -120,10 +128,10 @@ def make_system(hvp: HessianProduct, vector: Params) -> System:
     largest = tree.max_abs(vector).astype(dtype)
     finite = tree.all_finite(vector)
     solvable = finite & (largest > 0)
-    # largest = m 2^e with m in [1/2, 1); the quotient is the power of two itself, free of rounding.
-    unit = jnp.where(solvable, largest / (2 * jnp.frexp(jnp.where(solvable, largest, 1.0))[0]), 1.0).astype(dtype)
+    unit = jnp.where(solvable, _power_of_two(largest), 1.0).astype(dtype)
     scaled = _rescale(vector, jnp.divide, unit)
-    norm = jnp.where(solvable, tree.norm(scaled), 1.0).astype(dtype)
+    # Of order one, its squares neither overflow nor vanish.
+    norm = jnp.where(solvable, jnp.sqrt(tree.vdot(scaled, scaled)), 1.0).astype(dtype)
     return System(product, scaled, norm, unit, solvable, finite, dtype)
 
 
@@ -180,6 +188,15 @@ def require_positive(value: Any, name: str, remedy: str) -> None:
     """
     if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"`{name}` must be positive; got {value}. {remedy}")
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of two up to `x`: its bits without those of the fraction. The least normal one below that."""
+    kind = jnp.finfo(x.dtype)
+    unsigned = jnp.dtype(f"uint{kind.bits}")
+    exponent = np.array((2**kind.bits - 1) - (2**kind.nmant - 1), unsigned)
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, unsigned) & exponent, x.dtype)
+    return jnp.maximum(power, kind.tiny)
 
 
 def _rescale(vector: Params, operation: Callable[[jax.Array, jax.Array], jax.Array], unit: jax.Array) -> Params:

@@ -1,7 +1,6 @@
 """Conjugate gradients that measure their own residual and know when the curvature is not theirs to solve."""
 
-from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,11 @@ from contrastive_meta._inverse_hessian.base import (
     InverseHessian,
     LinearSolution,
     Real,
-    System,
-    attainable_tolerance,
     default_tolerance,
     make_system,
 )
-from contrastive_meta._problem import Params
+from contrastive_meta._linear import LinearSolve, Stopping, conjugate_gradient
+from contrastive_meta._problem import Params, as_float_arrays
 from contrastive_meta._pytree import strategy
 from contrastive_meta._result import Status, flag, worst
 
@@ -64,126 +62,46 @@ class ConjugateGradient(InverseHessian):
 
     def solve(self, hvp: HessianProduct, vector: Params) -> LinearSolution:
         """Solve as `InverseHessian.solve` says."""
-        system = make_system(hvp, vector)
-        search = jax.lax.while_loop(lambda s: ~s.done, lambda s: self._iterate(system, s), _start(system))
-        tolerance = attainable_tolerance(self.tol, system, search.curvature, search.kept)
-        status = worst(
-            flag(search.kept_undamped > tolerance, Status.APPROXIMATE),
-            flag(search.kept_residual > tolerance, Status.NUDGED_NOT_CONVERGED),
-            flag(search.indefinite, Status.INDEFINITE_CURVATURE),
-            flag(search.broken, Status.NOT_FINITE),
-        )
-        return system.finish(search.kept, search.kept_undamped, search.num_hvps, status)
+        vector = as_float_arrays(vector, "vector", "`vector` must be")
+        return solve_by_conjugate_gradient(hvp, vector, self.stopping(tree.float_dtype(vector)))[0]
 
-    def _iterate(self, system: System, s: "_Search") -> "_Search":
-        # One product a turn, along the next direction or to measure the best iterate: the loop holds a single copy
-        # of the product's code, and turns are products.
-        point = tree.where(s.measuring, s.best, s.direction)
-        product = tree.add_scaled(system.product(point), self.damping, point)
-        s = s._replace(num_hvps=s.num_hvps + 1)
-        turned: _Search = jax.lax.cond(
-            s.measuring, partial(self._measure, system), partial(self._step, system), s, product
-        )
-        return turned
+    def stopping(self, dtype: Any, *, look_ahead: bool = False) -> Stopping:
+        """The settings as numbers, in which several systems can share a loop.
 
-    def _step(self, system: System, s: "_Search", product: Params) -> "_Search":
-        """One step along the direction p, `product` being (H + damping I) p."""
-        eps = float(jnp.finfo(system.dtype).eps)
-        along, length = tree.vdot(s.direction, product), tree.vdot(s.direction, s.direction)
-        curvature = jnp.maximum(s.curvature, along / length)
-        curved = along > eps * curvature * length
-        step = s.squared / jnp.where(curved, along, 1.0)
-        iterate = tree.add_scaled(s.iterate, step, s.direction)
-        remainder = tree.add_scaled(s.remainder, -step, product)
-        squared = tree.vdot(remainder, remainder)
-        finite = jnp.isfinite(along) & (~curved | jnp.isfinite(squared))
-        residual = jnp.sqrt(squared) / system.norm
-        better = curved & finite & (residual < s.best_residual)
-        num_steps = s.num_steps + 1
-        claimed = residual <= _claim(self.tol, system)
-        return s._replace(
-            iterate=iterate,
-            remainder=remainder,
-            direction=tree.add_scaled(remainder, squared / s.squared, s.direction),
-            squared=squared,
-            best=tree.where(better, iterate, s.best),
-            best_residual=jnp.where(better, residual, s.best_residual),
-            curvature=jnp.where(finite, curvature, s.curvature),
-            num_steps=num_steps,
-            measuring=~finite | ~curved | claimed | (num_steps >= self.max_steps),
-            indefinite=s.indefinite | (finite & ~curved),
-            broken=s.broken | ~finite,
-        )
-
-    def _measure(self, system: System, s: "_Search", product: Params) -> "_Search":
-        """Compare the best iterate's true residual with that of the kept one; restart from it if that helped."""
-        remainder = tree.subtract(system.vector, product)
-        residual = system.relative_norm(remainder)
-        undamped = system.relative_norm(tree.add_scaled(remainder, self.damping, s.best))
-        better = (s.best_residual < jnp.inf) & (residual < s.kept_residual)
-        enough = residual <= jnp.maximum(
-            attainable_tolerance(self.tol, system, s.curvature, s.best), _claim(self.tol, system)
-        )
-        halved = residual <= 0.5 * s.kept_residual
-        return s._replace(
-            iterate=s.best,
-            remainder=remainder,
-            direction=remainder,
-            squared=tree.vdot(remainder, remainder),
-            best_residual=residual,
-            kept=tree.where(better, s.best, s.kept),
-            kept_residual=jnp.where(better, residual, s.kept_residual),
-            kept_undamped=jnp.where(better, undamped, s.kept_undamped),
-            measuring=jnp.asarray(False),
-            done=s.broken | s.indefinite | enough | ~halved | (s.num_steps >= self.max_steps),
-        )
+        Args:
+          dtype: that of the system's scalars.
+          look_ahead: as in `Stopping`.
+        """
+        eps = float(jnp.finfo(dtype).eps)
+        tol = default_tolerance(dtype) if self.tol is None else self.tol
+        # Beyond sqrt(eps) it is no longer rounding but failure.
+        highest = max(eps**0.5, default_tolerance(dtype)) if self.tol is None else self.tol
+        return Stopping(tol, highest, jnp.maximum(self.max_steps, 1), self.damping, look_ahead)
 
 
-class _Search(NamedTuple):
-    iterate: Params
-    remainder: Params  # of the iterate, by recursion
-    direction: Params
-    squared: jax.Array  # ||remainder||^2
-    best: Params  # the iterate of smallest recursive residual since the last measurement
-    best_residual: jax.Array
-    kept: Params  # the iterate of smallest measured residual
-    kept_residual: jax.Array
-    kept_undamped: jax.Array
-    curvature: jax.Array  # the largest p'Hp / p'p so far, at most ||H||
-    num_steps: jax.Array
-    num_hvps: jax.Array
-    measuring: jax.Array
-    indefinite: jax.Array
-    broken: jax.Array
-    done: jax.Array
+def solve_by_conjugate_gradient(
+    hvp: HessianProduct, vector: Params, stopping: Stopping, guess: Params | None = None
+) -> tuple[LinearSolution, LinearSolve]:
+    """Conjugate gradients on a right-hand side of any scale.
 
+    Args:
+      hvp: as in `InverseHessian.solve`.
+      vector: as in `InverseHessian.solve`.
+      stopping: see there.
+      guess: of the solution, see `conjugate_gradient`.
 
-def _start(system: System) -> _Search:
-    zero = tree.zeros_like(system.vector)
-    none, false = jnp.zeros((), jnp.int32), jnp.asarray(False)
-    # Infinite, not 1: any step is kept in preference to the zero that the search starts from.
-    unknown = jnp.full((), jnp.inf, system.dtype)
-    return _Search(
-        iterate=zero,
-        remainder=system.vector,
-        direction=system.vector,
-        squared=jnp.square(system.norm),
-        best=zero,
-        best_residual=unknown,
-        kept=zero,
-        kept_residual=unknown,
-        kept_undamped=jnp.ones((), system.dtype),
-        curvature=jnp.zeros((), system.dtype),
-        num_steps=none,
-        num_hvps=none,
-        measuring=false,
-        indefinite=false,
-        broken=false,
-        done=~system.solvable,
+    Returns:
+      The solution, and what the loop found, its residual in the units of `vector`.
+    """
+    system = make_system(hvp, vector)
+    guess = None if guess is None else system.scaled(guess)
+    found = conjugate_gradient(system.product, system.vector, system.norm, stopping, guess=guess, skip=~system.solvable)
+    undamped = found.undamped_relative_residual
+    status = worst(
+        flag(undamped > found.tolerance, Status.APPROXIMATE),
+        flag(found.relative_residual > found.tolerance, Status.NUDGED_NOT_CONVERGED),
+        flag(found.indefinite, Status.INDEFINITE_CURVATURE),
+        flag(found.broken, Status.NOT_FINITE),
     )
-
-
-def _claim(tol: Real | None, system: System) -> jax.Array:
-    """The recursive residual at which to measure the true one; below one rounding of v it has nothing to say."""
-    tol = default_tolerance(system.dtype) if tol is None else tol
-    return jnp.maximum(jnp.asarray(tol, system.dtype), float(jnp.finfo(system.dtype).eps))
+    solution = system.finish(found.solution, undamped, found.num_products, status)
+    return solution, found._replace(residual=system.in_units(found.residual))

@@ -9,7 +9,7 @@ import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like
-from contrastive_meta._estimators._free_point import UNANSWERED
+from contrastive_meta._base_point import UNCONVERGED
 from contrastive_meta._nudging import NudgeScheme, forward_difference
 from contrastive_meta._optax._border import as_transformation
 from contrastive_meta._optax.tuning_mode import Measured, Schedule, Training, TuningMode
@@ -189,7 +189,7 @@ def _contrast(scheme: NudgeScheme, running: list[int], training: Training, dtype
     unanswered = tree.norm(remainder) / tree.or_one(nudge)
     status = worst(
         Status.APPROXIMATE,
-        flag(unanswered > UNANSWERED, Status.NUDGED_NOT_CONVERGED),
+        flag(unanswered > UNCONVERGED, Status.NUDGED_NOT_CONVERGED),
         flag(displacement > _RAN_AWAY, Status.UNBOUNDED_NUDGE),
         flag(~tree.all_finite((phases, grad, outer_loss)), Status.NOT_FINITE),
         scheme.validity(dtype),
