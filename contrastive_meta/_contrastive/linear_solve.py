@@ -105,6 +105,7 @@ class Solution(NamedTuple):
     indefinite: jax.Array
     flat: jax.Array  # whether it ended on a direction whose curvature is not told from rounding
     least: jax.Array  # least curvature along a direction, so far
+    cauchy: jax.Array  # length of the step down the right-hand side, a lower bound of the solution's
     active: jax.Array
 
 
@@ -179,6 +180,7 @@ def _begin(
         indefinite=false,
         flat=false,
         least=limits.least.astype(dtype),
+        cauchy=zero,
         active=active,
     )
 
@@ -228,6 +230,7 @@ def _iterate(
         indefinite=span.indefinite & ~s.fresh,
         flat=flat,
         least=least,
+        cauchy=jnp.where(s.num_steps == 0, 1 / jnp.maximum(jnp.diagonal(curvatures), difference.resolution), s.cauchy),
         active=~flat & inside & ~enough & (squared > 0) & (num_steps < limits.num_steps) & ~given_up,
     )
 

@@ -30,6 +30,8 @@ from contrastive_meta._pytree import static, strategy
 
 # A residual larger than this fraction of what was left before is a sign of too large a nudge.
 _SUSPICIOUS = 0.3
+# It is taken for truncation if that is expected to be at least this part of it.
+_TRUNCATED = 0.1
 # By what strengths and difference steps are divided then, and by how much at most.
 _SHRINK, _MOST_SHRINK = 8.0, 8.0**3
 # Products are bent by the third derivative if a pass leaves more than this many times what they are accurate to; on
@@ -215,9 +217,11 @@ def accept_or_reject(
     delayed = region.delayed | solved.given_up
     lost = within_noise & (old <= 2 * start.noise)
     stalled = delayed & (lost | ~(converging | refused | trial.at_boundary))
-    # A residual that hardly fell, of phases on the spot, is a sign of too large a nudge.
-    suspicious = ~away & ~(left <= jnp.maximum(_SUSPICIOUS * left_before, target * nudge)) & setup.scheme.adapts
-    shrink = suspicious & (region.shrink < _MOST_SHRINK)
+    # A residual that hardly fell, and is no more than truncation, is a sign of too large a nudge.
+    suspicious = ~away & ~(left <= jnp.maximum(_SUSPICIOUS * left_before, target * nudge))
+    truncated = taken.contrast.nonlinearity**setup.order * nudge > _TRUNCATED * left
+    may_shrink = setup.scheme.adapts and not setup.sought
+    shrink = suspicious & truncated & (region.shrink < _MOST_SHRINK) & may_shrink
     progress = (better & ((left <= 0.5 * left_before) | converging)) | refused | region.at_boundary | shrink
     progress |= delayed & ~(stalled & answered)
     done = better & answered & converged & ~away
@@ -228,7 +232,7 @@ def accept_or_reject(
     progress, shrink, stalled, done = settle(progress, shrink, stalled, done)
     bent = (left > _BENT * start.eps**FORCING * solved.lengths[1]) & (trial.distance == 0) & ~away
     wider = jnp.where(converging & trial.at_boundary & (trial.ratio > GOOD_RATIO), 2.0, 1.0) * region.radius
-    converged_now = jnp.where(better, converged, region.converged) | over | stalled
+    converged_now = jnp.where(better, converged, region.converged) | over | stalled | trial.arrived
     after = Region(
         radius=jnp.where(retry, 0.25 * trial.distance, wider),
         at_boundary=retry | (better & trial.at_boundary),

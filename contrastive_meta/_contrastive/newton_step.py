@@ -126,6 +126,7 @@ class Solved(NamedTuple):
     gradient_norm: jax.Array  # at the base point
     left: jax.Array  # norms of both residuals, relative to those
     slack: jax.Array  # <x, b - H x> of the first
+    cauchy: jax.Array  # lengths of the steps down both right-hand sides, lower bounds of the solutions'
     least: jax.Array  # least curvature met
     indefinite: jax.Array  # of the second
     flat: jax.Array  # of the second
@@ -200,6 +201,7 @@ def solve_systems(setup: PhaseSetup, base: Base, region: Region, systems: System
         gradient_norm=gradient_norm,
         left=jnp.sqrt(found.squared),
         slack=(units[0] ** 2 * tree.vdot(first, residual)).astype(dtype),
+        cauchy=lengths * found.cauchy,
         least=jnp.min(found.least),
         indefinite=found.indefinite[1],
         flat=found.flat[1],

@@ -133,6 +133,7 @@ class Turn(NamedTuple):
       uncertain: whether it may belong to another minimum than the learner's.
       by_solver: whether the solver ran the phases that are kept.
       num_tries: of the Newton-Krylov iteration.
+      missing: length of what is at least missing of the kept response, see `cauchy_length`.
       error: estimated relative error of the kept line.
       num_gradients: spent so far.
       running: whether there is a next turn.
@@ -148,6 +149,7 @@ class Turn(NamedTuple):
     uncertain: jax.Array
     by_solver: jax.Array
     num_tries: jax.Array
+    missing: jax.Array
     error: jax.Array
     num_gradients: jax.Array
     running: jax.Array
@@ -230,7 +232,7 @@ class Phases:
         ran = Ran(beta, linear, false, jnp.zeros((self.number,), jnp.int32), false, jnp.ones((), self.dtype), none)
         infinite = jnp.full((), jnp.inf if setup.estimate_error else jnp.nan, self.dtype)
         turn = Turn(
-            stage, attempt, line, base, ran, false, false, false, false, none, infinite, spent,
+            stage, attempt, line, base, ran, false, false, false, false, none, jnp.zeros((), self.dtype), infinite, spent,
             jnp.asarray(True),
         )  # fmt: skip
         return jax.tree.map(jnp.asarray, turn)
@@ -261,7 +263,7 @@ class Phases:
         drifted = line.contrast._replace(residual=tree.add(line.contrast.residual, pull))
         contrast = select(setup, plan, ladder, drifted)
         response = tree.where(ladder.index > 1, plan.response, line.response)
-        spent = (ladder.index - jnp.where(plan.known, 1, 0)) * self.number + jnp.where(plan.known, 0, 1)
+        spent = ladder.num_evaluations * self.number + jnp.where(plan.known, 0, 1)
         spent += solved.num_gradients + (0 if runs is None else runs.num_gradients)
         now = now._replace(num_gradients=now.num_gradients + spent.astype(jnp.int32))
         taken = cast_like(Line(ladder.base, response, contrast), line)
@@ -329,6 +331,8 @@ class Phases:
         """What the response lacks, and what it may lack that truncation and noise hide."""
         setup, kept, left = self.setup, now.kept.contrast, now.attempt.line.contrast.residual
         possible = kept.residual_error
+        # Where the strength is not sought, truncation is not made good: what it takes is known.
+        left = tree.where(jnp.asarray(self.sought) & ~now.by_solver, left, tree.add(left, possible))
         sizes = self.norm(possible), self.norm(left)
         gain = setup.stencil.gain / tree.or_one(kept.beta)
         noise = self._noise_in_one_direction * gain
@@ -369,7 +373,10 @@ class Phases:
         begin = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.number, *x.shape)), now.origin.params)
         if self.strategy.target_error is not None:
             begin = tree.where(now.ran.share < 1, on_line(now.kept.base.params, now.kept.response, nudges), begin)
-        begin = tree.to_complex(begin) if self.template.is_complex else begin
+        if self.template.is_complex:
+            # Learning on needs no complex learner.
+            real = self.strategy.fast is not None
+            begin, nudges = (begin, jnp.real(nudges)) if real else (tree.to_complex(begin), nudges)
         nothing = Runs(
             jax.tree.map(lambda xs: xs[index], begin),
             jnp.zeros(index.shape, jnp.int32),
@@ -487,10 +494,14 @@ class Phases:
         fresh = Attempt.at(self.setup, line, now.attempt.tol)
         attempt = cast_like(fresh, now.attempt)
         if self.template.is_complex:
-            after = now._replace(origin=base, attempt=tree.where(nearer, attempt, now.attempt))
+            after = now._replace(
+                origin=tree.where(nearer, base, now.origin), attempt=tree.where(nearer, attempt, now.attempt)
+            )
             kept = self._kept(after, ~nearer)
             return kept._replace(stage=jnp.where(nearer, Stage.NEWTON, kept.stage), running=kept.running | nearer)
-        now = now._replace(origin=base, attempt=attempt, stage=jnp.int32(Stage.NEWTON))
+        now = now._replace(
+            origin=tree.where(nearer, base, now.origin), attempt=attempt, stage=jnp.int32(Stage.NEWTON)
+        )
         return self._before_rerun(now, ~nearer)
 
     def _before_rerun(self, now: Turn, wanted: jax.Array) -> Turn:
@@ -583,7 +594,9 @@ class Phases:
 
     def _after_answer(self, now: Turn, found: Found) -> Turn:
         """The refined result is there to be compared with the kept one."""
-        after = now._replace(attempt=now.attempt._replace(line=found.line), running=jnp.asarray(False))
+        after = now._replace(
+            attempt=now.attempt._replace(line=found.line), missing=found.solved.cauchy[1], running=jnp.asarray(False)
+        )
         if self.strategy.target_error is None:
             return after
         return self._towards_target(now, after._replace(error=self._error(after)))
@@ -593,8 +606,8 @@ class Phases:
         kept, refined = last.kept.contrast, last.attempt.line.contrast
         lacking = tree.add(tree.subtract(refined.plain, kept.plain), kept.correction)
         size, whole = tree.norms(lacking, tree.add(kept.grad, lacking)).astype(self.dtype)
-        relative = size / whole
-        return jnp.where(size == 0, 0.0, jnp.sqrt(relative**2 + kept.error**2)).astype(self.dtype)
+        relative = jnp.where(size == 0, 0.0, size / whole)
+        return jnp.sqrt(relative**2 + kept.error**2).astype(self.dtype)
 
     def conclude(self, last: Turn) -> tuple[Convergence, jax.Array]:
         """How far the phases came, and the estimated error: from what refining the kept line changed."""
@@ -607,9 +620,8 @@ class Phases:
                 (refined.response, kept.response),
             )
         ]
-        residual, distance, shift, missing = tree.norms(kept.base.inner_grad, *changes).astype(self.dtype)
-        if not self.setup.estimate_error:
-            distance, shift, missing = (jnp.zeros_like(x) for x in (distance, shift, missing))
+        residual, distance, shift, _ = tree.norms(kept.base.inner_grad, *changes).astype(self.dtype)
+        missing = last.missing
         left = FreeResidual(residual, distance, shift, self.norm(kept.base.outer.in_params))
         ended = ~last.by_solver | learning_ended(self.setup, self.norm(last.origin.inner_grad), kept.contrast.beta)
         ran_away = (ended & kept.contrast.downward) | (last.by_solver & last.ran.ran_away)

@@ -32,6 +32,8 @@ _RISE = 2.0
 _MOST_CURVED = 0.1
 # The fitted noise is at least this part of what rounding is expected to make.
 _BELIEVED = 0.3
+# How often to begin the ladder again lower where the losses are not finite; each time a factor of 64.
+_MOST_RETRIES = 4
 # Strengths that a contrast is made of: two neighbours, and one more that tells which two.
 _WINDOW = 3
 
@@ -44,8 +46,9 @@ class Contrast(NamedTuple):
       grad: the contrast of the statistics, extrapolated where the strength was sought: the meta-gradient.
       plain: the same at the strength alone.
       correction: what truncation takes from `grad`, where that is known and not made good.
-      residual: v - H u, extrapolated.
-      residual_error: what truncation and noise may have made of `residual`.
+      residual: v - H u, extrapolated likewise.
+      residual_error: what truncation and noise may have made of `residual`; what truncation takes from it, where that
+        is not made good.
       error: truncation and noise of `grad`, relative to it, beyond `correction`.
       noise: rounding noise of `grad`, relative to it.
       change: what the next strength changes in the contrasts, relative to them.
@@ -99,7 +102,9 @@ class Ladder(NamedTuple):
     changes: jax.Array  # relative differences of those contrasts, shape (2,)
     noise: jax.Array  # what rounding makes of both contrasts at strength 1, relative; shape (2,)
     trial: Any  # what `judge` said of the base point
+    beta: jax.Array  # the next strength
     index: jax.Array
+    num_evaluations: jax.Array  # of all phases together
     running: jax.Array
 
 
@@ -165,7 +170,7 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
 
     def climb(last: Ladder) -> Ladder:
         at_base = last.index == 0
-        beta = first * factor ** jnp.maximum(last.index - 1, 0).astype(dtype)
+        beta = last.beta
         nudges = jnp.where(at_base, 0, stencil.nudges * beta)
         ends = on_line(last.base.params, plan.response, nudges)
         given = plan.rerun & (last.index == 1)
@@ -196,13 +201,16 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
         change = jnp.where(last.index <= 1, jnp.inf, change)
         noise = stencil.gain * jnp.stack([setup.statistic_noise(mean) / unit, start.noise / plan.nudge_norm])
 
-        rising = last.index < least_strengths
+        rising = (last.index < least_strengths) & jnp.isfinite(size)
         if setup.sought:
             straight = factor * (curved - NOISE_FLOOR * start.noise) <= _MOST_CURVED * plan.nudge_norm * beta
             within = beta * factor * plan.length <= _LARGEST * start.scale
-            rising |= (change < _RISE * last.changes[1]) & ~plan.settled & ~plan.fixed
+            rising |= (change < _RISE * last.changes[1]) & ~plan.settled & ~plan.fixed & jnp.isfinite(size)
             rising &= (within & (straight | plan.linear | plan.to_minima)) | plan.fixed
         finite = jnp.isfinite(size) & jnp.isfinite(curved)
+        # Out of the domain of the losses: begin again at a much smaller strength.
+        retry = (last.index == 1) & ~finite & (last.num_evaluations < _MOST_RETRIES) & ~plan.fixed & setup.scheme.adapts
+        stays = at_base | retry
         marks = _Marks(
             beta,
             off_center / (beta * plan.nudge_norm),
@@ -215,10 +223,10 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
 
         def shifted(window: jax.Array, x: jax.Array) -> jax.Array:
             moved = jnp.concatenate([window[1:], jnp.asarray(x, window.dtype)[None]])
-            return jnp.where(at_base, window, moved)
+            return jnp.where(stays, window, moved)
 
         judged, stay = judge(base)
-        index = last.index + 1
+        index = last.index + ~retry
         return cast_like(
             Ladder(
                 base=base,
@@ -228,8 +236,10 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
                 changes=shifted(last.changes, change),
                 noise=jnp.where(last.index == 1, noise, last.noise),
                 trial=tree.where(at_base, judged, last.trial),
+                beta=jnp.where(at_base, beta, jnp.where(retry, beta / FACTOR**2, beta * factor)),
                 index=index,
-                running=jnp.where(at_base, stay, rising) & (index <= plan.most),
+                num_evaluations=last.num_evaluations + 1,
+                running=jnp.where(at_base, stay, rising | retry) & (index <= plan.most),
             ),
             last,
         )
@@ -247,7 +257,9 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
         changes=infinite,
         noise=jnp.zeros((2,), dtype),
         trial=trial,
+        beta=first,
         index=jnp.where(plan.known, 1, 0),
+        num_evaluations=jnp.int32(0),
         running=~plan.known | (plan.most > 0),
     )
     end: Ladder = packed_loop(lambda ladder: ladder.running, climb, begin)
@@ -276,14 +288,20 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
     """
     dtype = setup.dtype
     eye = jnp.eye(_WINDOW, dtype=dtype)
-    fixed = _weights_of_first(setup, plan, ladder, eye)
-    if setup.sought:
-        chosen: _Weights = tree.where(plan.fixed, fixed, cast_like(_weights_of_best(setup, ladder, eye), fixed))
-    else:
-        chosen = fixed
 
     def combined(weights: jax.Array, window: Any) -> Any:
         return jax.tree.map(lambda xs: jnp.tensordot(weights.astype(xs.dtype), xs, 1), window)
+
+    fixed = _weights_of_first(setup, plan, ladder, eye)
+    if setup.sought:
+        upper, lower = _extrapolations(setup, eye)
+        gap, size = tree.norms(combined(upper - lower, ladder.statistics), combined(upper, ladder.statistics))
+        residual_gap = tree.norm(combined(upper - lower, ladder.residuals))
+        gap = _root(gap / tree.or_one(size), residual_gap / plan.nudge_norm).astype(dtype)
+        best = _weights_of_best(setup, ladder, eye, gap)
+        chosen: _Weights = tree.where(plan.fixed, fixed, cast_like(best, fixed))
+    else:
+        chosen = fixed
 
     measured = ladder.index > 1
     grad, plain, correction, doubt = (
@@ -351,14 +369,21 @@ def _weights_of_first(setup: PhaseSetup, plan: Plan, ladder: Ladder, eye: jax.Ar
     zero, one = jnp.zeros((), setup.dtype), jnp.ones((), setup.dtype)
     change = jnp.where(doubled, ladder.changes[1], 0.0)
     return _Weights(
-        plain, plain, plain + correction, correction, correction, jnp.asarray(False), least, change, one, zero
+        plain, plain, plain, correction, correction, jnp.asarray(False), least, change, one, zero
     )
 
 
-def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array) -> _Weights:
-    """The extrapolated contrast that errs least, of the last two."""
+def _extrapolations(setup: PhaseSetup, eye: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights of Richardson's extrapolation of the upper pair of strengths, and of the lower pair."""
+    weight = 1 / (FACTOR**setup.order - 1)
+    return (1 + weight) * eye[1] - weight * eye[2], (1 + weight) * eye[0] - weight * eye[1]
+
+
+def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array, gap: jax.Array) -> _Weights:
+    """The extrapolated contrast that errs least, of the last two, which differ by `gap`."""
     order = setup.order
-    growth = FACTOR**order
+    # Of the truncation from one strength to the next, of what is extrapolated and of what is not.
+    growth, next_growth = FACTOR**order, FACTOR ** (order + (2 if order % 2 == 0 else 1))
     weight = 1 / (growth - 1)
     two, three = ladder.index > 2, ladder.index > 3
     beta, changes = ladder.marks.beta, ladder.changes
@@ -373,19 +398,28 @@ def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array) -> _Weig
     noise = jnp.maximum(squares[0] * truncated[1] - squares[1] * truncated[0], 0) / whole
     noise = jnp.where(three, jnp.maximum(jnp.sqrt(noise), _BELIEVED * expected), expected)
     truncation = jnp.where(three, jnp.sqrt(truncation), changes[1] * weight)
-    upper, lower = _root(noise, truncation**2 * growth), _root(noise * FACTOR, truncation**2 / growth)
-    upper, lower = (jnp.where(jnp.isfinite(error), error, jnp.inf) for error in (upper, lower))
+    # What twice the noise does not explain of the gap is truncation of the upper one.
+    excess = jnp.sqrt(jnp.maximum(gap**2 - (2 * FACTOR * noise) ** 2, 0))
+    left = jnp.maximum(truncation**2 * growth, jnp.where(three, excess, 0))
+    upper, lower = _root(noise, left), _root(noise * FACTOR, left / next_growth)
+    finite = ladder.marks.finite
+    upper = jnp.where(jnp.isfinite(upper) & finite[2], upper, jnp.inf)
+    lower = jnp.where(jnp.isfinite(lower) & finite[0], lower, jnp.inf)
     take_lower = three & (lower < upper)
-    weights = (1 + weight) * eye[1] - weight * eye[2], (1 + weight) * eye[0] - weight * eye[1]
-    grad = jnp.where(two, jnp.where(take_lower, weights[1], weights[0]), eye[2])
+    weights = _extrapolations(setup, eye)
     plain = jnp.where(two, jnp.where(take_lower, eye[0], eye[1]), eye[2])
+    # Where only the first strength lies in the domain of the losses, there is nothing to extrapolate.
+    alone = ~two | (two & ~three & ~finite[2])
+    grad = jnp.where(alone, plain, jnp.where(take_lower, weights[1], weights[0]))
     smaller, larger = jnp.minimum(upper, lower), jnp.maximum(upper, lower)
     ratio = jnp.where(three & jnp.isfinite(larger), smaller / tree.or_one(larger), 0)
     other = jnp.where(take_lower, weights[0], weights[1])
     statistic_noise = ladder.noise[0] / tree.or_one(jnp.sum(plain * beta))
-    least = jnp.where(three, _BELIEVED * statistic_noise, _root(statistic_noise, truncation**2 * growth))
-    # The least of n / x + t^2 f^p x^(2 p), x in units of the strength in the middle, and of n / x + t x^p.
-    best = (noise / (2 * order * truncation**2 * growth)) ** (1 / (2 * order + 1))
+    least = jnp.where(three, _BELIEVED * statistic_noise, _root(statistic_noise, left))
+    # The least of n / x + l x^q, x in units of the strength in the middle, l what extrapolation leaves, of order q; and
+    # of n / x + t x^p.
+    higher = order + (2 if order % 2 == 0 else 1)
+    best = (noise / (higher * left)) ** (1 / (higher + 1))
     best_plain = (noise / (order * truncation)) ** (1 / (order + 1))
     best, best_plain = (
         jnp.clip(jnp.where(jnp.isnan(x), 1.0, x), 1 / FACTOR**2, FACTOR) for x in (best, best_plain)
@@ -397,7 +431,7 @@ def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array) -> _Weig
         correction=jnp.zeros_like(grad),
         doubt=ratio * (other - grad),
         measured=three,
-        least=jnp.where(two, least, statistic_noise),
+        least=jnp.where(alone & two, 1.0, jnp.where(two, least, statistic_noise)),
         change=jnp.where(two, changes[1], 0.0),
         best=best,
         best_plain=best_plain,
