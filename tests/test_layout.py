@@ -29,19 +29,18 @@ ORDER = (
     "_dependence",
     "_response",
     "_solvers",
+    "_instance",
     "_base_point",
     "_nudging",
     "_plasticity",
     "_linear",
-    "_inverse_hessian",
-    "_instance",
     "_estimators",
     "_contrastive",
     "_argmin",
-    "_layout",
-    "_front",
+    "_sharding",
+    "_batch",
     "_optax",
-    "_compare",
+    "_report",
     "problems",
     "architectures",
     "local_learners",
@@ -138,8 +137,8 @@ def test_every_module_has_a_place_in_the_order() -> None:
 
 def test_the_order_is_read_as_meant() -> None:
     """The check itself can fail: in both directions, for relative imports, and for the narrower view of problems."""
-    assert wrong_way(f"{PACKAGE}._solvers.base", f"{PACKAGE}._compare.compare")
-    assert not wrong_way(f"{PACKAGE}._compare", f"{PACKAGE}._solvers.base")
+    assert wrong_way(f"{PACKAGE}._solvers.base", f"{PACKAGE}._report.compare")
+    assert not wrong_way(f"{PACKAGE}._report", f"{PACKAGE}._solvers.base")
     assert wrong_way(f"{PACKAGE}.problems._ridge", f"{PACKAGE}._solvers.base")
     relative = ast.parse("from .._nudging import circle\nfrom . import base")
     assert list(imports(relative, f"{PACKAGE}._solvers")) == [f"{PACKAGE}._nudging.circle", f"{PACKAGE}._solvers.base"]

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._dependence import leaf_names
-from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
     BilevelProblem,
     MetaParams,

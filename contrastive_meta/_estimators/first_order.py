@@ -6,9 +6,9 @@ import jax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._learned import result_of_learning
-from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import any_of, seen_in_outer_loss, seen_in_start
 from contrastive_meta._estimators.base import MetaGradientEstimator
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
 from contrastive_meta._pytree import strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status

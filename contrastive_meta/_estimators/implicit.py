@@ -17,15 +17,15 @@ from contrastive_meta._base_point import (
     outer_gradients,
     survey,
 )
-from contrastive_meta._instance import Instance
 from contrastive_meta._estimators.base import MetaGradientEstimator
-from contrastive_meta._inverse_hessian import (
+from contrastive_meta._instance import Instance
+from contrastive_meta._linear import (
     ConjugateGradient,
     InverseHessian,
     LinearSolution,
+    Stopping,
     solve_by_conjugate_gradient,
 )
-from contrastive_meta._linear import Stopping
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta._estimators._learned import result_of_learning
-from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import (
     any_of,
     seen_in_model_state,
@@ -15,6 +14,7 @@ from contrastive_meta._estimators._visibility import (
     seen_in_start,
 )
 from contrastive_meta._estimators.base import MetaGradientEstimator
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, worst

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._contrastive.contrastive import Contrastive
 from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
+from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._nudging import (
     LossNudge,
     NudgeScheme,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import cast_like
 from contrastive_meta._base_point import UNCONVERGED
+from contrastive_meta._control import cast_like
 from contrastive_meta._nudging import NudgeScheme, forward_difference
-from contrastive_meta._optax._border import as_transformation
+from contrastive_meta._optax._interop import as_transformation
 from contrastive_meta._optax.tuning_mode import Measured, Schedule, Training, TuningMode
 from contrastive_meta._problem import MetaParams, Number, Params, float_dtype_of
 from contrastive_meta._pytree import PyTree, static, strategy

@@ -9,7 +9,7 @@ import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if
-from contrastive_meta._optax._border import (
+from contrastive_meta._optax._interop import (
     USABLE,
     as_transformation,
     completed,

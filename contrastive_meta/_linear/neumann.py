@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._inverse_hessian.base import (
+from contrastive_meta._linear.base import (
     HessianProduct,
     InverseHessian,
     LinearSolution,

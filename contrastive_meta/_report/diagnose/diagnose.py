@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._compare._curve import Curve, Points, make_curve, strengths_around
-from contrastive_meta._compare._findings import Drift, Phase, Segment
-from contrastive_meta._compare._gradients import Vector, flatten, norm, relative_error, status_of, unseen_told_later
-from contrastive_meta._compare._phases_seen import Seen, look, make_segment, nudge_used, walk
-from contrastive_meta._compare.diagnosis import Diagnosis
+from contrastive_meta._base_point import UNCONVERGED
 from contrastive_meta._contrastive import Contrastive
 from contrastive_meta._estimators import MetaGradientEstimator
-from contrastive_meta._base_point import UNCONVERGED
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LossNudge, Nudge, NudgeScheme
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays, float_dtype_of, same_structure
+from contrastive_meta._report.diagnose.curve import Curve, Points, make_curve, strengths_around
+from contrastive_meta._report.diagnose.diagnosis import Diagnosis
+from contrastive_meta._report.diagnose.findings import Drift, Phase, Segment
+from contrastive_meta._report.diagnose.phase_profile import Seen, look, make_segment, nudge_used, walk
+from contrastive_meta._report.gradients import Vector, flatten, norm, relative_error, status_of, unseen_told_later
 from contrastive_meta._result import EstimatorState, MetaGradient, Status
 from contrastive_meta._solvers.base import InnerSolver
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from contrastive_meta._compare._findings import Findings, Segment
-from contrastive_meta._compare._text import share
 from contrastive_meta._base_point import UNCONVERGED
+from contrastive_meta._report.diagnose.findings import Findings, Segment
+from contrastive_meta._report.text import share
 from contrastive_meta._result import DOUBTFUL, Status
 
 # An error within this factor of the least is as good as it.

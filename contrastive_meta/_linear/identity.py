@@ -1,7 +1,7 @@
 """No solve at all: the inverse Hessian taken to be a multiple of the identity, as T1-T2 has it."""
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._inverse_hessian.base import (
+from contrastive_meta._linear.base import (
     HessianProduct,
     InverseHessian,
     LinearSolution,

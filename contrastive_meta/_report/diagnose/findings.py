@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from contrastive_meta._compare._curve import Curve
+from contrastive_meta._report.diagnose.curve import Curve
 from contrastive_meta._result import MetaGradient, Status
 
 # A barrier is one if its height is more than this part of the change of the loss that it belongs to.

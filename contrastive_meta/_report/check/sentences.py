@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from contrastive_meta._compare._text import listing, share
-from contrastive_meta._compare._verdict import BEYOND_DOUBT, ORACLE, Evidence, Relation
+from contrastive_meta._report.check.agreement import BEYOND_DOUBT, ORACLE, Evidence, Relation
+from contrastive_meta._report.text import listing, share
 from contrastive_meta._result import Status
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators.base import MetaGradientEstimator
-from contrastive_meta._layout import along_tasks, as_laid_out, copied, leave_to_compiler
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task
 from contrastive_meta._pytree import PyTree
 from contrastive_meta._result import Diagnostics, MetaGradient, Status
+from contrastive_meta._sharding import along_tasks, as_laid_out, copied, leave_to_compiler
 
 ValueAndMetaGrad = Callable[..., Any]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from contrastive_meta._compare._gradients import Vector, norm
+from contrastive_meta._report.gradients import Vector, norm
 from contrastive_meta._result import Status
 
 NOISE, TRUNCATION, NEITHER = "noise", "truncation", "neither"

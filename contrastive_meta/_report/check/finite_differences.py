@@ -9,9 +9,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._compare._gradients import Vector, norm
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, float_dtype_of
+from contrastive_meta._report.gradients import Vector, norm
 from contrastive_meta._result import EstimatorState, Status
 from contrastive_meta._solvers.base import InnerSolver
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from contrastive_meta._compare._advice import NEAR_LEAST
-from contrastive_meta._compare._curve import NEITHER
-from contrastive_meta._compare._findings import Findings, Segment
-from contrastive_meta._compare._text import Column, lay_out, listing, share, strength, wrap
+from contrastive_meta._report.diagnose.advice import NEAR_LEAST
+from contrastive_meta._report.diagnose.curve import NEITHER
+from contrastive_meta._report.diagnose.findings import Findings, Segment
+from contrastive_meta._report.text import Column, lay_out, listing, share, strength, wrap
 
 WIDTH = 100
 # The axis on which the page draws the curve: one character for each third of a decade.

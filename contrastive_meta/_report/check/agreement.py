@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from contrastive_meta._compare._gradients import Vector, norm
-from contrastive_meta._compare._oracle import Slopes
+from contrastive_meta._report.check.finite_differences import Slopes
+from contrastive_meta._report.gradients import Vector, norm
 from contrastive_meta._result import Status
 
 ORACLE = "finite differences"

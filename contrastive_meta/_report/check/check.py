@@ -5,7 +5,21 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from contrastive_meta._compare._gradients import (
+from contrastive_meta._contrastive import Contrastive
+from contrastive_meta._dependence import leaf_names
+from contrastive_meta._estimators import (
+    BackpropThroughLearning,
+    ImplicitDifferentiation,
+    MetaGradientEstimator,
+)
+from contrastive_meta._linear import ConjugateGradient, DenseInverse
+from contrastive_meta._nudging import LinearNudge
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
+from contrastive_meta._report.check.agreement import ORACLE, Answer, Blindness, Evidence
+from contrastive_meta._report.check.finite_differences import Slopes, measure_slopes
+from contrastive_meta._report.check.report import CheckReport, CheckRow
+from contrastive_meta._report.check.sentences import sentences
+from contrastive_meta._report.gradients import (
     LARGEST_DENSE,
     first_line,
     flatten,
@@ -15,20 +29,6 @@ from contrastive_meta._compare._gradients import (
     status_of,
     unseen_told_later,
 )
-from contrastive_meta._compare._oracle import Slopes, measure_slopes
-from contrastive_meta._compare._verdict import ORACLE, Answer, Blindness, Evidence
-from contrastive_meta._compare._words import sentences
-from contrastive_meta._compare.report import CheckReport, CheckRow
-from contrastive_meta._contrastive import Contrastive
-from contrastive_meta._dependence import leaf_names
-from contrastive_meta._estimators import (
-    BackpropThroughLearning,
-    ImplicitDifferentiation,
-    MetaGradientEstimator,
-)
-from contrastive_meta._inverse_hessian import ConjugateGradient, DenseInverse
-from contrastive_meta._nudging import LinearNudge
-from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
 from contrastive_meta._result import MetaGradient
 from contrastive_meta._solvers.base import InnerSolver
 

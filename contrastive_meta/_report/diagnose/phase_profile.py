@@ -10,14 +10,14 @@ import numpy.typing as npt
 from scipy.interpolate import PchipInterpolator
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._compare._findings import Segment
+from contrastive_meta._base_point import NOISE_FLOOR
 from contrastive_meta._contrastive import Contrastive, NewtonKrylov
 from contrastive_meta._contrastive.phases import on_line
-from contrastive_meta._base_point import NOISE_FLOOR
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge
 from contrastive_meta._problem import Params, same_arrays
-from contrastive_meta._result import EstimatorState, Status
+from contrastive_meta._report.diagnose.findings import Segment
+from contrastive_meta._result import EstimatorState
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
 NUM_POSITIONS = 21

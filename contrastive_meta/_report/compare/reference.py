@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from contrastive_meta._compare._gradients import (
+from contrastive_meta._estimators import ImplicitDifferentiation, MetaGradientEstimator
+from contrastive_meta._linear import DenseInverse
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, same_structure
+from contrastive_meta._report.gradients import (
     LARGEST_DENSE,
     Vector,
     first_line,
@@ -15,9 +18,6 @@ from contrastive_meta._compare._gradients import (
     num_params,
     status_of,
 )
-from contrastive_meta._estimators import ImplicitDifferentiation, MetaGradientEstimator
-from contrastive_meta._inverse_hessian import DenseInverse
-from contrastive_meta._problem import BilevelProblem, MetaParams, Task, same_structure
 from contrastive_meta._result import MetaGradient, Status
 
 
