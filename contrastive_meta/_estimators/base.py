@@ -117,7 +117,7 @@ class MetaGradientEstimator(abc.ABC):
         return {"solver": InnerSolver}
 
     @abc.abstractmethod
-    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         """The estimate, under jit, with everything validated."""
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:

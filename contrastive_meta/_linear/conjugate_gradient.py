@@ -76,7 +76,7 @@ _INDEFINITE, _BROKEN = 1, 2
 
 
 class _Search(NamedTuple):
-    """The loop's carry. A turn takes a step along `direction`, or measures the residual of `best`."""
+    """The loop's carry. An iteration takes a step along `direction`, or measures the residual of `best`."""
 
     iterate: Params
     residual: Params  # of the iterate, by recursion
@@ -93,7 +93,7 @@ class _Search(NamedTuple):
     last_curvature: jax.Array
     num_steps: jax.Array
     num_products: jax.Array
-    turn: jax.Array  # what the next turn is: _STEP, _MEASURE, _LOOK_AHEAD or _DONE
+    action: jax.Array  # what the next iteration does: _STEP, _MEASURE, _LOOK_AHEAD or _DONE
     failure: jax.Array  # _INDEFINITE, _BROKEN or 0
 
 
@@ -104,8 +104,8 @@ def conjugate_gradient(
 
     The residual of the recursion drifts from the true one. So on reaching the tolerance the true residual is measured
     by one product more. Where it is still above the tolerance the search restarts from there, as long as restarts
-    halve it. The search ends at a direction of curvature that is not positive beyond rounding. Every turn needs one
-    product, along the next direction or at the iterate to be measured, so the product is compiled once.
+    halve it. The search ends at a direction of curvature that is not positive beyond rounding. Every iteration needs
+    one product, along the next direction or at the iterate to be measured, so the product is compiled once.
 
     Args:
       product: `x -> H x`.
@@ -120,7 +120,7 @@ def conjugate_gradient(
     """
     start = _start(right_side, norm, guess, skip)
     search = jax.lax.while_loop(
-        lambda s: s.turn != _DONE, lambda s: _turn(product, right_side, norm, stopping, s), start
+        lambda s: s.action != _DONE, lambda s: _iterate(product, right_side, norm, stopping, s), start
     )
     residual = tree.add_scaled(search.kept_residual, stopping.damping, search.kept)
     length = jnp.sqrt(_vdot(residual, residual, norm.dtype))
@@ -140,10 +140,10 @@ def conjugate_gradient(
     )
 
 
-def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopping, s: _Search) -> _Search:
+def _iterate(product: Product, right_side: Params, norm: jax.Array, stopping: Stopping, s: _Search) -> _Search:
     """One product, and what follows from it."""
     dtype, eps = norm.dtype, float(jnp.finfo(norm.dtype).eps)
-    measuring, stepping = s.turn == _MEASURE, s.turn == _STEP
+    measuring, stepping = s.action == _MEASURE, s.action == _STEP
     point = tree.where(measuring, s.best, s.direction)
     image = tree.add_scaled(product(point), stopping.damping, point)
 
@@ -180,7 +180,7 @@ def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopp
     ended = measuring & ((failure > 0) | spent | ~restart)
     claimed = stepping & ((failure > 0) | (relative <= claim) | spent)
     after = jnp.where(ended, jnp.where(stopping.look_ahead, _LOOK_AHEAD, _DONE), jnp.where(claimed, _MEASURE, _STEP))
-    # Where the search ended, the residual of the undamped system is what is left.
+    # Where the search ended, the residual is that of the undamped system.
     left = tree.add_scaled(kept_residual, jnp.where(ended, stopping.damping, 0), kept)
     return _Search(
         iterate=iterate,
@@ -193,12 +193,12 @@ def _turn(product: Product, right_side: Params, norm: jax.Array, stopping: Stopp
         kept_residual=kept_residual,
         kept_norm=jnp.where(improved, relative, s.kept_norm),
         kept_scaled=jnp.where(improved, scaled, s.kept_scaled),
-        largest_curvature=jnp.where((s.turn != _LOOK_AHEAD) & jnp.isfinite(largest), largest, s.largest_curvature),
+        largest_curvature=jnp.where((s.action != _LOOK_AHEAD) & jnp.isfinite(largest), largest, s.largest_curvature),
         first_curvature=jnp.where(stepping & (s.num_steps == 0), rayleigh - stopping.damping, s.first_curvature),
-        last_curvature=jnp.where(s.turn == _LOOK_AHEAD, rayleigh - stopping.damping, s.last_curvature),
+        last_curvature=jnp.where(s.action == _LOOK_AHEAD, rayleigh - stopping.damping, s.last_curvature),
         num_steps=num_steps,
         num_products=s.num_products + 1,
-        turn=jnp.where(s.turn == _LOOK_AHEAD, _DONE, after).astype(jnp.int32),
+        action=jnp.where(s.action == _LOOK_AHEAD, _DONE, after).astype(jnp.int32),
         failure=failure.astype(jnp.int32),
     )
 
@@ -231,7 +231,7 @@ def _start(right_side: Params, norm: jax.Array, guess: Params | None, skip: Any)
         last_curvature=zero,
         num_steps=none,
         num_products=none,
-        turn=jnp.where(skip, _DONE, _STEP if guess is None else _MEASURE).astype(jnp.int32),
+        action=jnp.where(skip, _DONE, _STEP if guess is None else _MEASURE).astype(jnp.int32),
         failure=none,
     )
 
@@ -271,8 +271,8 @@ class ConjugateGradient(InverseHessian):
       >>> import contrastive_meta as cm
       >>> import jax.numpy as jnp
       >>> hessian = jnp.array([[2.0, 1.0], [1.0, 3.0]])
-      >>> answer = cm.ConjugateGradient().solve(lambda x: hessian @ x, jnp.array([3.0, 4.0]))
-      >>> [round(float(x), 6) for x in answer.solution], int(answer.num_hvps)
+      >>> solved = cm.ConjugateGradient().solve(lambda x: hessian @ x, jnp.array([3.0, 4.0]))
+      >>> [round(float(x), 6) for x in solved.solution], int(solved.num_hvps)
       ([1.0, 1.0], 3)
     """
 

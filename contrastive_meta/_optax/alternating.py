@@ -133,7 +133,7 @@ class Alternating(TuningMode):
             return OptaxDescent(optimizer, num_steps=number, carry_state=True)
 
         nudged = self.nudged_solver or steps(self.num_nudged_steps)
-        # A run that diverges is one of many: it is reported, and no second pair, as long to compile, stands by for it.
+        # A run that diverges is reported. There is no fallback: a second pair would double the time to compile.
         nudge = None if isinstance(nudged, NewtonKrylov) else LossNudge()
         return Contrastive(steps(0), nudged, self._strength(), nudge, estimate_error=self.estimate_error)
 

@@ -219,8 +219,8 @@ def _notes(rows: Sequence[Row], errors: Mapping[str, Exception]) -> list[str]:
         for unseen, names in blind.items()
     ]
     notes += [f"{name} raised {first_line(error)}" for name, error in errors.items()]
-    seen = {row.status for row in rows}
-    return notes + [f"{s.name}: {s.describe()}" for s in Status if s.name in seen and s != Status.CONVERGED]
+    occurring = {row.status for row in rows}
+    return notes + [f"{s.name}: {s.describe()}" for s in Status if s.name in occurring and s != Status.CONVERGED]
 
 
 def _columns(rows: Sequence[Row]) -> list[text.Column]:

@@ -79,7 +79,7 @@ def measure(function: Callable[..., Any], *args: Any, repeats: int = 5) -> Measu
 def measure_interleaved(
     calls: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], repeats: int = 5
 ) -> dict[str, Measurement]:
-    """Measure several functions in turn, round after round, so that all see the same weather.
+    """Measure several functions in turn, round after round, so that the machine's load is the same for all.
 
     All are compiled and warmed up before the first is timed.
 

@@ -139,17 +139,17 @@ def _basin(found: Findings) -> list[str]:
         Column(("curvature,", "inner"), [_number(s.curvature) for s in segments]),
         Column(("curvature,", "nudged"), [_number(s.nudged_curvature) for s in segments]),
         Column(("bend",), [share(s.bend) for s in segments]),
-        Column(("found",), [_verdict(s) for s in segments], numeric=False),
+        Column(("found",), [_finding(s) for s in segments], numeric=False),
     ]
     return ["Basin: the straight way from the base point to each nudged phase", *lay_out(columns, WIDTH)]
 
 
-def _verdict(segment: Segment) -> str:
+def _finding(segment: Segment) -> str:
     if not math.isfinite(segment.barrier):
         return "not finite"
     if not segment.same_basin:
         return "a barrier"
-    return "no minimum" if segment.runs_away else "same basin"
+    return "no minimum" if segment.is_unbounded else "same basin"
 
 
 def _result(found: Findings) -> list[str]:
