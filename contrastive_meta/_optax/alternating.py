@@ -65,7 +65,7 @@ class Alternating(TuningMode):
 
     Args:
       nudged_solver: the learner of both runs; None for the optimiser in training itself, with its state. One with
-        fixed coefficients, `OptaxDescent(optax.sgd(0.1, momentum=0.9), num_steps=20)`, cancels what is left to learn
+        fixed coefficients, `OptaxDescent(optax.sgd(0.1, momentum=0.9), num_steps=20)`, cancels unfinished learning
         exactly; Adam nearly so.
       num_nudged_steps: steps of each run where it is the optimiser in training; a `nudged_solver` brings its own.
       beta: nudging strength, inner over outer loss in units, or a function of the training step; None for one at which

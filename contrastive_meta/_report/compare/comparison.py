@@ -13,7 +13,7 @@ import numpy as np
 from contrastive_meta._estimators import MetaGradientEstimator
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
 from contrastive_meta._report import text
-from contrastive_meta._report.compare.measurement import Measurement, Prepared, check_repeats, prepare, time_in_turn
+from contrastive_meta._report.compare.measurement import Measurement, Prepared, check_repeats, prepare, time_interleaved
 from contrastive_meta._report.compare.reference import Reference, Subject, check_reference, resolve_reference
 from contrastive_meta._report.gradients import (
     cosine,
@@ -172,7 +172,7 @@ def compare(
             raise_first(errors)
         results = {name: ready.output for name, ready in prepared.items()}
         against = resolve_reference(Subject(problem, estimators, results, meta_params, task, key), reference)
-    measurements = time_in_turn(prepared, repeats)
+    measurements = time_interleaved(prepared, repeats)
 
     rows = tuple(
         _row(name, measurements[name], against) if name in measurements else _failed_row(name, errors[name])
