@@ -66,7 +66,7 @@ def require_holomorphic(
     operation and all control flow. The proof is one-sided: operations not known to be holomorphic count as not
     holomorphic, and so do compositions of such operations that happen to be. What reaches no output does not count.
     Branch cuts and poles (`log`, `sqrt`, `pow`, division) are allowed, since no tracing can tell where values lie.
-    Only the function's own values are judged: where its derivative will be used and may have a rule of its own
+    Only the function's own values are classified: where its derivative will be used and may have a rule of its own
     (`jax.custom_vjp`), ask about `jax.grad(function, holomorphic=True)` as well.
 
     Args:
@@ -161,7 +161,7 @@ class _Walker:
     def _operation(self, eqn: core.JaxprEqn, taints: list[_Taint], site: CallSite) -> list[_Taint]:
         worst = _worst(taints)
         if worst is _Level.HOLOMORPHIC:
-            worst = self._judge(eqn, site)
+            worst = self._classify(eqn, site)
         # A tainted value written to a reference or sent to the host comes back by ways not followed here.
         if eqn.effects and eqn.primitive.name not in _HOLOMORPHIC and not eqn.primitive.name.startswith("debug"):
             self.escaped.append(worst if isinstance(worst, _Offence) else self._offence(eqn, site))
@@ -169,11 +169,11 @@ class _Walker:
             return [worst if _is_complex(var) else _Level.CLEAN for var in eqn.outvars]
         return [worst] * len(eqn.outvars)
 
-    def _judge(self, eqn: core.JaxprEqn, site: CallSite) -> _Taint:
-        """One operation on holomorphic operands; its indices and predicates, never complex, are clean therefore."""
+    def _classify(self, eqn: core.JaxprEqn, site: CallSite) -> _Taint:
+        """One operation on holomorphic operands; its indices and predicates are never complex and so clean."""
         name, params = eqn.primitive.name, eqn.params
         conjugates = name == "triangular_solve" and params["conjugate_a"]
-        # Integers from tainted operands (pivots) are `lu`'s privilege; real numbers mean a cast or a real transform.
+        # Only `lu` may return integers (pivots) from tainted operands; real numbers mean a cast or a real transform.
         becomes_real = name != "lu" and not all(_is_complex(var) for var in eqn.outvars)
         if name not in self.allowed or conjugates or becomes_real:
             return self._offence(eqn, site)

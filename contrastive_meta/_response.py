@@ -58,7 +58,7 @@ def measure_noise(
     """The value of `function` at a point, the norm of its rounding noise there, and its slope.
 
     A second difference over steps that are a small part of sqrt(eps) * scale: what is smooth contributes less than
-    eps, so what is left is noise, whether it comes from the dtype or from reduced-precision matrix products. Costs 3
+    eps, so the rest is noise, whether it comes from the dtype or from reduced-precision matrix products. Costs 3
     evaluations, one after another: side by side they would need three times the memory.
 
     Args:
@@ -108,7 +108,7 @@ def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:
     relative_noise = jnp.clip(probe.noise / tree.or_one(probe.curvature * probe.scale), probe.eps, 1e-3)
     distance = 3 * jnp.sqrt(relative_noise) * probe.scale
 
-    def go_on(carry: Any) -> Any:
+    def unconverged(carry: Any) -> Any:
         _, _, _, squared, count, upward = carry
         return (squared > 1e-4) & (count < num_steps) & upward
 
@@ -127,5 +127,5 @@ def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:
         return x, residual, direction, new, count + 1, upward
 
     begin = (tree.zeros_like(unit), unit, unit, tree.vdot(unit, unit), jnp.int32(0), jnp.asarray(True))
-    x, _, _, _, count, _ = jax.lax.while_loop(go_on, body, begin)
+    x, _, _, _, count, _ = jax.lax.while_loop(unconverged, body, begin)
     return tree.scale(probe.nudge_norm, x), count

@@ -94,7 +94,7 @@ _DESCRIPTIONS = {
 
 
 # An estimated relative error above this makes a result approximate, whatever else was checked.
-DOUBTFUL = 0.1
+LARGEST_ACCURATE_ERROR = 0.1
 
 
 def worst(*statuses: Any) -> jax.Array:
@@ -146,8 +146,8 @@ def make_diagnostics(dtype: Any, **known: Any) -> Diagnostics:
     missing = {name: 0 if name in counts else jnp.nan for name in Diagnostics._fields}
     values = missing | known
     told = Diagnostics(**{name: jnp.asarray(value, counts.get(name, dtype)) for name, value in values.items()})
-    doubtful = flag(told.error_estimate > DOUBTFUL, Status.APPROXIMATE)
-    return told._replace(status=jnp.maximum(told.status, doubtful))
+    inaccurate = flag(told.error_estimate > LARGEST_ACCURATE_ERROR, Status.APPROXIMATE)
+    return told._replace(status=jnp.maximum(told.status, inaccurate))
 
 
 class EstimatorState(NamedTuple):

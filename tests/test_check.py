@@ -57,15 +57,15 @@ class Broken(cm.MetaGradientEstimator):
     hide_start: bool = dataclasses.field(default=False, metadata={"static": True})
     fail: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def _estimate(self, setting: Any, state: Any) -> cm.MetaGradient:
+    def _estimate(self, instance: Any, state: Any) -> cm.MetaGradient:
         if self.fail:
             raise RuntimeError("out of luck\nsecond line")
         result = cm.BackpropThroughLearning(self.solver).estimate(
-            setting.problem, setting.meta_params, setting.task, key=setting.key
+            instance.problem, instance.meta_params, instance.task, key=instance.key
         )
         grad = jax.tree.map(lambda g: self.factor * g, result.grad)
         if self.drop_direct:
-            direct = jax.grad(setting.problem.outer, argnums=1)(result.params, setting.meta_params, setting.task)
+            direct = jax.grad(instance.problem.outer, argnums=1)(result.params, instance.meta_params, instance.task)
             grad = jax.tree.map(jnp.subtract, grad, direct)
         if self.hide_start:
             grad = grad | {"start": jnp.zeros_like(grad["start"])}

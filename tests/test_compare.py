@@ -35,11 +35,11 @@ class Edited(cm.MetaGradientEstimator):
     factor: float = 1.0
     complain: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def _estimate(self, setting: Any, state: Any) -> cm.MetaGradient:
+    def _estimate(self, instance: Any, state: Any) -> cm.MetaGradient:
         if self.complain:
             warnings.warn("this estimator is deprecated", UserWarning, stacklevel=2)
         result = cm.BackpropThroughLearning(self.solver).estimate(
-            setting.problem, setting.meta_params, setting.task, key=setting.key
+            instance.problem, instance.meta_params, instance.task, key=instance.key
         )
         return dataclasses.replace(result, grad=jax.tree.map(lambda g: self.factor * g, result.grad))
 

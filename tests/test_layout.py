@@ -3,14 +3,14 @@
 import ast
 import doctest
 import inspect
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import pytest
 
 import contrastive_meta as cm
 from contrastive_meta import architectures, local_learners, problems
@@ -29,19 +29,18 @@ ORDER = (
     "_dependence",
     "_response",
     "_solvers",
+    "_instance",
     "_base_point",
     "_nudging",
     "_plasticity",
     "_linear",
-    "_inverse_hessian",
-    "_instance",
     "_estimators",
     "_contrastive",
     "_argmin",
-    "_layout",
-    "_front",
+    "_sharding",
+    "_batch",
     "_optax",
-    "_compare",
+    "_report",
     "problems",
     "architectures",
     "local_learners",
@@ -55,6 +54,126 @@ DEPENDENCIES = {"jax", "optax", "numpy", "scipy"}
 PRIVATE_TESTED_BY: dict[str, set[str]] = {
     "tests/test_holomorphic.py": {"_holomorphic"},
     "tests/test_conjugate_gradient.py": {"_linear"},
+}
+
+# Words of the old vocabulary and the standard ones in their place. In identifiers they are parts between underscores
+# (or capitals); in docstrings and comments, regular expressions; in module names, whole names.
+IDENTIFIERS = {
+    "answer|answers|answered": "solution, estimate, reply",
+    "astray": "basin uncertain",
+    "bend|bends": "nonlinearity",
+    "decide": "accept or reject",
+    "doubling": "step reduction",
+    "doubt|doubts|doubtful": "error estimate, caveat",
+    "falls": "sufficient decrease",
+    "foretold": "predicted reduction",
+    "gauge|seek|rung": "step-size selection, trial",
+    "go_on|run_again|runs_again": "fallback, rerun, continued",
+    "judge|judged|judges": "convergence tests, residuals, status",
+    "lacking|untruncated": "Richardson extrapolation, iterative refinement",
+    "mover": "Newton step",
+    "newton_length": "Cauchy step length",
+    "one_pass": "Newton-Krylov iteration",
+    "oracle|oracles": "finite differences, reference",
+    "ran_away|runs_away|runaway": "nudge unbounded",
+    "remainder|what_is_left": "residual (of which equation)",
+    "setting": "instance",
+    "shrink": "step reduction",
+    "turn|turns": "iteration, linear solve",
+    "unanswered": "residual norm, not converged",
+    "verdict|verdicts": "agreement",
+}
+# Fields that users read, by the class that has them.
+PUBLIC_FIELDS = {"EstimatorState.doubling", "Segment.bend", "CheckReport.verdict"}
+PROSE = {
+    r"astray": "basin uncertain",
+    r"betrays?": "shows",
+    r"foretold": "predicted reduction",
+    r"front door": "interface",
+    r"lest": "so that ... not",
+    r"(no more|nor|neither) do(es)?": "a sentence of its own",
+    r"oracles?": "finite differences, reference",
+    r"ran away|runs away": "unbounded",
+    r"remainders?": "residual (of which equation)",
+    r"unanswered": "residual norm, not converged",
+    r"what (is|was) left(?! out)": "residual (of which equation)",
+}
+MODULES = {
+    "border": "interop",
+    "doubt": "error_estimate",
+    "front": "batch",
+    "gauge": "step_size",
+    "go_on": "fallback",
+    "judge": "convergence",
+    "layout": "sharding",
+    "line": "newton_step",
+    "oracle": "finite_differences",
+    "phases_seen": "phase_profile",
+    "run_again": "rerun",
+    "search": "newton_krylov",
+    "seek": "step_size",
+    "verdict": "agreement",
+    "words": "sentences",
+}
+# Old words that are still there, by file.
+EXCEPTIONS: dict[str, set[str]] = {
+    "_contrastive/contrastive.py": {'"ran away"', '"what is left"', "doubling"},
+    "_contrastive/convergence.py": {"_UNTRUNCATED", "ran_away", "unanswered"},
+    "_contrastive/linear_solve.py": {'"what is left"', "turns"},
+    "_contrastive/newton_krylov.py": {
+        '"what is left"',
+        '"what was left"',
+        "_MOST_SHRINK",
+        "_SHRINK",
+        "answer",
+        "answered",
+        "may_go_on",
+        "shrink",
+        "unanswered",
+    },
+    "_contrastive/newton_step.py": {
+        '"what is left"',
+        "Region.shrink",
+        "Solved.answer",
+        "Trial.falls",
+        "answer",
+        "falls",
+        "judge_trial",
+        "unanswered",
+        "what_is_left",
+    },
+    "_contrastive/rerun.py": {"setting", "turn"},
+    "_contrastive/stages.py": {
+        '"ran away"',
+        '"what is left"',
+        "ANSWER",
+        "JUDGE",
+        "Ran.ran_away",
+        "Turn",
+        "_ANSWER_TOL",
+        "_after_answer",
+        "_after_judge",
+        "_may_go_on",
+        "_prepare_answer",
+        "answer",
+        "answered",
+        "go_on",
+        "judge",
+        "judged",
+        "lacking",
+        "ran_away",
+        "turn",
+    },
+    "_contrastive/step_size.py": {
+        '"what is left"',
+        "Plan.shrink",
+        "_Weights.doubt",
+        "doubt",
+        "doubtful",
+        "judge",
+        "judged",
+        "per_bend",
+    },
 }
 
 
@@ -100,6 +219,16 @@ def private_names(syntax: ast.AST) -> set[str]:
     return {name for name in private if not name.startswith("__")}
 
 
+def syntax_of(path: Path) -> ast.Module:
+    """The parsed file."""
+    return ast.parse(path.read_text())
+
+
+def listed(what: str, offenders: list[str]) -> str:
+    """A message with one offender a line."""
+    return "\n  ".join([f"{what}:", *offenders])
+
+
 def python_in_markdown(text: str) -> Iterator[ast.AST]:
     """The syntax of every fenced Python block, plain or with prompts."""
     for block in re.findall(r"^```(?:python|pycon|py)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
@@ -138,8 +267,8 @@ def test_every_module_has_a_place_in_the_order() -> None:
 
 def test_the_order_is_read_as_meant() -> None:
     """The check itself can fail: in both directions, for relative imports, and for the narrower view of problems."""
-    assert wrong_way(f"{PACKAGE}._solvers.base", f"{PACKAGE}._compare.compare")
-    assert not wrong_way(f"{PACKAGE}._compare", f"{PACKAGE}._solvers.base")
+    assert wrong_way(f"{PACKAGE}._solvers.base", f"{PACKAGE}._report.compare")
+    assert not wrong_way(f"{PACKAGE}._report", f"{PACKAGE}._solvers.base")
     assert wrong_way(f"{PACKAGE}.problems._ridge", f"{PACKAGE}._solvers.base")
     relative = ast.parse("from .._nudging import circle\nfrom . import base")
     assert list(imports(relative, f"{PACKAGE}._solvers")) == [f"{PACKAGE}._nudging.circle", f"{PACKAGE}._solvers.base"]
@@ -147,15 +276,18 @@ def test_the_order_is_read_as_meant() -> None:
     assert private_names(ast.parse("from contrastive_meta._pytree import norm")) == {"_pytree.norm"}
 
 
-@pytest.mark.parametrize("path", package_files(), ids=module_name)
-def test_imports_go_one_way_and_reach_only_the_dependencies(path: Path) -> None:
-    module = module_name(path)
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    found = list(imports(ast.parse(path.read_text()), package))
-    backwards = [name for name in found if name.startswith(f"{PACKAGE}.") and wrong_way(module, name)]
-    foreign = {name.split(".")[0] for name in found} - DEPENDENCIES - set(sys.stdlib_module_names) - {PACKAGE}
-    assert not backwards, f"{module} imports later units: {backwards}"
-    assert not foreign, f"{module} imports {foreign}; the package depends on {DEPENDENCIES} only"
+def test_imports_go_one_way_and_reach_only_the_dependencies() -> None:
+    backwards, foreign = [], []
+    for path in package_files():
+        module = module_name(path)
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for name in imports(syntax_of(path), package):
+            if name.startswith(f"{PACKAGE}."):
+                backwards += [f"{module} imports {name}"] if wrong_way(module, name) else []
+            elif name.split(".")[0] not in DEPENDENCIES | set(sys.stdlib_module_names) | {PACKAGE}:
+                foreign.append(f"{module} imports {name}")
+    assert not backwards, listed("imports of later units", backwards)
+    assert not foreign, listed(f"the package depends on {DEPENDENCIES} only", foreign)
 
 
 def outside_files() -> list[Path]:
@@ -169,13 +301,14 @@ def outside_files() -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("path", outside_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_outside_uses_public_names_only(path: Path) -> None:
-    text = path.read_text()
-    syntaxes = python_in_markdown(text) if path.suffix == ".md" else [ast.parse(text)]
-    found = {name for syntax in syntaxes for name in private_names(syntax)}
-    allowed = PRIVATE_TESTED_BY.get(str(path.relative_to(ROOT)), set())
-    assert {name.split(".")[0] for name in found} <= allowed, f"{path.name} uses private names: {sorted(found)}"
+def test_the_outside_uses_public_names_only() -> None:
+    found = []
+    for path in outside_files():
+        syntaxes = python_in_markdown(path.read_text()) if path.suffix == ".md" else [syntax_of(path)]
+        allowed = PRIVATE_TESTED_BY.get(str(path.relative_to(ROOT)), set())
+        names = sorted({name for syntax in syntaxes for name in private_names(syntax)})
+        found += [f"{path.relative_to(ROOT)}: {name}" for name in names if name.split(".")[0] not in allowed]
+    assert not found, listed("private names used outside the package", found)
 
 
 def test_no_exception_is_left_behind() -> None:
@@ -184,20 +317,97 @@ def test_no_exception_is_left_behind() -> None:
         assert used == allowed, f"PRIVATE_TESTED_BY[{name!r}] allows {allowed}, the file uses {used}"
 
 
-@pytest.mark.parametrize(("name", "value"), list(public_names()))
-def test_a_public_name_has_a_docstring_with_an_example(name: str, value: Any) -> None:
-    if isinstance(value, ModuleType):
-        assert value.__doc__
-        return
-    assert inspect.isclass(value) or inspect.isroutine(value), (
-        f"{name} is a {type(value).__name__}: document it in docs/"
-    )
-    # Of the object itself: an inherited docstring describes something else.
-    text = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
-    assert text, f"{name} has no docstring"
-    assert re.search(r"^\s*Example:\n\s+>>> ", text, flags=re.MULTILINE), f"{name}'s docstring has no runnable Example"
+def test_public_names_have_docstrings_with_examples() -> None:
+    found = []
+    for name, value in public_names():
+        if isinstance(value, ModuleType):
+            found += [] if value.__doc__ else [f"{name}: no docstring"]
+        elif not (inspect.isclass(value) or inspect.isroutine(value)):
+            found.append(f"{name}: a {type(value).__name__}, to be documented in docs/")
+        else:
+            # Of the object itself: an inherited docstring describes something else.
+            text = (vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__) or ""
+            example = re.search(r"^\s*Example:\n\s+>>> ", text, flags=re.MULTILINE)
+            found += [] if example else [f"{name}: {'no runnable Example in its' if text else 'no'} docstring"]
+    assert not found, listed("public names without explanation", found)
 
 
-@pytest.mark.parametrize("path", package_files(), ids=module_name)
-def test_a_file_begins_with_its_reason_to_exist(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no module docstring"
+def test_files_begin_with_their_reason_to_exist() -> None:
+    found = [module_name(path) for path in package_files() if not ast.get_docstring(syntax_of(path))]
+    assert not found, listed("no module docstring", found)
+
+
+def defined(syntax: ast.AST) -> Iterator[str]:
+    """Every identifier that `syntax` defines: classes, functions, arguments, variables, and fields as `Class.field`."""
+    fields: dict[ast.AST, str] = {}
+    for node in ast.walk(syntax):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            fields |= {part.target: node.name for part in node.body if isinstance(part, ast.AnnAssign)}
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            yield f"{fields[node]}.{name}" if node in fields else name
+
+
+def snake_case(identifier: str) -> str:
+    """`PhaseSetup` and `phase_setup` alike as `_phase_setup_`."""
+    return f"_{re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', identifier).lower().strip('_')}_"
+
+
+def prose(text: str) -> str:
+    """Docstrings and comments, lines joined, without quotations of code in backticks and without examples."""
+    docstrings = [
+        ast.get_docstring(node) or ""
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT]
+    words = re.sub(r"^\s*(>>>|\.\.\.).*$", "", "\n".join([*docstrings, *comments]), flags=re.MULTILINE)
+    return " ".join(re.sub(r"`[^`]*`", "", words).split())
+
+
+def old_words(name: str, text: str) -> dict[str, str]:
+    """Old words in a module of this name, each with the standard one."""
+    stem = name.rpartition("/")[2].removesuffix(".py").strip("_")
+    found = {f"module {stem}": MODULES[stem]} if stem in MODULES else {}
+    for identifier in set(defined(ast.parse(text))) - PUBLIC_FIELDS:
+        for word, standard in IDENTIFIERS.items():
+            if re.search(f"_({word})_", snake_case(identifier.rpartition(".")[2])):
+                found[identifier] = standard
+    sentences = prose(text)
+    for word, standard in PROSE.items():
+        for match in re.finditer(rf"\b({word})\b", sentences, flags=re.IGNORECASE):
+            found[f'"{match.group().lower()}"'] = standard
+    return found
+
+
+def test_old_words_are_found() -> None:
+    """In identifiers, in prose and in module names; public fields, uses and words that contain them are none."""
+    text = '''
+class Judged(NamedTuple):
+    """Nor does this."""
+    ran_away: Any
+class EstimatorState(NamedTuple):
+    doubling: Any
+def smallest_settings(overturned, state): return state.answer  # lest it be `lest`
+'''
+    assert set(old_words("_contrastive/_oracle.py", text)) == {
+        "module oracle", "Judged", "Judged.ran_away", '"nor does"', '"lest"'
+    }  # fmt: skip
+    assert not old_words("_solvers/_line_search.py", "searched = 1")
+
+
+def test_the_standard_words_are_used() -> None:
+    found, stale = [], []
+    texts = {str(path.relative_to(ROOT / PACKAGE)): path.read_text() for path in package_files()}
+    for name, text in texts.items():
+        here, allowed = old_words(name, text), EXCEPTIONS.get(name, set())
+        found += [f"{name}: {word} -> {standard}" for word, standard in sorted(here.items()) if word not in allowed]
+        stale += [f"{name}: {word}" for word in sorted(allowed - set(here))]
+    assert not found, listed("old words, and the standard ones", found)
+    assert not stale, listed("no longer there: take them out of EXCEPTIONS", stale)
+    assert set(EXCEPTIONS) <= set(texts), f"EXCEPTIONS names files that are gone: {set(EXCEPTIONS) - set(texts)}"

@@ -5,7 +5,7 @@ from typing import Any
 
 from contrastive_meta._contrastive import Contrastive, NewtonKrylov
 from contrastive_meta._estimators import BackpropThroughLearning, ImplicitDifferentiation, MetaGradientEstimator
-from contrastive_meta._inverse_hessian import ConjugateGradient, IdentityHessian, InverseHessian
+from contrastive_meta._linear import ConjugateGradient, IdentityHessian, InverseHessian
 from contrastive_meta._nudging import NudgeStrength, central_difference, relative
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._solvers.base import InnerSolver

@@ -167,11 +167,11 @@ def _learn(layer: _Layer, solver: InnerSolver, operands: Operands) -> tuple[Solu
     """The free phase."""
     start, meta_params, task, values = operands
     with jax.default_matmul_precision("highest"):
-        setting = _setting(layer.problem(values), start, meta_params, task)
+        instance = _make_instance(layer.problem(values), start, meta_params, task)
         memory = solver.bind(meta_params).init_memory(start)
-        found = setting.free_phase(solver, EstimatorState.fresh(start, memory, setting.dtype))
+        found = instance.free_phase(solver, EstimatorState.fresh(start, memory, instance.dtype))
     diagnostics = make_diagnostics(
-        setting.dtype, free_residual=found.residual, num_gradients=found.num_gradients, status=found.status
+        instance.dtype, free_residual=found.residual, num_gradients=found.num_gradients, status=found.status
     )
     # What a solver remembers is not kept for the way back: it may be many times as large as the solution.
     return found._replace(memory=()), diagnostics
@@ -199,8 +199,10 @@ def _pull_back(
     problem = BilevelProblem(inner, outer, lambda meta, task: merge(meta, task).start)
     learned = AlreadyLearned(solver, solution, lambda meta: merge(meta, (others,)).meta_params)
     with jax.default_matmul_precision("highest"):
-        setting = _setting(problem, solution.params, differentiated, (others, cotangent))
-        result = adjoint.estimator(learned)._estimate(setting, EstimatorState.fresh(solution.params, (), setting.dtype))
+        instance = _make_instance(problem, solution.params, differentiated, (others, cotangent))
+        result = adjoint.estimator(learned)._estimate(
+            instance, EstimatorState.fresh(solution.params, (), instance.dtype)
+        )
 
     asked = jnp.any(jnp.stack([jnp.any(v != 0) for v in jax.tree.leaves(cotangent)]))
     failed = asked & (result.diagnostics.status > Status.APPROXIMATE)
@@ -212,7 +214,7 @@ def _pull_back(
     return list(grads)
 
 
-def _setting(problem: BilevelProblem, params: Params, meta_params: Any, task: Any) -> Instance:
+def _make_instance(problem: BilevelProblem, params: Params, meta_params: Any, task: Any) -> Instance:
     dtype = float_dtype_of(problem, params, meta_params, task)
     return Instance(problem, meta_params, task, jax.random.key(0), dtype)
 

@@ -13,7 +13,7 @@ from contrastive_meta._solvers.base import Solution
 
 
 def result_of_learning(
-    setting: Instance,
+    instance: Instance,
     state: EstimatorState,
     free: Solution,
     grad: MetaParams,
@@ -25,7 +25,7 @@ def result_of_learning(
     """A meta-gradient judged by the free phase's own report, and by whether its numbers are finite.
 
     Args:
-      setting: the problem, its model state held.
+      instance: the problem, its model state held.
       state: the state that came in.
       free: where learning ended.
       grad: the estimate.
@@ -33,7 +33,7 @@ def result_of_learning(
       status: what the estimator knows besides.
       error: estimated relative error.
     """
-    outer_loss, aux = setting.problem.outer_with_aux(free.params, setting.meta_params, setting.task)
+    outer_loss, aux = instance.problem.outer_with_aux(free.params, instance.meta_params, instance.task)
     return MetaGradient(
         grad=grad,
         outer_loss=outer_loss,
@@ -41,7 +41,7 @@ def result_of_learning(
         state=state._replace(params=free.params, memory=free.memory, model_state=free.model_state),
         aux=aux,
         diagnostics=make_diagnostics(
-            setting.dtype,
+            instance.dtype,
             free_residual=free.residual,
             num_gradients=num_gradients,
             error_estimate=error,

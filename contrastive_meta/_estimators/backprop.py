@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import (
     any_of,
     seen_in_model_state,
@@ -15,10 +14,11 @@ from contrastive_meta._estimators._visibility import (
     seen_in_start,
 )
 from contrastive_meta._estimators.base import MetaGradientEstimator
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import BilevelProblem, MetaParams, ModelState, Params, Task
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
-from contrastive_meta._solvers.base import InnerSolver, UnrolledLosses, judge
+from contrastive_meta._solvers.base import InnerSolver, UnrolledLosses, final_status
 
 
 @strategy
@@ -74,24 +74,24 @@ class BackpropThroughLearning(MetaGradientEstimator):
         if self.truncate is not None and self.truncate < 1:
             raise ValueError(f"`truncate` must be at least 1 step; got {self.truncate}.")
 
-    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         def learned(meta_params: MetaParams) -> tuple[jax.Array, tuple[Params, ModelState, Any]]:
-            params, model_state = self._learn(setting, meta_params)
-            held = setting.problem.at(model_state)
-            outer_loss, aux = held.outer_with_aux(params, meta_params, setting.task)
+            params, model_state = self._learn(instance, meta_params)
+            held = instance.problem.at(model_state)
+            outer_loss, aux = held.outer_with_aux(params, meta_params, instance.task)
             return outer_loss, (params, model_state, aux)
 
         if self.forward_mode:
-            (outer_loss, (params, model_state, aux)), grad = _forward_value_and_grad(learned, setting.meta_params)
+            (outer_loss, (params, model_state, aux)), grad = _forward_value_and_grad(learned, instance.meta_params)
         else:
             (outer_loss, (params, model_state, aux)), grad = jax.value_and_grad(learned, has_aux=True)(
-                setting.meta_params
+                instance.meta_params
             )
 
-        setting = setting.at(model_state)
-        init = setting.problem.init(setting.meta_params, setting.task)
-        first_loss, first_grad = tree.value_and_grad(setting.inner)(init)
-        loss, inner_grad = tree.value_and_grad(setting.inner)(params)
+        instance = instance.at(model_state)
+        init = instance.problem.init(instance.meta_params, instance.task)
+        first_loss, first_grad = tree.value_and_grad(instance.inner)(init)
+        loss, inner_grad = tree.value_and_grad(instance.inner)(params)
         residual = tree.norm(inner_grad)
         num_steps = getattr(self.solver, "num_steps", None)
         truncated = self.truncate is not None and num_steps is not None and self.truncate < num_steps
@@ -102,26 +102,28 @@ class BackpropThroughLearning(MetaGradientEstimator):
             state=state._replace(params=params, model_state=model_state),
             aux=aux,
             diagnostics=make_diagnostics(
-                setting.dtype,
+                instance.dtype,
                 free_residual=residual,
                 num_gradients=self._num_gradients(num_steps) + 2,
                 num_hvps=min(self.truncate or num_steps or 0, num_steps or 0),
                 status=worst(
-                    judge(first_loss, tree.norm(first_grad), params, loss, residual),
+                    final_status(first_loss, tree.norm(first_grad), params, loss, residual),
                     flag(jnp.asarray(truncated), Status.APPROXIMATE),
                     flag(~tree.all_finite(grad), Status.NOT_FINITE),
                 ),
             ),
         )
 
-    def _learn(self, setting: Instance, meta_params: MetaParams) -> tuple[Params, ModelState]:
+    def _learn(self, instance: Instance, meta_params: MetaParams) -> tuple[Params, ModelState]:
         """Learning, the model state with it, as a function of the meta-parameters."""
         solver = self.solver.bind(meta_params)
-        here = Instance(setting.problem, meta_params, setting.task, setting.key, setting.dtype)
-        fixed = Instance(setting.problem, jax.lax.stop_gradient(meta_params), setting.task, setting.key, setting.dtype)
-        init = setting.problem.init(meta_params, setting.task)
-        if setting.problem.init_model_state is not None:
-            first = setting.problem.first_model_state(meta_params, setting.task)
+        here = Instance(instance.problem, meta_params, instance.task, instance.key, instance.dtype)
+        fixed = Instance(
+            instance.problem, jax.lax.stop_gradient(meta_params), instance.task, instance.key, instance.dtype
+        )
+        init = instance.problem.init(meta_params, instance.task)
+        if instance.problem.init_model_state is not None:
+            first = instance.problem.first_model_state(meta_params, instance.task)
             if self.forward_mode:
                 solution = solver.solve_with_state(here.moving_losses(), init, first)
                 return solution.params, solution.model_state
@@ -129,7 +131,7 @@ class BackpropThroughLearning(MetaGradientEstimator):
             return solver.solve_differentiably_with_state(
                 *both, init, first, truncate=self.truncate, checkpoint=self.checkpoint
             )
-        stochastic = setting.problem.sample is not None
+        stochastic = instance.problem.sample is not None
         if self.forward_mode:
             minibatch = here.inner_minibatch if stochastic else None
             return solver.solve(here.inner, init, minibatch_loss=minibatch).params, ()

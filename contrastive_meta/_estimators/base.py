@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._dependence import leaf_names
-from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
     BilevelProblem,
     MetaParams,
@@ -117,7 +117,7 @@ class MetaGradientEstimator(abc.ABC):
         return {"solver": InnerSolver}
 
     @abc.abstractmethod
-    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
+    def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         """The estimate, under jit, with everything validated."""
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:

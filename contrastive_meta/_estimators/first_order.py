@@ -6,9 +6,9 @@ import jax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators._learned import result_of_learning
-from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import any_of, seen_in_outer_loss, seen_in_start
 from contrastive_meta._estimators.base import MetaGradientEstimator
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
 from contrastive_meta._pytree import strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status
@@ -45,14 +45,14 @@ class FirstOrder(MetaGradientEstimator):
 
     solver: InnerSolver
 
-    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
-        _, init_vjp, free = _learn_from_start(self.solver, setting, state)
-        setting = setting.at(free.model_state)
-        outer_grad = tree.grad(setting.outer)(free.params)
-        direct = tree.grad(lambda meta: setting.problem.outer(free.params, meta, setting.task))(setting.meta_params)
+    def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
+        _, init_vjp, free = _learn_from_start(self.solver, instance, state)
+        instance = instance.at(free.model_state)
+        outer_grad = tree.grad(instance.outer)(free.params)
+        direct = tree.grad(lambda meta: instance.problem.outer(free.params, meta, instance.task))(instance.meta_params)
         (through_start,) = init_vjp(outer_grad)
         return result_of_learning(
-            setting,
+            instance,
             state,
             free,
             tree.add(direct, through_start),
@@ -96,11 +96,11 @@ class Reptile(MetaGradientEstimator):
     solver: InnerSolver
     scale: float | jax.Array = 1.0
 
-    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
-        init, init_vjp, free = _learn_from_start(self.solver, setting, state)
+    def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
+        init, init_vjp, free = _learn_from_start(self.solver, instance, state)
         (grad,) = init_vjp(tree.scale(self.scale, tree.subtract(init, free.params)))
         return result_of_learning(
-            setting.at(free.model_state),
+            instance.at(free.model_state),
             state,
             free,
             grad,
@@ -113,9 +113,9 @@ class Reptile(MetaGradientEstimator):
         return seen_in_start(problem, meta_params, task)
 
 
-def _learn_from_start(solver: InnerSolver, setting: Instance, state: EstimatorState) -> tuple[Params, Any, Solution]:
-    init, init_vjp = jax.vjp(lambda meta: setting.problem.init(meta, setting.task), setting.meta_params)
-    memory = solver.bind(setting.meta_params).init_memory(init)
-    model_state = setting.problem.first_model_state(setting.meta_params, setting.task)
+def _learn_from_start(solver: InnerSolver, instance: Instance, state: EstimatorState) -> tuple[Params, Any, Solution]:
+    init, init_vjp = jax.vjp(lambda meta: instance.problem.init(meta, instance.task), instance.meta_params)
+    memory = solver.bind(instance.meta_params).init_memory(init)
+    model_state = instance.problem.first_model_state(instance.meta_params, instance.task)
     start = state._replace(params=init, memory=memory, model_state=model_state)
-    return init, init_vjp, setting.free_phase(solver, start)
+    return init, init_vjp, instance.free_phase(solver, start)

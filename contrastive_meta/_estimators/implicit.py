@@ -17,15 +17,15 @@ from contrastive_meta._base_point import (
     outer_gradients,
     survey,
 )
-from contrastive_meta._instance import Instance
 from contrastive_meta._estimators.base import MetaGradientEstimator
-from contrastive_meta._inverse_hessian import (
+from contrastive_meta._instance import Instance
+from contrastive_meta._linear import (
     ConjugateGradient,
     InverseHessian,
     LinearSolution,
+    Stopping,
     solve_by_conjugate_gradient,
 )
-from contrastive_meta._linear import Stopping
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
@@ -53,11 +53,11 @@ class ImplicitDifferentiation(MetaGradientEstimator):
       solver: the learner.
       inverse_hessian: how H^-1 v is found: `ConjugateGradient()` (iMAML), `NeumannSeries` (recurrent backprop),
         `Nystrom`, `DenseInverse()`, or `IdentityHessian()` (T1-T2).
-      estimate_error: whether to estimate `diagnostics.error_estimate`: what changes in the meta-gradient when Newton's
-        step takes what is left to learn, and an answer to the linear solver's residual there is added to the adjoint.
+      estimate_error: whether to estimate `diagnostics.error_estimate`: the change of the meta-gradient when Newton's
+        step completes learning, and the linear solver's residual is solved for there and added to the adjoint.
         Costs two solves by conjugate gradients, to 1e-4 and of at most 200 products each, an outer gradient and a mixed
-        derivative. Infinite where a tenth of what is left found no answer (too long a way, or downward curvature);
-        rounding is beyond it.
+        derivative. Infinite where a tenth of a residual is not reduced (by too many steps, or by downward curvature);
+        it does not include rounding.
 
     Reference:
       Bengio (2000); Rajeswaran et al. (2019), iMAML; Lorraine, Vicol & Duvenaud (2020).
@@ -82,15 +82,15 @@ class ImplicitDifferentiation(MetaGradientEstimator):
     def _parts(self) -> dict[str, Any]:
         return super()._parts() | {"inverse_hessian": InverseHessian}
 
-    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
-        free = setting.free_phase(self.solver, state)
-        setting = setting.at(free.model_state)
-        base = survey(setting, free.params, free, setting.problem.init(setting.meta_params, setting.task))
+    def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
+        free = instance.free_phase(self.solver, state)
+        instance = instance.at(free.model_state)
+        base = survey(instance, free.params, free, instance.problem.init(instance.meta_params, instance.task))
 
         # Linearising once keeps what the products share; each then costs one forward-over-reverse pass.
-        _, hvp = jax.linearize(tree.grad(setting.inner), base.params)
-        systems = _solve_systems(setting, base, hvp, self.inverse_hessian, self.estimate_error)
-        grad, error = _meta_gradient(setting, base, systems)
+        _, hvp = jax.linearize(tree.grad(instance.inner), base.params)
+        systems = _solve_systems(instance, base, hvp, self.inverse_hessian, self.estimate_error)
+        grad, error = _meta_gradient(instance, base, systems)
         return MetaGradient(
             grad=grad,
             outer_loss=base.outer_loss,
@@ -103,7 +103,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
             ),
             aux=base.aux,
             diagnostics=make_diagnostics(
-                setting.dtype,
+                instance.dtype,
                 free_residual=systems.free.residual,
                 nudged_residual=systems.adjoint.residual,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + 1 + 2 * self.estimate_error,
@@ -167,7 +167,7 @@ class _Carry(NamedTuple):
 
 
 def _solve_systems(
-    setting: Instance, base: BasePoint, hvp: Callable[[Params], Params], inverse: InverseHessian, refine: bool
+    instance: Instance, base: BasePoint, hvp: Callable[[Params], Params], inverse: InverseHessian, refine: bool
 ) -> _Systems:
     """Solve three systems one after another in one loop, so that products and outer gradients are compiled once.
 
@@ -178,9 +178,9 @@ def _solve_systems(
     Without an error estimate there is no system 2, and system 0 ends after one step. Any other inverse Hessian than
     conjugate gradients solves system 1 beforehand, and the loop only measures the residual.
     """
-    stopping, first, guess = _settings(setting, base, hvp, inverse, refine)
+    stopping, first, guess = _settings(instance, base, hvp, inverse, refine)
     # At the floor of the dtype the inner gradient is noise, and learning has converged.
-    residual = setting.norm(base.inner_grad)
+    residual = instance.norm(base.inner_grad)
     converged = residual <= NOISE_FLOOR * base.noise
     inner_grad = tree.where(converged, tree.zeros_like(base.inner_grad), base.inner_grad)
     length = jnp.where(converged, 0, residual)
@@ -189,23 +189,23 @@ def _solve_systems(
     def solve(carry: _Carry, system: tuple[jax.Array, Stopping]) -> tuple[_Carry, Any]:
         k, stop = system
         start = None if guess is None else tree.where(k == 1, guess, tree.zeros_like(guess))
-        answer, found = solve_by_conjugate_gradient(hvp, carry.right_side, stop, start)
+        solution, found = solve_by_conjugate_gradient(hvp, carry.right_side, stop, start)
 
         # The outer loss at the end of the Cauchy step, then of Newton's step.
-        cauchy = cauchy_length(length, found.first_curvature, setting.dtype)
+        cauchy = cauchy_length(length, found.first_curvature, instance.dtype)
         cauchy_step = tree.scale(cauchy / tree.or_one(length), inner_grad)
         ahead = tree.subtract(base.params, tree.where(k == 0, cauchy_step, carry.step))
-        outer_grads = jax.lax.cond(k < last, lambda: outer_gradients(setting, ahead)[2:], lambda: carry.outer_grads)
+        outer_grads = jax.lax.cond(k < last, lambda: outer_gradients(instance, ahead)[2:], lambda: carry.outer_grads)
         change = tree.subtract(outer_grads[0], base.outer_grad)
 
         right_side = tree.where(k == 0, base.outer_grad, tree.add(found.residual, change))
-        step = tree.where(k == 0, answer.solution, carry.step)
-        return _Carry(right_side, step, outer_grads), (answer, (cauchy, tree.norm(change), found.missing))
+        step = tree.where(k == 0, solution.solution, carry.step)
+        return _Carry(right_side, step, outer_grads), (solution, (cauchy, tree.norm(change), found.missing))
 
     begin = _Carry(inner_grad, inner_grad, (base.outer_grad, base.outer_in_meta))
-    end, (answers, (cauchy, change, missing)) = jax.lax.scan(solve, begin, (jnp.arange(last + 1), stopping))
-    newton, adjoint, *rest = tree.unstack(answers, last + 1)
-    num_hvps = jnp.sum(answers.num_hvps)
+    end, (solutions, (cauchy, change, missing)) = jax.lax.scan(solve, begin, (jnp.arange(last + 1), stopping))
+    newton, adjoint, *rest = tree.unstack(solutions, last + 1)
+    num_hvps = jnp.sum(solutions.num_hvps)
     if first is not None:
         adjoint, num_hvps = first, num_hvps + first.num_hvps
     solved = (adjoint.residual <= _UNSOLVED_ADJOINT) & (missing[1] <= _UNSOLVED_ADJOINT)
@@ -224,7 +224,7 @@ def _solve_systems(
 
 
 def _settings(
-    setting: Instance, base: BasePoint, hvp: Callable[[Params], Params], inverse: InverseHessian, refine: bool
+    instance: Instance, base: BasePoint, hvp: Callable[[Params], Params], inverse: InverseHessian, refine: bool
 ) -> tuple[Stopping, LinearSolution | None, Params | None]:
     """The settings of each system stacked, and what another inverse Hessian made of the adjoint system."""
     dtype = tree.float_dtype(base.params)
@@ -257,7 +257,7 @@ def _adjoint_status(adjoint: LinearSolution, solved: jax.Array) -> jax.Array:
     return jnp.where(adjoint.status == Status.APPROXIMATE, adjoint.status, told)
 
 
-def _meta_gradient(setting: Instance, base: BasePoint, systems: _Systems) -> tuple[MetaParams, jax.Array]:
+def _meta_gradient(instance: Instance, base: BasePoint, systems: _Systems) -> tuple[MetaParams, jax.Array]:
     """The meta-gradient by the implicit function theorem, theory.md (4), and its estimated relative error.
 
     The error is the difference to the meta-gradient after one step of Newton's method and of iterative refinement.
@@ -266,14 +266,15 @@ def _meta_gradient(setting: Instance, base: BasePoint, systems: _Systems) -> tup
     def gradient(at: tuple[Params, Params, MetaParams]) -> MetaParams:
         params, adjoint, direct = at
         _, inner_grad_vjp = jax.vjp(
-            lambda meta: tree.grad(lambda x: setting.problem.inner(x, meta, setting.task))(params), setting.meta_params
+            lambda meta: tree.grad(lambda x: instance.problem.inner(x, meta, instance.task))(params),
+            instance.meta_params,
         )
         (indirect,) = inner_grad_vjp(adjoint)
         return tree.subtract(direct, indirect)
 
     here = base.params, systems.adjoint.solution, base.outer_in_meta
     if systems.refinement is None:
-        return gradient(here), jnp.asarray(jnp.nan, setting.dtype)
+        return gradient(here), jnp.asarray(jnp.nan, instance.dtype)
     *ahead, unknown = systems.refinement
     # One after another: side by side the two would need twice the memory.
     grad, refined = tree.unstack(jax.lax.map(gradient, jax.tree.map(lambda *x: jnp.stack(x), here, tuple(ahead))), 2)

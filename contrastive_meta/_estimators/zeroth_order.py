@@ -1,4 +1,4 @@
-"""Outside oracles: meta-gradients from outer losses alone, by perturbing the meta-parameters and learning anew."""
+"""Zeroth-order meta-gradients: outer losses alone, at perturbed meta-parameters, after learning anew."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta._estimators._learned import result_of_learning
-from contrastive_meta._instance import Instance
 from contrastive_meta._estimators._visibility import (
     any_of,
     seen_in_model_state,
@@ -15,6 +14,7 @@ from contrastive_meta._estimators._visibility import (
     seen_in_start,
 )
 from contrastive_meta._estimators.base import MetaGradientEstimator
+from contrastive_meta._instance import Instance
 from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, worst
@@ -33,8 +33,8 @@ class _Learned(NamedTuple):
 class FiniteDifference(MetaGradientEstimator):
     """Central differences of the outer loss after learning, one pair of learnings for each meta-parameter.
 
-    The outside oracle: it sees everything, initialisation and optimiser settings included, and shares no derivative
-    with the others. Its cost is 2 len(meta_params) learnings; its accuracy is limited to about
+    An independent reference: it sees everything, initialisation and optimiser settings included, and shares no
+    derivative with the others. Its cost is 2 len(meta_params) learnings; its accuracy is limited to about
     (solver tolerance + eps)^(2/3), so give it a tightly converged solver and float64.
 
     Args:
@@ -51,8 +51,8 @@ class FiniteDifference(MetaGradientEstimator):
       ...     outer_loss=lambda w, theta, task: 0.5 * jnp.sum(w**2),
       ...     init_params=lambda theta, task: jnp.zeros_like(theta),
       ... )
-      >>> oracle = cm.FiniteDifference(cm.OptaxDescent(optax.sgd(1.0), num_steps=1))
-      >>> round(float(oracle.estimate(problem, jnp.array(3.0), None).grad), 2)
+      >>> estimator = cm.FiniteDifference(cm.OptaxDescent(optax.sgd(1.0), num_steps=1))
+      >>> round(float(estimator.estimate(problem, jnp.array(3.0), None).grad), 2)
       3.0
     """
 
@@ -60,20 +60,20 @@ class FiniteDifference(MetaGradientEstimator):
     step: float | jax.Array | None = None
     batch_size: int = static(default=16)
 
-    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
-        flat, unravel = ravel_pytree(setting.meta_params)
+    def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
+        flat, unravel = ravel_pytree(instance.meta_params)
         relative_step = jnp.finfo(flat.dtype).eps ** (1 / 3) if self.step is None else self.step
         steps = (relative_step * jnp.maximum(1, jnp.abs(flat))).astype(flat.dtype)
 
         def difference(index: jax.Array) -> tuple[jax.Array, _Learned]:
             ahead = flat.at[index].add(steps[index])
             behind = flat.at[index].add(-steps[index])
-            pair = jax.vmap(lambda x: _learn(self.solver, setting, unravel(x), state))(jnp.stack([ahead, behind]))
+            pair = jax.vmap(lambda x: _learn(self.solver, instance, unravel(x), state))(jnp.stack([ahead, behind]))
             # What was added to the floating-point number, not what was meant to be.
             return (pair.outer_loss[0] - pair.outer_loss[1]) / (ahead[index] - behind[index]), pair
 
         grad, pairs = jax.lax.map(difference, jnp.arange(flat.size), batch_size=min(self.batch_size, max(flat.size, 1)))
-        return _result(self.solver, setting, state, unravel(grad.astype(flat.dtype)), pairs, jnp.nan, Status.CONVERGED)
+        return _result(self.solver, instance, state, unravel(grad.astype(flat.dtype)), pairs, jnp.nan, Status.CONVERGED)
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
         """Everything that learning or judging depends on."""
@@ -122,16 +122,16 @@ class EvolutionStrategies(MetaGradientEstimator):
         if self.num_pairs < 2:
             raise ValueError(f"EvolutionStrategies needs num_pairs >= 2; got {self.num_pairs}.")
 
-    def _estimate(self, setting: Instance, state: EstimatorState) -> MetaGradient:
-        flat, unravel = ravel_pytree(setting.meta_params)
+    def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
+        flat, unravel = ravel_pytree(instance.meta_params)
         # A stream of its own: the minibatch sequence uses the key itself.
-        keys = jax.random.split(jax.random.fold_in(setting.key, 0x5EED), self.num_pairs)
+        keys = jax.random.split(jax.random.fold_in(instance.key, 0x5EED), self.num_pairs)
         sigma = jnp.asarray(self.sigma, flat.dtype)
 
         def sample(key: jax.Array) -> tuple[jax.Array, _Learned]:
             direction = jax.random.normal(key, flat.shape, flat.dtype)
             points = jnp.stack([flat + sigma * direction, flat - sigma * direction])
-            pair = jax.vmap(lambda x: _learn(self.solver, setting, unravel(x), state))(points)
+            pair = jax.vmap(lambda x: _learn(self.solver, instance, unravel(x), state))(points)
             slope = (pair.outer_loss[0] - pair.outer_loss[1]).astype(flat.dtype) / (2 * sigma)
             return slope * direction, pair
 
@@ -140,7 +140,7 @@ class EvolutionStrategies(MetaGradientEstimator):
         standard_error = jnp.sqrt(jnp.sum(jnp.var(samples, axis=0, ddof=1)) / self.num_pairs)
         size = jnp.linalg.norm(grad)
         error = standard_error / jnp.where(size > 0, size, 1)
-        return _result(self.solver, setting, state, unravel(grad), pairs, error, Status.APPROXIMATE)
+        return _result(self.solver, instance, state, unravel(grad), pairs, error, Status.APPROXIMATE)
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
         """Everything that learning or judging depends on."""
@@ -148,32 +148,32 @@ class EvolutionStrategies(MetaGradientEstimator):
         return any_of(by_loss, *_sees_beyond_losses(self.solver, problem, params, meta_params, task))
 
 
-def _learn_fully(solver: InnerSolver, setting: Instance, meta_params: MetaParams, state: EstimatorState) -> Solution:
-    here = Instance(setting.problem, meta_params, setting.task, setting.key, setting.dtype)
-    init = setting.problem.init(meta_params, setting.task)
+def _learn_fully(solver: InnerSolver, instance: Instance, meta_params: MetaParams, state: EstimatorState) -> Solution:
+    here = Instance(instance.problem, meta_params, instance.task, instance.key, instance.dtype)
+    init = instance.problem.init(meta_params, instance.task)
     memory = solver.bind(meta_params).init_memory(init)
-    model_state = setting.problem.first_model_state(meta_params, setting.task)
+    model_state = instance.problem.first_model_state(meta_params, instance.task)
     return here.free_phase(solver, state._replace(params=init, memory=memory, model_state=model_state))
 
 
-def _learn(solver: InnerSolver, setting: Instance, meta_params: MetaParams, state: EstimatorState) -> _Learned:
-    solution = _learn_fully(solver, setting, meta_params, state)
-    outer_loss = setting.problem.at(solution.model_state).outer(solution.params, meta_params, setting.task)
+def _learn(solver: InnerSolver, instance: Instance, meta_params: MetaParams, state: EstimatorState) -> _Learned:
+    solution = _learn_fully(solver, instance, meta_params, state)
+    outer_loss = instance.problem.at(solution.model_state).outer(solution.params, meta_params, instance.task)
     return _Learned(outer_loss, solution.num_gradients, solution.status)
 
 
 def _result(
     solver: InnerSolver,
-    setting: Instance,
+    instance: Instance,
     state: EstimatorState,
     grad: MetaParams,
     learned: _Learned,
     error: Any,
     status: Status,
 ) -> MetaGradient:
-    free = _learn_fully(solver, setting, setting.meta_params, state)
+    free = _learn_fully(solver, instance, instance.meta_params, state)
     return result_of_learning(
-        setting.at(free.model_state),
+        instance.at(free.model_state),
         state,
         free,
         grad,

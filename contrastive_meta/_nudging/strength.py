@@ -26,7 +26,7 @@ class RelativeStrength(NudgeStrength):
 
     unit: NudgeScheme
     displacement: float | jax.Array | None = None
-    num_pilot_steps: int = static(default=16)  # type: ignore[assignment]
+    num_pilot_steps: int = static(default=16)
 
     def template(self) -> NudgeScheme:
         """The scheme at strength 1."""

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._contrastive.contrastive import Contrastive
 from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
+from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._nudging import (
     LossNudge,
     NudgeScheme,
@@ -65,7 +65,7 @@ class Alternating(TuningMode):
 
     Args:
       nudged_solver: the learner of both runs; None for the optimiser in training itself, with its state. One with
-        fixed coefficients, `OptaxDescent(optax.sgd(0.1, momentum=0.9), num_steps=20)`, cancels what is left to learn
+        fixed coefficients, `OptaxDescent(optax.sgd(0.1, momentum=0.9), num_steps=20)`, cancels unfinished learning
         exactly; Adam nearly so.
       num_nudged_steps: steps of each run where it is the optimiser in training; a `nudged_solver` brings its own.
       beta: nudging strength, inner over outer loss in units, or a function of the training step; None for one at which
@@ -133,7 +133,7 @@ class Alternating(TuningMode):
             return OptaxDescent(optimizer, num_steps=number, carry_state=True)
 
         nudged = self.nudged_solver or steps(self.num_nudged_steps)
-        # A run that diverges is one of many: it is reported, and no second pair, as long to compile, stands by for it.
+        # A run that diverges is reported. There is no fallback: a second pair would double the time to compile.
         nudge = None if isinstance(nudged, NewtonKrylov) else LossNudge()
         return Contrastive(steps(0), nudged, self._strength(), nudge, estimate_error=self.estimate_error)
 

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._batch import count_tasks, sum_over_tasks
 from contrastive_meta._control import cast_like
 from contrastive_meta._estimators.base import MetaGradientEstimator
-from contrastive_meta._front import count_tasks, sum_over_tasks
-from contrastive_meta._layout import along_tasks, as_laid_out, leave_to_compiler
-from contrastive_meta._optax._border import USABLE, completed, failed, hides, no_diagnostics, required, show, summary
+from contrastive_meta._optax._interop import USABLE, completed, failed, hides, no_diagnostics, required, show, summary
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays, check_same_structure
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._result import Diagnostics, EstimatorState, Status
+from contrastive_meta._sharding import along_tasks, as_laid_out, leave_to_compiler
 
 
 class MetaGradientState(NamedTuple):

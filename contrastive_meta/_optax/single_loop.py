@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import cast_like
 from contrastive_meta._base_point import UNCONVERGED
+from contrastive_meta._control import cast_like
 from contrastive_meta._nudging import NudgeScheme, forward_difference
-from contrastive_meta._optax._border import as_transformation
+from contrastive_meta._optax._interop import as_transformation
 from contrastive_meta._optax.tuning_mode import Measured, Schedule, Training, TuningMode
 from contrastive_meta._problem import MetaParams, Number, Params, float_dtype_of
 from contrastive_meta._pytree import PyTree, static, strategy
@@ -19,7 +19,7 @@ from contrastive_meta._result import Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers._descend import one_step
 
 # Beyond this displacement, relative to the parameters, a nudged iterate is somewhere else.
-_RAN_AWAY = 0.5
+_UNBOUNDED = 0.5
 
 
 class NudgedIterates(NamedTuple):
@@ -98,7 +98,7 @@ class SingleLoop(TuningMode):
         """All iterates start at the parameters."""
         own = self._own(optimizer)
         _, running = self._phases(1.0)
-        # New buffers, lest the parameters be donated twice.
+        # New buffers: the parameters must not be donated twice.
         stacked = jax.tree.map(lambda x: jnp.stack([x] * len(running)), params)
         nothing = jnp.zeros((), jnp.promote_types(tree.float_dtype(params), jnp.float32))
         return NudgedIterates(stacked, jax.vmap(own.init)(stacked), nothing, jnp.zeros_like(nothing))
@@ -173,7 +173,7 @@ def _nudged_phase(params: Params, losses: _Losses, beta: jax.Array) -> _Phase:
 
 
 def _contrast(scheme: NudgeScheme, running: list[int], training: Training, dtype: Any, nudged: _Phase) -> Measured:
-    """The contrast of what the phases measure, theory (8), and of where they are and what they have left."""
+    """The contrast of what the phases measure, theory (8), and of their parameters and their residuals."""
     problem, batch = training.problem, training.batch
     phases = nudged.params, nudged.residual, nudged.statistic
     if scheme.free_phase is not None:
@@ -182,15 +182,15 @@ def _contrast(scheme: NudgeScheme, running: list[int], training: Training, dtype
         )
         free = training.params, training.grads, statistic
         phases = jax.tree.map(lambda xs, x: jnp.insert(xs, scheme.free_phase, x, axis=0), phases, free)
-    response, remainder, grad = scheme.contrast(phases)
+    response, residual, grad = scheme.contrast(phases)
     outer_loss = problem.outer(training.params, training.meta_params, batch)
     strength, nudge = scheme.strength(dtype), tree.norm(jax.tree.map(lambda xs: xs[0], nudged.outer_grad))
     displacement = strength * tree.norm(response) / tree.or_one(tree.norm(training.params))
-    unanswered = tree.norm(remainder) / tree.or_one(nudge)
+    relative_residual = tree.norm(residual) / tree.or_one(nudge)
     status = worst(
         Status.APPROXIMATE,
-        flag(unanswered > UNCONVERGED, Status.NUDGED_NOT_CONVERGED),
-        flag(displacement > _RAN_AWAY, Status.UNBOUNDED_NUDGE),
+        flag(relative_residual > UNCONVERGED, Status.NUDGED_NOT_CONVERGED),
+        flag(displacement > _UNBOUNDED, Status.UNBOUNDED_NUDGE),
         flag(~tree.all_finite((phases, grad, outer_loss)), Status.NOT_FINITE),
         scheme.validity(dtype),
     )
@@ -198,7 +198,7 @@ def _contrast(scheme: NudgeScheme, running: list[int], training: Training, dtype
         dtype,
         beta=strength,
         free_residual=tree.norm(training.grads),
-        nudged_residual=unanswered,
+        nudged_residual=relative_residual,
         displacement=displacement,
         num_gradients=len(scheme.nudges),
         status=status,

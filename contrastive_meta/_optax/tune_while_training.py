@@ -9,7 +9,7 @@ import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if
-from contrastive_meta._optax._border import (
+from contrastive_meta._optax._interop import (
     USABLE,
     as_transformation,
     completed,
@@ -233,7 +233,7 @@ class _Tuner:
     def init(self, mode: TuningMode, params: Params, init_meta_params: MetaParams) -> TuneState:
         """Nothing trained, nothing to report."""
         meta_params = as_float_arrays(init_meta_params, "init_meta_params", "init_meta_params must be")
-        # A copy, lest a loop that donates its state delete the user's values.
+        # A copy: a loop that donates its state would delete the user's values.
         meta_params = jax.tree.map(lambda x: jnp.array(x, copy=True), meta_params)
         diagnostics, zero = no_diagnostics(params, meta_params), jnp.int32(0)
         return TuneState(

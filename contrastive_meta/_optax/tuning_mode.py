@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from contrastive_meta._optax._border import fill
+from contrastive_meta._optax._interop import fill
 from contrastive_meta._problem import BilevelProblem, MetaParams, ModelState, Number, Params, Task
 from contrastive_meta._pytree import PyTree
 from contrastive_meta._result import Diagnostics

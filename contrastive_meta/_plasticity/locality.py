@@ -146,7 +146,7 @@ def check_local(
     outputs = walker.walk(trace(measure, *args), inputs, CallSite())
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(meta_params)]
     for name, location in zip(names, outputs, strict=True):
-        _judge(walker, name, sites.of_meta[name], location)
+        _classify(walker, name, sites.of_meta[name], location)
     return LocalityReport(
         {
             name: tuple(sorted(value.sources))
@@ -186,7 +186,7 @@ def _keeps_to_signals(rule: PlasticityRule) -> TypeGuard[LocalRule]:
     return isinstance(rule, LocalRule) and type(rule).statistic is LocalRule.statistic
 
 
-def _judge(walker: Walker, name: str, site: str, location: Location) -> None:
+def _classify(walker: Walker, name: str, site: str, location: Location) -> None:
     """Raise unless the update of the leaf `name` is known at each of its own synapses."""
     if isinstance(location, Elsewhere):
         why = location.why

@@ -34,8 +34,9 @@ class PlasticityMask(LocalRule):
     1/2 strength (w - omega)^2 / z, and the statistic its derivative in z at a solution. A closed synapse gets the limit
     of that, which to first order in the response is sparse-MAML's with 1 / strength for alpha. Where z is not the same
     for all synapses, what learning descends is no gradient in d. `NewtonKrylov`, the default of the nudged phases, goes
-    by curvature as if it were, and then measures what is left of the nudge in the update itself: where it did not get
-    there the phases are run by the solver, status `FELL_BACK`. `nudged_solver=solver` runs them so from the beginning.
+    by curvature as if it were, and then measures the residual of the nudge in the update itself: where that has not
+    converged, the phases are run by the solver, status `FELL_BACK`. `nudged_solver=solver` runs them so from the
+    beginning.
 
     Args:
       strength: of the pull back to the start.

@@ -1,6 +1,6 @@
 """The two loops of `OptaxDescent`: a fixed number of steps, and steps to a tolerance.
 
-Each evaluates the loss at the top of its body and nowhere else. The last turn only evaluates, so that neither the
+Each evaluates the loss at the top of its body and nowhere else. The last iteration only evaluates, so that neither the
 start nor the end needs a copy of the loss of its own in the program.
 """
 
@@ -69,7 +69,7 @@ class Descent(NamedTuple):
       last: what was measured at the latest evaluation.
       num_steps: steps taken.
       num_gradients: gradients evaluated, line searches included.
-      running: whether another turn is wanted.
+      running: whether another iteration is wanted.
     """
 
     at: Position
@@ -116,7 +116,7 @@ def steps_for_backprop(
         return (index + 1, _next_position(optimizer, losses, at, index, evaluated)), None
 
     def steps(carry: tuple[jax.Array, Position], number: int) -> tuple[jax.Array, Position]:
-        # A scan without turns would still have a copy of the loss in the program.
+        # A scan without iterations would still have a copy of the loss in the program.
         # The index travels in the carry: a list of indices would be the one thing that grows with the length.
         return jax.lax.scan(step, carry, None, length=number, unroll=unroll)[0] if number else carry
 
@@ -139,13 +139,13 @@ def fixed_steps(
 ) -> Descent:
     """`num_steps` steps by `scan`, measured at both ends.
 
-    The end is evaluated by one more turn of the scan. With minibatches the steps descend another loss than the one that
-    is measured at the end, which is then evaluated after the scan.
+    The end is evaluated by one more iteration of the scan. With minibatches the steps descend another loss than the
+    one that is measured at the end, which is then evaluated after the scan.
     """
     evaluate = tree.value_and_grad(losses.of_step, has_aux=True)
     ends_in_scan = losses.minibatch_loss is None
 
-    def turn(carry: Any, _: None) -> tuple[Any, None]:
+    def iterate(carry: Any, _: None) -> tuple[Any, None]:
         index, at, first, last, searched = carry
         evaluated = evaluate(at.params, at.model_state, index)
         # Only the ends pay for the norm.
@@ -161,8 +161,8 @@ def fixed_steps(
         return (index + 1, at, first, last, searched), None
 
     carry = (jnp.int32(0), start, Measured.nothing(), Measured.nothing(), jnp.int32(0))
-    num_turns = num_steps + 1 if ends_in_scan else num_steps
-    _, at, first, last, searched = jax.lax.scan(turn, carry, None, length=num_turns, unroll=unroll)[0]
+    num_iterations = num_steps + 1 if ends_in_scan else num_steps
+    _, at, first, last, searched = jax.lax.scan(iterate, carry, None, length=num_iterations, unroll=unroll)[0]
     if not ends_in_scan:
         # It only measures, and must not enter a derivative of the run.
         end = jax.lax.stop_gradient(at)
@@ -192,7 +192,7 @@ def steps_to_tolerance(
     """
     evaluate = tree.value_and_grad(losses.loss, has_aux=True)
 
-    def turn(now: Descent) -> Descent:
+    def iterate(now: Descent) -> Descent:
         at = now.at
         evaluated = evaluate(at.params, at.model_state)
         last = Measured.of(evaluated)
@@ -202,13 +202,13 @@ def steps_to_tolerance(
             to = _next_position(optimizer, losses, at, now.num_steps, evaluated)
             return to, jnp.maximum(1, line_search_evaluations(to.opt_state))
 
-        # A line search evaluates the loss: the last turn must not begin one.
+        # A line search evaluates the loss: the last iteration must not begin one.
         to, spent = only_if(running, step, (at, jnp.int32(0)))
         first = tree.where(now.num_steps == 0, last, now.first)
         return Descent(to, first, last, now.num_steps + running, now.num_gradients + spent, running)
 
     begin = Descent(start, Measured.nothing(), Measured.nothing(), jnp.int32(0), jnp.int32(1), jnp.asarray(True))
-    return jax.lax.while_loop(lambda now: now.running, turn, begin)
+    return jax.lax.while_loop(lambda now: now.running, iterate, begin)
 
 
 def any_of(group: str | None, condition: jax.Array) -> jax.Array:

@@ -99,7 +99,7 @@ class Office:
             session.start()
             return session
         session = self._sessions[int(lane.session)]
-        session.answers.put((float(lane.value), lane.gradient))
+        session.replies.put((float(lane.value), lane.gradient))
         return session
 
     def _collect(self, session: "_Session") -> Reply:
@@ -113,13 +113,13 @@ class Office:
 
 
 class _Session(threading.Thread):
-    """One learner at work. It hands over reports and waits for answers; a daemon, so it never holds up an exit."""
+    """One learner at work. It hands over reports and waits for replies; a daemon, so it never holds up an exit."""
 
     def __init__(self, number: int, learner: Learner, opening: Told) -> None:
         super().__init__(name=f"contrastive_meta learner {number}", daemon=True)
         self.number = number
         self.reports: queue.SimpleQueue[Reply | BaseException] = queue.SimpleQueue()
-        self.answers: queue.SimpleQueue[Evaluation | None] = queue.SimpleQueue()
+        self.replies: queue.SimpleQueue[Evaluation | None] = queue.SimpleQueue()
         self._learner = learner
         self._opening = opening
         # The program evaluated the start before it called, so the learner's first question needs no round trip.
@@ -145,7 +145,7 @@ class _Session(threading.Thread):
     def abort(self) -> None:
         """End the learner at its next question, or at the one it is waiting on."""
         self._over = True
-        self.answers.put(None)
+        self.replies.put(None)
 
     def _ask(self, point: Vector) -> Evaluation:
         with self._one_at_a_time:
@@ -160,15 +160,15 @@ class _Session(threading.Thread):
 
     def _wait(self) -> Evaluation:
         try:
-            answer = self.answers.get(timeout=SECONDS_UNTIL_ABANDONED)
+            reply = self.replies.get(timeout=SECONDS_UNTIL_ABANDONED)
         except queue.Empty:
             self._over = True
             raise TimeoutError(
                 f"A learner on the host waited {SECONDS_UNTIL_ABANDONED:.0f} s for the loss and gave up."
             ) from None
-        if answer is None:
+        if reply is None:
             raise _LearningIsOver
-        return answer
+        return reply
 
 
 def _rounded(point: Vector, dtype: Any) -> Vector:

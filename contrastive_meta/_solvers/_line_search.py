@@ -84,7 +84,7 @@ class Outcome(NamedTuple):
 
 
 def after_trial(search: LineSearch, step: jax.Array, value: jax.Array, slope: jax.Array, grads: Params) -> Outcome:
-    """Judge the trial of `search.step`."""
+    """Test the strong Wolfe conditions at the trial of `search.step`, and update the bracket."""
     start, low, high, _, safe = search.points
     bracketed = jnp.isfinite(high[0])
 
@@ -135,13 +135,13 @@ def _interpolate(low: jax.Array, high: jax.Array, previous: jax.Array) -> jax.Ar
     _, _, slope = low
     width, rise, _ = high - low
     to_previous, previous_rise, _ = previous - low
-    bend = (rise - slope * width) / width**2
-    previous_bend = (previous_rise - slope * to_previous) / to_previous**2
-    # Bends are linear in the step: quadratic + cubic * step.
-    cubic = (bend - previous_bend) / (width - to_previous)
-    quadratic = bend - cubic * width
+    divided = (rise - slope * width) / width**2
+    previous_divided = (previous_rise - slope * to_previous) / to_previous**2
+    # Second divided differences are linear in the step: quadratic + cubic * step.
+    cubic = (divided - previous_divided) / (width - to_previous)
+    quadratic = divided - cubic * width
     of_cubic = (jnp.sqrt(quadratic**2 - 3 * cubic * slope) - quadratic) / (3 * cubic)
-    of_parabola = -slope / (2 * bend)
+    of_parabola = -slope / (2 * divided)
 
     def inside(step: jax.Array, margin: float) -> jax.Array:
         share = step / width

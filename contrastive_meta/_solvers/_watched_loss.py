@@ -43,10 +43,10 @@ class WatchedLoss:
         self._patience = 50 + 2 * start.size
         self._since_best = 0
         self._lowest = math.inf
-        self._reference: Seen | None = None
-        self._center: Seen | None = None
+        self._reference: Evaluated | None = None
+        self._center: Evaluated | None = None
         self.start = start
-        self.best: Seen | None = None
+        self.best: Evaluated | None = None
         self.all_finite = True
 
     def restart(self) -> None:
@@ -63,32 +63,32 @@ class WatchedLoss:
         """For methods without gradients."""
         self._spend()
         value = self._loss(point)
-        self._remember(Seen(self._rounded(point), value, np.zeros(0), value))
+        self._remember(Evaluated(self._rounded(point), value, np.zeros(0), value))
         return value
 
     def value_and_grad(self, y: Vector) -> tuple[float, Vector]:
         """For methods with gradients."""
         at = self._reference
         if at is None:
-            seen = self._see(y)
-            return seen.value, seen.gradient.copy()
-        seen = self._see(at.point + at.slope * y)
-        difference = seen.value - at.value
+            evaluated = self._evaluate(y)
+            return evaluated.value, evaluated.gradient.copy()
+        evaluated = self._evaluate(at.point + at.slope * y)
+        difference = evaluated.value - at.value
         if abs(difference) <= _ROUNDING * self._epsilon * abs(at.value):
-            difference = 0.5 * float((seen.gradient + at.gradient) @ (seen.point - at.point))
-        return difference / at.slope / at.slope, seen.gradient / at.slope
+            difference = 0.5 * float((evaluated.gradient + at.gradient) @ (evaluated.point - at.point))
+        return difference / at.slope / at.slope, evaluated.gradient / at.slope
 
     def hessian_product(self, y: Vector, direction: Vector) -> Vector:
         """A one-sided difference of gradients, its step set by the sizes of the point and of `direction`."""
         at = self._reference
         point = self._rounded(y if at is None else at.point + at.slope * y)
         if self._center is None or not np.array_equal(point, self._center.point):
-            self._center = self._see(point)
+            self._center = self._evaluate(point)
         length = float(np.linalg.norm(direction)) or 1.0
         step = math.sqrt(self._epsilon) * (1.0 + float(np.linalg.norm(point))) / length
-        return (self._see(point + step * direction).gradient - self._center.gradient) / step
+        return (self._evaluate(point + step * direction).gradient - self._center.gradient) / step
 
-    def has_improved(self, before: "Seen | None") -> bool:
+    def has_improved(self, before: "Evaluated | None") -> bool:
         """Whether the best point is worth another run, now that `before` is where the last one started."""
         if self.best is None or before is None:
             return self.best is not None
@@ -96,16 +96,16 @@ class WatchedLoss:
             return self.best.slope < 0.5 * before.slope
         return self.best.value < before.value - _ROUNDING * self._epsilon * abs(before.value)
 
-    def _see(self, point: Vector) -> "Seen":
+    def _evaluate(self, point: Vector) -> "Evaluated":
         self._spend()
         value, gradient = self._loss.value_and_grad(point)
-        seen = Seen(self._rounded(point), value, gradient, float(np.linalg.norm(gradient)))
-        self._remember(seen)
-        if self.best is seen and seen.slope <= self._tol:
+        evaluated = Evaluated(self._rounded(point), value, gradient, float(np.linalg.norm(gradient)))
+        self._remember(evaluated)
+        if self.best is evaluated and evaluated.slope <= self._tol:
             raise EndOfRunError
         if self._since_best > self._patience:
             raise StalledError
-        return seen
+        return evaluated
 
     def _rounded(self, point: Vector) -> Vector:
         return point.astype(self._dtype).astype(np.float64)
@@ -115,21 +115,21 @@ class WatchedLoss:
             raise EndOfRunError
         self._budget -= 1
 
-    def _remember(self, seen: "Seen") -> None:
+    def _remember(self, evaluated: "Evaluated") -> None:
         self._since_best += 1
-        if not (math.isfinite(seen.value) and np.all(np.isfinite(seen.gradient))):
+        if not (math.isfinite(evaluated.value) and np.all(np.isfinite(evaluated.gradient))):
             self.all_finite = False
             return
-        self._lowest = min(self._lowest, seen.value)
+        self._lowest = min(self._lowest, evaluated.value)
         limit = self._lowest + 16 * self._epsilon * abs(self._lowest)
         # Among values that are equal up to rounding the gradient tells the better point.
         overtaken = self.best is None or self.best.value > limit
-        if overtaken or (self.best is not None and seen.value <= limit and seen.slope < self.best.slope):
-            self.best = seen
+        if overtaken or (self.best is not None and evaluated.value <= limit and evaluated.slope < self.best.slope):
+            self.best = evaluated
             self._since_best = 0
 
 
-class Seen(NamedTuple):
+class Evaluated(NamedTuple):
     """A point that was evaluated; `slope` is the gradient norm, or the value itself where values are all there is."""
 
     point: Vector

@@ -289,8 +289,8 @@ class InnerSolver(abc.ABC):
         )
 
 
-def judge(loss_before: Any, residual_before: Any, params: Params, loss: Any, residual: Any) -> jax.Array:
-    """Not finite, or diverged (the loss rose and its gradient grew tenfold), or as it should be."""
+def final_status(loss_before: Any, residual_before: Any, params: Params, loss: Any, residual: Any) -> jax.Array:
+    """`NOT_FINITE`, `DIVERGED` (the loss rose and its gradient grew tenfold) or `CONVERGED`."""
     finite = tree.all_finite(params) & jnp.isfinite(residual) & jnp.isfinite(loss)
     grew = (jnp.real(loss) > jnp.real(loss_before)) & (residual > 10 * residual_before)
     return worst(flag(grew, Status.DIVERGED), flag(~finite, Status.NOT_FINITE))

@@ -22,7 +22,7 @@ from contrastive_meta._solvers.base import (
     Solution,
     Stop,
     UnrolledLosses,
-    judge,
+    final_status,
 )
 
 
@@ -88,7 +88,7 @@ class CallableSolver(InnerSolver):
         first_value, first_gradient = evaluate(jax.lax.stop_gradient(init))
         value, gradient = evaluate(jax.lax.stop_gradient(params))
         first_residual, residual = tree.norm(first_gradient), tree.norm(gradient)
-        health = judge(first_value, first_residual, params, value, residual)
+        health = final_status(first_value, first_residual, params, value, residual)
         status = worst(self._unfinished(residual, stop), health)
         return Solution(params, residual, jnp.int32(2), jnp.int32(0), status, ())
 
@@ -148,7 +148,7 @@ class CallableSolver(InnerSolver):
             return like.ravel(params, "returned")
 
         end = learn_on_host(learn, loss, init, tol=0.0, max_steps=0)
-        health = judge(end.first_loss, end.first_residual, end.params, end.loss, end.residual)
+        health = final_status(end.first_loss, end.first_residual, end.params, end.loss, end.residual)
         status = worst(self._unfinished(end.residual, stop), health)
         return Solution(end.params, end.residual, end.num_gradients, end.num_evaluations, status, ())
 

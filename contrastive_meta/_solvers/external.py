@@ -32,7 +32,7 @@ class ExternalLearner(InnerSolver):
       fn: the learner.
       host: whether `fn` is ordinary Python to be run on the host, or JAX to be traced.
       tol: gradient norm of the inner loss above which the solution counts as not converged; None to ask for nothing
-        beyond what the estimators judge themselves.
+        beyond what the estimators test themselves.
 
     Raises:
       TypeError: it is asked to minimise a loss: as `nudged_solver`, or for a problem with `sample`.

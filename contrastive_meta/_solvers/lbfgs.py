@@ -1,6 +1,6 @@
 """Limited-memory BFGS as the learner, with its curvature pairs handed from phase to phase.
 
-One loop, of which a turn is one evaluation of the loss: the start's, or a trial of the line search.
+Each iteration of its loop evaluates the loss once: at the start, or at a trial of the line search.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from contrastive_meta._pytree import Flattening, PyTree, static, strategy
 from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._descend import Measured, any_of
 from contrastive_meta._solvers._line_search import LineSearch, after_trial
-from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop, judge
+from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop, final_status
 
 
 class Pairs(NamedTuple):
@@ -111,7 +111,7 @@ class Iteration(NamedTuple):
       last: what was measured at the iterate.
       num_steps: steps taken.
       num_gradients: gradients evaluated.
-      running: whether another turn is wanted.
+      running: whether another iteration is wanted.
     """
 
     params: Params
@@ -181,7 +181,7 @@ class LBFGS(InnerSolver):
             value, grads = tree.value_and_grad(loss)(flattening.unflatten(params))
             return value.astype(jnp.result_type(float)), flattening.flatten(grads)
 
-        def turn(now: Iteration) -> Iteration:
+        def iterate(now: Iteration) -> Iteration:
             at_start = now.num_gradients == 0
             trial_step = now.search.step
             trial = tree.add_scaled(now.params, trial_step, now.direction)
@@ -201,12 +201,12 @@ class LBFGS(InnerSolver):
             num_steps = now.num_steps + taken
             # A search that cannot move any more has come to the floor of the dtype.
             unfinished = (last.residual > tol) & (num_steps < max_steps) & (at_start | (tree.max_abs(moved) > 0))
-            go_on = any_of(stop.group, unfinished)
+            continued = any_of(stop.group, unfinished)
 
             def descend(_: Params) -> Params:
                 return tree.scale(-1, pairs.precondition(grads, last.residual))
 
-            direction = only_if(step & go_on, descend, now.direction)
+            direction = only_if(step & continued, descend, now.direction)
             fresh = LineSearch.begin(value, _slope(grads, direction), grads)
             params, grads = tree.where(step, (params, grads), (now.params, now.grads))
             return Iteration(
@@ -219,7 +219,7 @@ class LBFGS(InnerSolver):
                 last,
                 num_steps,
                 now.num_gradients + (step | ~ended),
-                ~step | go_on,
+                ~step | continued,
             )
 
         start = flattening.flatten(init)
@@ -229,11 +229,11 @@ class LBFGS(InnerSolver):
         pairs = memory if jax.tree.leaves(memory) else self._no_pairs(start)
         count = jnp.int32(0)
         begin = Iteration(start, zero, zero, search, pairs, nothing, nothing, count, count, jnp.asarray(True))
-        end = jax.lax.while_loop(lambda now: now.running, turn, begin)
+        end = jax.lax.while_loop(lambda now: now.running, iterate, begin)
 
         params = flattening.unflatten(end.params)
         unfinished = flag(~(end.last.residual <= tol), Status.FREE_NOT_CONVERGED)
-        status = worst(unfinished, judge(*end.first, params, *end.last))
+        status = worst(unfinished, final_status(*end.first, params, *end.last))
         residual = end.last.residual.astype(tree.float_dtype(init))
         return Solution(params, residual, end.num_gradients, end.num_steps, status, end.pairs)
 

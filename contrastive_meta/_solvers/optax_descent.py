@@ -29,7 +29,7 @@ from contrastive_meta._solvers.base import (
     Solution,
     Stop,
     UnrolledLosses,
-    judge,
+    final_status,
 )
 
 
@@ -54,7 +54,8 @@ class OptaxDescent(InnerSolver):
       max_steps: budget of a run to a tolerance.
       carry_state: hand the optimiser's state (momentum, moments, step count) from the free phase to the nudged
         ones and to the next call. Off by default: a finished schedule would stop them dead.
-      unroll: how many of the `num_steps` steps one turn of the loop takes, as in `jax.lax.scan`; True for all of them.
+      unroll: how many of the `num_steps` steps one iteration of the loop takes, as in `jax.lax.scan`; True for
+        all of them.
 
     Raises:
       ValueError: neither or both of `num_steps` and `tol`; or `tol` with minibatches, whose gradient norm does
@@ -86,8 +87,8 @@ class OptaxDescent(InnerSolver):
             )
         if not isinstance(self.unroll, int) or (self.unroll is not False and self.unroll < 1):
             raise ValueError(
-                "OptaxDescent's `unroll` is how many steps one turn of the loop takes: a positive integer, or True for "
-                f"all of them. Got {self.unroll!r}."
+                "OptaxDescent's `unroll` is how many steps one iteration of the loop takes: a positive integer, or "
+                f"True for all of them. Got {self.unroll!r}."
             )
         if self.num_steps is None and (self.unroll is True or self.unroll > 1):
             raise ValueError(
@@ -163,7 +164,7 @@ class OptaxDescent(InnerSolver):
         else:
             end = fixed_steps(optimizer, losses, start, num_steps=self.num_steps, unroll=self.unroll)
             unfinished = flag(False, Status.FREE_NOT_CONVERGED)
-        health = judge(*end.first, end.at.params, *end.last)
+        health = final_status(*end.first, end.at.params, *end.last)
         return Solution(
             params=end.at.params,
             residual=end.last.residual.astype(tree.float_dtype(init)),

@@ -15,7 +15,7 @@ from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._host import learn_on_host
 from contrastive_meta._solvers._host_sessions import HostLoss, Vector
 from contrastive_meta._solvers._watched_loss import EndOfRunError, StalledError, WatchedLoss
-from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop, judge
+from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop, final_status
 
 Options = tuple[tuple[str, Any], ...]
 
@@ -145,7 +145,7 @@ class ScipyMinimize(InnerSolver):
             needs_gradient=_METHODS[self.method].needs_gradient,
         )
         unfinished = flag(~(end.residual <= tol), Status.FREE_NOT_CONVERGED)
-        health = judge(end.first_loss, end.first_residual, end.params, end.loss, end.residual)
+        health = final_status(end.first_loss, end.first_residual, end.params, end.loss, end.residual)
         return Solution(
             params=end.params,
             residual=end.residual,

@@ -82,9 +82,9 @@ def _exact(problem: BilevelProblem, meta_params: MetaParams, task: Task, start: 
 def vouch(
     grad: MetaParams, outer_loss: jax.Array, params: Params, free_grad: jax.Array, hessian: jax.Array
 ) -> ExactMetaGradient:
-    """The result with its residual, smallest eigenvalue and verdict.
+    """The result with its residual, smallest eigenvalue and whether it is accurate.
 
-    The verdict compares the Newton step still to go with what rounding leaves: eps times the condition number, times
+    It is where the Newton step still to go is below what rounding leaves: eps times the condition number, times
     a thousand for long sums, but never more than half of the digits.
     """
     eigenvalues = jnp.linalg.eigvalsh(hessian)
@@ -113,7 +113,7 @@ def _newton(loss: Callable[[jax.Array], jax.Array], start: jax.Array) -> jax.Arr
     value_and_grad, hessian = jax.value_and_grad(loss), jax.hessian(loss)
     eps = jnp.finfo(start.dtype).eps
 
-    def go_on(it: _Iterate) -> jax.Array:
+    def unconverged(it: _Iterate) -> jax.Array:
         return (it.stalled < 3) & (it.step < _MAX_STEPS) & (it.best_residual > 0)
 
     def advance(it: _Iterate) -> _Iterate:
@@ -138,7 +138,7 @@ def _newton(loss: Callable[[jax.Array], jax.Array], start: jax.Array) -> jax.Arr
 
     value, grad = value_and_grad(start)
     first = _Iterate(start, value, grad, start, norm(grad), jnp.int32(0), jnp.int32(0))
-    last: _Iterate = jax.lax.while_loop(go_on, advance, first)
+    last: _Iterate = jax.lax.while_loop(unconverged, advance, first)
     return last.best_params
 
 

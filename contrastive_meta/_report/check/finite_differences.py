@@ -1,4 +1,4 @@
-"""The outside oracle of `check`: slopes of the outer loss after learning along a few directions, and their noise."""
+"""Finite differences for `check`: slopes of the outer loss after learning along a few directions, and their noise."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,9 +9,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._compare._gradients import Vector, norm
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, float_dtype_of
+from contrastive_meta._report.gradients import Vector, norm
 from contrastive_meta._result import EstimatorState, Status
 from contrastive_meta._solvers.base import InnerSolver
 
@@ -47,8 +47,8 @@ class Slopes(NamedTuple):
 
     def norm(self, along: Vector, group: int | None = None) -> float:
         """The estimated norm of the vector whose components along the directions are given, or of one group of it."""
-        chosen = along * np.sqrt(self.weights)
-        return norm(chosen if group is None else chosen[self.groups == group])
+        weighted = along * np.sqrt(self.weights)
+        return norm(weighted if group is None else weighted[self.groups == group])
 
 
 def measure_slopes(
@@ -80,7 +80,7 @@ def measure_slopes(
     loss_dtype = float_dtype_of(problem, problem.init(meta_params, task), meta_params, task)
     dtypes = [loss_dtype, *(tree.float_dtype(leaf) for leaf in jax.tree.leaves(meta_params))]
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-    # From near the rounding of the outer loss to where smooth functions begin to bend.
+    # From near the rounding of the outer loss to where the nonlinearity of smooth functions shows.
     steps = np.geomspace(eps**0.4, eps ** (1 / 6), NUM_STEPS)
 
     offsets = steps[:, None, None] * lengths[:, None] * np.array([1.0, -1.0])
@@ -143,12 +143,12 @@ def _learn_along(
         direction = directions[which].astype(flat.dtype)
         meta = unravel(flat + offset.astype(flat.dtype) * direction)
         init = problem.init(meta, task)
-        setting = Instance(problem, meta, task, key, float_dtype_of(problem, init, meta, task))
+        instance = Instance(problem, meta, task, key, float_dtype_of(problem, init, meta, task))
         memory, first = solver.bind(meta).init_memory(init), problem.first_model_state(meta, task)
-        solution = setting.free_phase(solver, EstimatorState.fresh(init, memory, setting.dtype, first))
-        setting = setting.at(solution.model_state)
+        solution = instance.free_phase(solver, EstimatorState.fresh(init, memory, instance.dtype, first))
+        instance = instance.at(solution.model_state)
         moved = jnp.vdot(ravel_pytree(meta)[0] - flat, direction)
-        return setting.outer(solution.params), moved, solution.status
+        return instance.outer(solution.params), moved, solution.status
 
     which = jnp.broadcast_to(jnp.arange(offsets.shape[1])[:, None], offsets.shape)
     flattened = jax.lax.map(lambda x: learn(*x), (which.ravel(), offsets.ravel()), batch_size=_BATCH_SIZE)
@@ -163,7 +163,7 @@ def _settle(slopes: Vector, steps: Vector, rounding: Vector) -> tuple[int, Vecto
     gaps[~np.isfinite(gaps)] = np.inf
     # Noise grows as 1 / h: the gap at a smaller step, times the ratio of the steps, is another sample of it.
     noise = np.stack([(gaps[: j + 1] * (steps[: j + 1, None] / steps[j])).max(axis=0) for j in range(len(gaps))])
-    # Losses that do not resolve the steps at all agree perfectly.
+    # Losses that do not resolve the steps are equal, so their differences say nothing: rounding bounds the noise.
     noise = np.maximum(noise, rounding[:-1])
     best = int(np.argmin([norm(row) for row in noise]))
     return best, slopes[best], noise[best]

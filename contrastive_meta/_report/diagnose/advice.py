@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from contrastive_meta._compare._findings import Findings, Segment
-from contrastive_meta._compare._text import share
 from contrastive_meta._base_point import UNCONVERGED
-from contrastive_meta._result import DOUBTFUL, Status
+from contrastive_meta._report.diagnose.findings import Findings, Segment
+from contrastive_meta._report.text import share
+from contrastive_meta._result import LARGEST_ACCURATE_ERROR, Status
 
 # An error within this factor of the least is as good as it.
 NEAR_LEAST = 2.0
@@ -20,7 +20,7 @@ class Rule(NamedTuple):
     Attributes:
       name: of the rule.
       applies: whether the numbers call for it.
-      sentence: to be filled in with what `_words` has.
+      sentence: a template for the entries of `_values`.
     """
 
     name: str
@@ -31,23 +31,23 @@ class Rule(NamedTuple):
 def advise(found: Findings) -> tuple[str, str]:
     """The name of the first rule that applies, and its sentence. The last rule always does."""
     rule = next(rule for rule in RULES if rule.applies(found))
-    return rule.name, rule.sentence.format(**_words(found))
+    return rule.name, rule.sentence.format(**_values(found))
 
 
 def barrier(found: Findings) -> Segment | None:
-    """The way with the highest barrier; None where all are free of one."""
+    """The segment with the highest barrier; None where no segment has one."""
     blocked = [s for s in found.segments if np.isfinite(s.relative_barrier) and not s.same_basin]
     return max(blocked, key=lambda s: s.relative_barrier, default=None)
 
 
-def runaway(found: Findings) -> Segment | None:
+def unbounded_segment(found: Findings) -> Segment | None:
     """A way along which the nudged loss curves downwards, or that is not finite: there is no minimum to go to."""
     lost = [s for s in found.segments if not np.isfinite(s.nudged_loss[-1])]
-    return next(iter([*lost, *(s for s in found.segments if s.runs_away)]), None)
+    return next(iter([*lost, *(s for s in found.segments if s.is_unbounded)]), None)
 
 
 def _unlearned(found: Findings) -> bool:
-    """Learning that goes on moves `params` far, unless the phases had made up for it."""
+    """Whether more learning moves `params` far and the phases did not correct for it."""
     made_up = found.drift.gradient <= found.tolerance
     return found.status == Status.FREE_NOT_CONVERGED or (found.drift.distance > UNCONVERGED and not made_up)
 
@@ -57,7 +57,7 @@ def _worth_changing(found: Findings) -> bool:
 
 
 def _indefinite(found: Findings) -> bool:
-    return found.status == Status.INDEFINITE_CURVATURE and any(segment.is_hilltop for segment in found.segments)
+    return found.status == Status.INDEFINITE_CURVATURE and any(segment.curves_down for segment in found.segments)
 
 
 def _noisy(found: Findings) -> bool:
@@ -72,18 +72,18 @@ def _truncated(found: Findings) -> bool:
     return too_large or (coarse and not _loose(found))
 
 
-def _runs_away(found: Findings) -> bool:
-    return found.status == Status.UNBOUNDED_NUDGE or (runaway(found) is not None and not _noisy(found))
+def _unbounded(found: Findings) -> bool:
+    return found.status == Status.UNBOUNDED_NUDGE or (unbounded_segment(found) is not None and not _noisy(found))
 
 
-def _unanswered(found: Findings) -> bool:
-    left = float(found.result.diagnostics.nudged_residual)
-    return found.status == Status.NUDGED_NOT_CONVERGED or left > UNCONVERGED
+def _nudged_not_converged(found: Findings) -> bool:
+    residual = float(found.result.diagnostics.nudged_residual)
+    return found.status == Status.NUDGED_NOT_CONVERGED or residual > UNCONVERGED
 
 
 def _loose(found: Findings) -> bool:
-    """Far off by the estimator's own account, and as far at any strength: it is what the phases left."""
-    return found.told > max(DOUBTFUL, found.tolerance) and not _worth_changing(found)
+    """Whether the estimated error is large at all strengths: then it is that of the phases' residuals."""
+    return found.told > max(LARGEST_ACCURATE_ERROR, found.tolerance) and not _worth_changing(found)
 
 
 def _unsettled(found: Findings) -> bool:
@@ -141,13 +141,13 @@ RULES = (
     ),
     Rule(
         "unbounded nudge",
-        _runs_away,
-        "The nudged loss at beta = {runaway_beta} has no minimum near the free solution: lower beta{lower}, or use "
+        _unbounded,
+        "The nudged loss at beta = {unbounded_beta} has no minimum near the free solution: lower beta{lower}, or use "
         "`LinearNudge()` or `forward_difference`.",
     ),
     Rule(
         "unanswered",
-        _unanswered,
+        _nudged_not_converged,
         "The nudged phases had not ended: {unanswered} of the nudge is unanswered; give `nudged_solver` more steps.",
     ),
     Rule(
@@ -178,9 +178,9 @@ RULES = (
 )
 
 
-def _words(found: Findings) -> dict[str, str]:
+def _values(found: Findings) -> dict[str, str]:
     """What the sentences are filled in with."""
-    curve, blocked, lost = found.curve, barrier(found), runaway(found)
+    curve, blocked, lost = found.curve, barrier(found), unbounded_segment(found)
     best = curve.strengths[curve.least]
     factor = best / found.beta
     fallback = min((s.beta for s in found.segments), default=found.beta)
@@ -195,7 +195,7 @@ def _words(found: Findings) -> dict[str, str]:
         "told": share(found.told),
         "barrier": f"{blocked.relative_barrier:.2g}" if blocked else "",
         "barrier_beta": f"{blocked.beta:.2e}" if blocked else "",
-        "runaway_beta": f"{lost.beta if lost else fallback:.2e}",
+        "unbounded_beta": f"{lost.beta if lost else fallback:.2e}",
         "unanswered": share(float(found.result.diagnostics.nudged_residual)),
         "status": found.status.describe(),
         "kind": "relative" if curve.referenced else "estimated",

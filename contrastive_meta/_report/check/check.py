@@ -5,7 +5,21 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from contrastive_meta._compare._gradients import (
+from contrastive_meta._contrastive import Contrastive
+from contrastive_meta._dependence import leaf_names
+from contrastive_meta._estimators import (
+    BackpropThroughLearning,
+    ImplicitDifferentiation,
+    MetaGradientEstimator,
+)
+from contrastive_meta._linear import ConjugateGradient, DenseInverse
+from contrastive_meta._nudging import LinearNudge
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
+from contrastive_meta._report.check.agreement import FINITE_DIFFERENCES, Blindness, Estimate, Evidence
+from contrastive_meta._report.check.finite_differences import Slopes, measure_slopes
+from contrastive_meta._report.check.report import CheckReport, CheckRow
+from contrastive_meta._report.check.sentences import sentences
+from contrastive_meta._report.gradients import (
     LARGEST_DENSE,
     first_line,
     flatten,
@@ -15,20 +29,6 @@ from contrastive_meta._compare._gradients import (
     status_of,
     unseen_told_later,
 )
-from contrastive_meta._compare._oracle import Slopes, measure_slopes
-from contrastive_meta._compare._verdict import ORACLE, Answer, Blindness, Evidence
-from contrastive_meta._compare._words import sentences
-from contrastive_meta._compare.report import CheckReport, CheckRow
-from contrastive_meta._contrastive import Contrastive
-from contrastive_meta._dependence import leaf_names
-from contrastive_meta._estimators import (
-    BackpropThroughLearning,
-    ImplicitDifferentiation,
-    MetaGradientEstimator,
-)
-from contrastive_meta._inverse_hessian import ConjugateGradient, DenseInverse
-from contrastive_meta._nudging import LinearNudge
-from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
 from contrastive_meta._result import MetaGradient
 from contrastive_meta._solvers.base import InnerSolver
 
@@ -91,31 +91,31 @@ def check(
     sizes = [int(leaf.size) for leaf in jax.tree.leaves(meta_params)]
     leaves = list(zip(leaf_names(meta_params), sizes, strict=True))
     chosen = _applicable(solver, num_params(problem, meta_params, task)) if estimators is None else dict(estimators)
-    if not chosen or ORACLE in chosen or not sum(sizes):
+    if not chosen or FINITE_DIFFERENCES in chosen or not sum(sizes):
         raise ValueError(
             "`check` needs at least one estimator, by a name other than 'finite differences', and at least one "
             f"meta-parameter; got estimators {list(chosen)} and meta-parameters {leaves}."
         )
     key = jax.random.key(0) if key is None else key
 
-    def ask(estimator: MetaGradientEstimator) -> Answer:
-        return _answer(estimator.estimate(problem, meta_params, task, key=key))
+    def ask(estimator: MetaGradientEstimator) -> Estimate:
+        return _estimate(estimator.estimate(problem, meta_params, task, key=key))
 
-    answers, errors = _ask_each(chosen, ask)
+    estimates, errors = _estimate_each(chosen, ask)
     # Meta-parameters that the same estimators cannot see are differentiated together.
-    blindness = [tuple(name for name in answers if leaf in answers[name].unseen) for leaf, _ in leaves]
+    blindness = [tuple(name for name in estimates if leaf in estimates[name].unseen) for leaf, _ in leaves]
     kinds = sorted(set(blindness))
     slopes = measure_slopes(problem, solver, meta_params, task, key, [kinds.index(blind) for blind in blindness])
     members = [[leaf for (leaf, _), b in zip(leaves, blindness, strict=True) if b == blind] for blind in kinds]
     groups = [Blindness(tuple(names), blind) for names, blind in zip(members, kinds, strict=True)]
-    evidence = Evidence(answers, slopes, groups, leaves, tolerance)
-    # An estimator of ours that refuses at trace time does not apply; anything else that raises has failed.
+    evidence = Evidence(estimates, slopes, groups, leaves, tolerance)
+    # A default estimator that raises at trace time does not apply. Any other exception is a failure.
     failed = {n: e for n, e in errors.items() if estimators is not None or not isinstance(e, TypeError | ValueError)}
     remark = _HELD if problem.init_model_state is not None and not evidence.agreement() else ""
     return _report(evidence, errors, failed, remark)
 
 
-# What contrast and implicit differentiation leave out is no fault of theirs.
+# Contrast and implicit differentiation leave the model state out by definition: the report says so.
 _HELD = (
     "The problem has a model state, which finite differences and backprop move with learning and the others hold "
     "fixed: `check(problem.at(result.model_state), ...)` asks all of them at a fixed one."
@@ -134,25 +134,25 @@ def _applicable(solver: InnerSolver, size: int) -> dict[str, MetaGradientEstimat
     }
 
 
-def _ask_each(
-    estimators: Mapping[str, MetaGradientEstimator], ask: Callable[[MetaGradientEstimator], Answer]
-) -> tuple[dict[str, Answer], dict[str, Exception]]:
-    """What each answers, or raises; if all raise, so does this."""
-    answers: dict[str, Answer] = {}
+def _estimate_each(
+    estimators: Mapping[str, MetaGradientEstimator], ask: Callable[[MetaGradientEstimator], Estimate]
+) -> tuple[dict[str, Estimate], dict[str, Exception]]:
+    """The estimate of each, or its exception. Where all raise, the first exception is raised again."""
+    estimates: dict[str, Estimate] = {}
     errors: dict[str, Exception] = {}
     with unseen_told_later():
         for name, estimator in estimators.items():
             try:
-                answers[name] = ask(estimator)
+                estimates[name] = ask(estimator)
             except Exception as error:
                 errors[name] = error
-    if not answers:
+    if not estimates:
         raise_first(errors)
-    return answers, errors
+    return estimates, errors
 
 
-def _answer(result: MetaGradient) -> Answer:
-    return Answer(flatten(result.grad), status_of(result), float(result.diagnostics.free_residual), result.unseen)
+def _estimate(result: MetaGradient) -> Estimate:
+    return Estimate(flatten(result.grad), status_of(result), float(result.diagnostics.free_residual), result.unseen)
 
 
 def _report(
@@ -162,20 +162,20 @@ def _report(
     said += [f"{name} raised {first_line(error)}" for name, error in failed.items()]
     names = evidence.names
     rows = []
-    for name, answer in evidence.answers.items():
-        relation = evidence.to_oracle(name)
+    for name, estimate in evidence.estimates.items():
+        relation = evidence.to_finite_differences(name)
         rows.append(
             CheckRow(
                 name=name,
-                grad_norm=norm(answer.grad),
-                free_residual=answer.free_residual,
+                grad_norm=norm(estimate.grad),
+                free_residual=estimate.free_residual,
                 difference=relation.difference,
                 agrees=relation.agrees,
-                status=answer.status,
-                unseen=answer.unseen,
+                status=estimate.status,
+                unseen=estimate.unseen,
             )
         )
-    rows.append(_oracle_row(evidence.slopes))
+    rows.append(_finite_differences_row(evidence.slopes))
     return CheckReport(
         agree=False if failed else evidence.agreement(),
         verdict=" ".join(said),
@@ -187,10 +187,10 @@ def _report(
     )
 
 
-def _oracle_row(slopes: Slopes) -> CheckRow:
+def _finite_differences_row(slopes: Slopes) -> CheckRow:
     complete = bool(np.all(slopes.weights == 1))
     size = slopes.norm(slopes.values) if complete else None
-    return CheckRow(ORACLE, size, None, 0.0, True, slopes.status, ())
+    return CheckRow(FINITE_DIFFERENCES, size, None, 0.0, True, slopes.status, ())
 
 
 def _relative_noise(slopes: Slopes) -> float:

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from contrastive_meta._compare._advice import advise
-from contrastive_meta._compare._drawing import draw
-from contrastive_meta._compare._findings import Findings
-from contrastive_meta._compare._page import page
+from contrastive_meta._report.diagnose.advice import advise
+from contrastive_meta._report.diagnose.drawing import draw
+from contrastive_meta._report.diagnose.findings import Findings
+from contrastive_meta._report.diagnose.page import page
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The phases of an estimate run once more and looked at: where they ended, what drifts, what lies on the way."""
+"""A profile of the phases of an estimate: where they ended, their drift, the losses between them."""
 
 import functools
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ import numpy.typing as npt
 from scipy.interpolate import PchipInterpolator
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._compare._findings import Segment
+from contrastive_meta._base_point import NOISE_FLOOR
 from contrastive_meta._contrastive import Contrastive, NewtonKrylov
 from contrastive_meta._contrastive.phases import on_line
-from contrastive_meta._base_point import NOISE_FLOOR
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge
 from contrastive_meta._problem import Params, same_arrays
-from contrastive_meta._result import EstimatorState, Status
+from contrastive_meta._report.diagnose.findings import Segment
+from contrastive_meta._result import EstimatorState
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
 
 NUM_POSITIONS = 21
@@ -25,7 +25,7 @@ NUM_POSITIONS = 21
 _FINE = 20
 
 
-class Seen(NamedTuple):
+class PhaseProfile(NamedTuple):
     """The phases of one estimate.
 
     Attributes:
@@ -40,10 +40,10 @@ class Seen(NamedTuple):
       statuses: of each phase's learner.
       response: dphi/dbeta.
       num_gradients: spent by the phases.
-      replaced: whether what was to run the phases, or to nudge them, failed and another did.
-      on: where learning is when it went on without a nudge.
-      drift: distance that it moved.
-      statistic: norm of what that changes in the statistic, over the norm of what a unit nudge does.
+      replaced: whether the solver or the nudge of the phases failed and its fallback was used.
+      on: where learning ends if it continues without a nudge.
+      drift: distance from the end of the free phase to `on`.
+      statistic: norm of the statistic's change over that distance, relative to its change by a unit nudge.
     """
 
     free: Solution
@@ -64,21 +64,21 @@ class Seen(NamedTuple):
 
 
 @jax.jit
-def look(estimator: Contrastive, setting: Instance, state: EstimatorState) -> Seen:
-    """Run the free phase and the nudged ones as the estimator does, and the free one on without a nudge."""
-    free = setting.free_phase(estimator.solver, state)
-    phases = estimator._phases(setting, state, free)
+def profile_phases(estimator: Contrastive, instance: Instance, state: EstimatorState) -> PhaseProfile:
+    """Run the free and the nudged phases as the estimator does, then continue the free phase without a nudge."""
+    free = instance.free_phase(estimator.solver, state)
+    phases = estimator._phases(instance, state, free)
     last = phases.run(phases.first())
     setup, line = phases.setup, last.kept
-    setting, flattening = setup.tree_instance, setup.flattening
+    instance, flattening = setup.tree_instance, setup.flattening
     flatten, unflatten = flattening.flatten, flattening.unflatten
-    learner = estimator._learner(setting)
+    learner = estimator._learner(instance)
     nudges = line.contrast.beta * setup.stencil.nudges
     ends = on_line(line.base.params, line.response, nudges)
 
-    own = (learner if isinstance(learner, InnerSolver) else estimator.solver).bind(setting.meta_params)
+    own = (learner if isinstance(learner, InnerSolver) else estimator.solver).bind(instance.meta_params)
     budget = jnp.maximum(1, last.num_gradients // nudges.size)
-    on = _learn_on(own, setting, free, budget)
+    on = _learn_on(own, instance, free, budget)
     no, none = jnp.asarray(False), jnp.zeros_like(nudges)
     residuals = setup.evaluate(line.base, ends, nudges, no, last.ran.linear).residuals
     both = jax.tree.map(
@@ -88,7 +88,7 @@ def look(estimator: Contrastive, setting: Instance, state: EstimatorState) -> Se
     measured = setup.evaluate(line.base, both, none, no, last.ran.linear).statistics
     before, after = tree.unstack(measured, 2)
     by_nudge = tree.norm(line.contrast.grad)
-    return Seen(
+    return PhaseProfile(
         free=free,
         free_residual=free.residual,
         noise=setup.start.noise,
@@ -107,27 +107,27 @@ def look(estimator: Contrastive, setting: Instance, state: EstimatorState) -> Se
     )
 
 
-def _learn_on(solver: InnerSolver, setting: Instance, free: Solution, budget: jax.Array) -> Solution:
-    """The learner of the nudged phases from the free solution, started as those are, but without a nudge."""
+def _learn_on(solver: InnerSolver, instance: Instance, free: Solution, budget: jax.Array) -> Solution:
+    """Run the learner of the nudged phases from the free solution, without a nudge."""
     memory = free.memory if same_arrays(free.memory, solver.init_memory(free.params)) else ()
-    return setting.learn_on(solver, free.params, Stop(tol=jnp.zeros((), setting.dtype), max_steps=budget), memory)
+    return instance.learn_on(solver, free.params, Stop(tol=jnp.zeros((), instance.dtype), max_steps=budget), memory)
 
 
 def _nudge_of(estimator: Contrastive, learner: Any) -> Nudge:
     return estimator.nudge or (LossNudge() if isinstance(learner, InnerSolver) else LinearNudge())
 
 
-def nudge_used(estimator: Contrastive, setting: Instance, replaced: bool) -> Nudge:
-    """What nudged the phases: where what was asked for failed, it is another."""
-    learner = estimator._learner(setting)
+def nudge_used(estimator: Contrastive, instance: Instance, replaced: bool) -> Nudge:
+    """The nudge of the phases. Where the requested one failed, it is that of the fallback."""
+    learner = estimator._learner(instance)
     if not replaced:
         return _nudge_of(estimator, learner)
     # In place of the fast learner the solver ran with the loss nudge; in place of the loss nudge, with the linear one.
     return estimator.nudge or (LinearNudge() if isinstance(learner, InnerSolver) else LossNudge())
 
 
-class Walk(NamedTuple):
-    """Both losses' slopes on the way from one point to another."""
+class SegmentSlopes(NamedTuple):
+    """Slopes of both losses on the segment from one point to another."""
 
     inner_slope: jax.Array
     nudged_slope: jax.Array
@@ -135,13 +135,15 @@ class Walk(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="number")
-def walk(
-    setting: Instance, nudge: Nudge, base: Params, end: Params, beta: jax.Array, number: int = NUM_POSITIONS
-) -> Walk:
-    """Slopes of inner and nudged loss at positions from `base` to `end`, per length of the whole way."""
-    setting = setting.in_dtype_of_loss()
-    outer_grad = tree.grad(setting.outer)(base)
-    nudged = setting.replace_problem(nudge.apply(setting.problem, base, setting.meta_params, setting.task, outer_grad))
+def measure_segment(
+    instance: Instance, nudge: Nudge, base: Params, end: Params, beta: jax.Array, number: int = NUM_POSITIONS
+) -> SegmentSlopes:
+    """Slopes of inner and nudged loss at positions from `base` to `end`, per length of the segment."""
+    instance = instance.in_dtype_of_loss()
+    outer_grad = tree.grad(instance.outer)(base)
+    nudged = instance.replace_problem(
+        nudge.apply(instance.problem, base, instance.meta_params, instance.task, outer_grad)
+    )
     way = tree.subtract(end, base)
 
     def slopes(position: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -149,11 +151,11 @@ def walk(
         inner = tree.vdot(tree.grad(nudged.inner)(at), way)
         return inner, inner + beta * tree.vdot(tree.grad(nudged.outer)(at), way)
 
-    inner_slope, nudged_slope = jax.lax.map(slopes, jnp.linspace(0.0, 1.0, number, dtype=setting.dtype))
-    return Walk(inner_slope, nudged_slope, tree.norm(way))
+    inner_slope, nudged_slope = jax.lax.map(slopes, jnp.linspace(0.0, 1.0, number, dtype=instance.dtype))
+    return SegmentSlopes(inner_slope, nudged_slope, tree.norm(way))
 
 
-def make_segment(found: Walk, beta: float, noise: float) -> Segment:
+def make_segment(found: SegmentSlopes, beta: float, noise: float) -> Segment:
     """The losses on the way, from its slopes, and the barriers among them.
 
     Args:
@@ -164,8 +166,8 @@ def make_segment(found: Walk, beta: float, noise: float) -> Segment:
     positions = np.linspace(0.0, 1.0, NUM_POSITIONS)
     inner, nudged = (np.asarray(slope, np.float64) for slope in (found.inner_slope, found.nudged_slope))
     length = float(found.length)
-    inner_loss, inner_barrier = _profile(positions, inner)
-    nudged_loss, barrier = _profile(positions, nudged)
+    inner_loss, inner_barrier = _loss_profile(positions, inner)
+    nudged_loss, barrier = _loss_profile(positions, nudged)
     line = inner[0] + positions * (inner[-1] - inner[0])
     change = abs(inner[-1] - inner[0])
     deviation = float(np.max(np.abs(inner - line)))
@@ -184,7 +186,9 @@ def make_segment(found: Walk, beta: float, noise: float) -> Segment:
     )
 
 
-def _profile(positions: npt.NDArray[np.float64], slopes: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], float]:
+def _loss_profile(
+    positions: npt.NDArray[np.float64], slopes: npt.NDArray[np.float64]
+) -> tuple[tuple[float, ...], float]:
     """The loss at each position relative to the first, and the height of the highest pass between two lower points."""
     if not np.isfinite(slopes).all():
         return (float("nan"),) * len(positions), float("nan")

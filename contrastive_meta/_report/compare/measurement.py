@@ -79,7 +79,7 @@ def measure(function: Callable[..., Any], *args: Any, repeats: int = 5) -> Measu
 def measure_interleaved(
     calls: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], repeats: int = 5
 ) -> dict[str, Measurement]:
-    """Measure several functions in turn, round after round, so that all see the same weather.
+    """Measure several functions in turn, round after round, so that the machine's load is the same for all.
 
     All are compiled and warmed up before the first is timed.
 
@@ -102,7 +102,7 @@ def measure_interleaved(
       {'sum': 6.0, 'max': 3.0}
     """
     check_repeats(repeats)
-    return time_in_turn({name: prepare(function, *args) for name, (function, args) in calls.items()}, repeats)
+    return time_interleaved({name: prepare(function, *args) for name, (function, args) in calls.items()}, repeats)
 
 
 def check_repeats(repeats: int) -> None:
@@ -133,7 +133,7 @@ def prepare(function: Callable[..., Any], *args: Any) -> Prepared:
     return Prepared(call, call(), compile_seconds, _temp_bytes(compiled))
 
 
-def time_in_turn(prepared: Mapping[str, Prepared], repeats: int) -> dict[str, Measurement]:
+def time_interleaved(prepared: Mapping[str, Prepared], repeats: int) -> dict[str, Measurement]:
     """Time each once a round, for `repeats` rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in prepared}
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""The front door to batches of tasks, `value_and_meta_grad`, and `raise_if_failed` for statuses outside jit."""
+"""Batches of tasks, by `value_and_meta_grad`, and `raise_if_failed` for statuses outside jit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._estimators.base import MetaGradientEstimator
-from contrastive_meta._layout import along_tasks, as_laid_out, copied, leave_to_compiler
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task
 from contrastive_meta._pytree import PyTree
 from contrastive_meta._result import Diagnostics, MetaGradient, Status
+from contrastive_meta._sharding import along_tasks, as_laid_out, copied, leave_to_compiler
 
 ValueAndMetaGrad = Callable[..., Any]
 
@@ -32,7 +32,7 @@ def value_and_meta_grad(
       problem: the bilevel problem of one task.
       estimator: any estimator.
       batch_size: how many tasks learn at once, the rest waiting; None for all. Memory grows with it. Where tasks are
-        laid out over devices, a multiple of their number, lest tasks travel.
+        laid out over devices, a multiple of their number; otherwise tasks move between devices.
       has_aux: return `((value, diagnostics), grad)`, the diagnostics of each task along a leading axis; for problems
         with a model state `((value, (diagnostics, model_state)), grad)`, the state of each task likewise.
 

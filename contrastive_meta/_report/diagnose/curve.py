@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from contrastive_meta._compare._gradients import Vector, norm
+from contrastive_meta._report.gradients import Vector, norm
 from contrastive_meta._result import Status
 
 NOISE, TRUNCATION, NEITHER = "noise", "truncation", "neither"
@@ -17,7 +17,7 @@ _RATIO = 10**0.5
 _REACH = 8
 # A relative error below this multiple of the dtype's eps is rounding of whatever it is measured against.
 _FLOOR = 20.0
-# Rounding falls with slope -1 and truncation rises with slope p: half of 1 tells either from what does neither.
+# Rounding falls with slope -1 and truncation rises with slope p: a slope of at least half of 1 counts as either.
 _STEEP = 0.5
 # A slope is fitted to this many points to either side.
 _WINDOW = 2
@@ -29,7 +29,7 @@ class Curve(NamedTuple):
     Attributes:
       strengths: the smallest |beta| of the scheme's phases, ascending, in units of the inner over the outer loss.
       errors: relative errors of the contrasts; NaN where one is not finite.
-      estimates: what each says of itself, `diagnostics.error_estimate`.
+      estimates: the estimate that each reports, `diagnostics.error_estimate`.
       statuses: what each reported.
       regions: what dominates each error, by the slope of the curve: `"noise"` (what is divided by beta: rounding, and
         whatever phases left unfinished that does not cancel), `"truncation"` or `"neither"`.
@@ -103,7 +103,7 @@ def make_curve(points: Points, reference: Vector | None, text: str, order: int, 
     if unit == 0:
         text = f"{text} (absolute, since the gradient it is relative to is zero)"
     absolute = absolute / (unit or 1.0)
-    # Noise falls by no more than the ratio from one strength to the next: what is far below that is luck.
+    # Noise falls by no more than the ratio from one strength to the next. An error far below that is accidental.
     floored = np.fmax(_or_infinite(absolute), _FLOOR * eps)
     likely = np.fmax(floored, np.concatenate([[0.0], floored[:-1] / _RATIO]))
     least, chosen = int(np.argmin(likely)), len(gradients) // 2
@@ -125,8 +125,8 @@ def make_curve(points: Points, reference: Vector | None, text: str, order: int, 
 def _without_reference(gradients: Sequence[Vector], order: int) -> tuple[npt.NDArray[np.float64], float]:
     """Errors by neighbours and by the contrast that has the least of those; and the norm of that."""
     errors = _from_neighbours(gradients, order)
-    # Far too large a nudge moves nothing any further and the contrast vanishes, differences and all: what is least
-    # is least relative to itself.
+    # Where a nudge is far too large, the contrast vanishes, and so do its differences to the neighbours. So errors are
+    # compared relative to the norm of their own contrast.
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = errors / np.array([norm(gradient) for gradient in gradients])
     best = gradients[int(np.argmin(_or_infinite(relative)))]

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from contrastive_meta._compare._text import listing, share
-from contrastive_meta._compare._verdict import BEYOND_DOUBT, ORACLE, Evidence, Relation
+from contrastive_meta._report.check.agreement import FINITE_DIFFERENCES, NOISE_FACTOR, Evidence, Relation
+from contrastive_meta._report.text import listing, share
 from contrastive_meta._result import Status
 
 
@@ -14,13 +14,13 @@ def sentences(evidence: Evidence) -> list[str]:
     clusters = evidence.clusters()
     trusted = _trusted(clusters)
     said = [_agreement(evidence, cluster) for cluster in clusters if len(cluster) > 1]
-    if ORACLE not in trusted:
-        said.append(_about_the_oracle(evidence, trusted))
-    said += [_difference(evidence, c, trusted) for c in clusters if c != trusted and ORACLE not in c]
+    if FINITE_DIFFERENCES not in trusted:
+        said.append(_about_finite_differences(evidence, trusted))
+    said += [_difference(evidence, c, trusted) for c in clusters if c != trusted and FINITE_DIFFERENCES not in c]
     said += [
-        f"{name} is not finite ({answer.status.name})."
-        for name, answer in evidence.answers.items()
-        if not np.isfinite(answer.grad).all()
+        f"{name} is not finite ({estimate.status.name})."
+        for name, estimate in evidence.estimates.items()
+        if not np.isfinite(estimate.grad).all()
     ]
     if evidence.agreement() is False:
         said += _explanations(evidence)
@@ -28,10 +28,10 @@ def sentences(evidence: Evidence) -> list[str]:
 
 
 def _trusted(clusters: list[list[str]]) -> list[str]:
-    """Whom the others are compared with: those who agree with the oracle, else the most who agree at all."""
-    with_oracle = next(cluster for cluster in clusters if ORACLE in cluster)
-    others = [cluster for cluster in clusters if ORACLE not in cluster]
-    return with_oracle if len(with_oracle) > 1 or not others else max(others, key=len)
+    """The cluster that others are compared with: that of finite differences, else the largest."""
+    with_finite_differences = next(cluster for cluster in clusters if FINITE_DIFFERENCES in cluster)
+    others = [cluster for cluster in clusters if FINITE_DIFFERENCES not in cluster]
+    return with_finite_differences if len(with_finite_differences) > 1 or not others else max(others, key=len)
 
 
 def _agreement(evidence: Evidence, cluster: list[str]) -> str:
@@ -39,12 +39,12 @@ def _agreement(evidence: Evidence, cluster: list[str]) -> str:
     return f"{listing(cluster)} agree to {share(largest)}."
 
 
-def _about_the_oracle(evidence: Evidence, trusted: list[str]) -> str:
-    """Why the oracle is not among the trusted: contradiction, or too noisy to tell."""
-    name = next((name for name in trusted if name != ORACLE), None)
+def _about_finite_differences(evidence: Evidence, trusted: list[str]) -> str:
+    """Why the finite differences are not among the trusted: contradiction, or too noisy to tell."""
+    name = next((name for name in trusted if name != FINITE_DIFFERENCES), None)
     if name is None:
         return ""
-    relation = evidence.to_oracle(name)
+    relation = evidence.to_finite_differences(name)
     if relation.agrees is False:
         verb = "differs" if len(trusted) == 1 else "differ"
         return (
@@ -69,14 +69,14 @@ def _difference(evidence: Evidence, cluster: list[str], trusted: list[str]) -> s
     name, verb = cluster[0], "differs" if len(cluster) == 1 else "differ"
     others = [other for other in trusted if evidence.relation(name, other).agrees is False]
     if not others:
-        relation = evidence.relation(name, ORACLE)
+        relation = evidence.relation(name, FINITE_DIFFERENCES)
         return (
-            f"{listing(cluster)} cannot be told from {ORACLE}: they differ by {share(relation.difference)}, of which "
-            f"{share(relation.noise)} may be noise of the latter."
+            f"{listing(cluster)} cannot be told from {FINITE_DIFFERENCES}: they differ by "
+            f"{share(relation.difference)}, of which {share(relation.noise)} may be noise of the latter."
         )
-    # The oracle comes last: between two estimators the difference is exact, not estimated along a few directions.
+    # Finite differences come last: the difference between two estimators is exact, not that along a few directions.
     against, relation = others[0], evidence.relation(name, others[0])
-    leaf = evidence.leaf_of(name, against) if against != ORACLE else None
+    leaf = evidence.leaf_of(name, against) if against != FINITE_DIFFERENCES else None
     where = _multiple(relation) or (f", mostly in {leaf}" if leaf else "")
     rest = f"{against} and {len(others) - 1} more" if len(others) > 2 else listing(others)
     return f"{listing(cluster)} {verb} from {rest} by {share(relation.difference)}{where}."
@@ -89,10 +89,10 @@ def _multiple(relation: Relation) -> str:
 def _explanations(evidence: Evidence) -> list[str]:
     """What may explain a disagreement: the statuses, of which learning that stopped early is the usual one."""
     said = []
-    for status in sorted({answer.status for answer in evidence.answers.values()} - {Status.CONVERGED}):
-        names = [name for name, answer in evidence.answers.items() if answer.status == status]
+    for status in sorted({estimate.status for estimate in evidence.estimates.values()} - {Status.CONVERGED}):
+        names = [name for name, estimate in evidence.estimates.items() if estimate.status == status]
         if status == Status.FREE_NOT_CONVERGED:
-            residual = max(evidence.answers[name].free_residual for name in names)
+            residual = max(evidence.estimates[name].free_residual for name in names)
             said.append(
                 f"Learning stopped early (free residual {residual:.2g}, noticed by {listing(names)}): contrastive and "
                 "implicit estimators describe the minimum, which it had not reached; backprop and finite differences "
@@ -114,7 +114,7 @@ def _blindness(evidence: Evidence) -> list[str]:
         leaves, blind = listing(group.leaves), listing(group.blind)
         if not math.isfinite(total + noise):
             said.append(f"{blind} cannot see {leaves}, and finite differences cannot tell whether it matters.")
-        elif effect > evidence.tolerance * total + BEYOND_DOUBT * noise:
+        elif effect > evidence.tolerance * total + NOISE_FACTOR * noise:
             said.append(
                 f"The outer loss depends on {leaves} (about {share(effect / total)} of the gradient by finite "
                 f"differences), which {blind} cannot see{_otherwise(evidence, group.blind)}. Such an effect lasts only "
@@ -132,7 +132,7 @@ def _blindness(evidence: Evidence) -> list[str]:
 
 def _otherwise(evidence: Evidence, blind: tuple[str, ...]) -> str:
     """Whether the blind are right about all that they see."""
-    relations = [evidence.to_oracle(name, only_seen=True) for name in blind]
+    relations = [evidence.to_finite_differences(name, only_visible=True) for name in blind]
     if all(relation.agrees for relation in relations):
         return f"; in what they see they agree with finite differences to {share(max(r.difference for r in relations))}"
     return ""

@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from contrastive_meta._compare import _text
-from contrastive_meta._compare._gradients import (
+from contrastive_meta._estimators import MetaGradientEstimator
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
+from contrastive_meta._report import text
+from contrastive_meta._report.compare.measurement import Measurement, Prepared, check_repeats, prepare, time_interleaved
+from contrastive_meta._report.compare.reference import Reference, Subject, check_reference, resolve_reference
+from contrastive_meta._report.gradients import (
     cosine,
     first_line,
     flatten,
@@ -20,10 +24,6 @@ from contrastive_meta._compare._gradients import (
     status_of,
     unseen_told_later,
 )
-from contrastive_meta._compare._reference import Reference, Subject, check_reference, resolve_reference
-from contrastive_meta._compare.measurement import Measurement, Prepared, check_repeats, prepare, time_in_turn
-from contrastive_meta._estimators import MetaGradientEstimator
-from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
 from contrastive_meta._result import MetaGradient, Status
 
 
@@ -82,9 +82,9 @@ class Comparison:
 
     def __str__(self) -> str:
         """Aligned text of at most 120 columns."""
-        below = [_text.wrap(f"Reference: {self.reference}", "  ")]
-        below += [_text.wrap(f"Note: {note}", "  ") for note in self.notes]
-        return "\n".join([*_text.lay_out(_columns(self.rows)), "", *(line for lines in below for line in lines)])
+        below = [text.wrap(f"Reference: {self.reference}", "  ")]
+        below += [text.wrap(f"Note: {note}", "  ") for note in self.notes]
+        return "\n".join([*text.lay_out(_columns(self.rows)), "", *(line for lines in below for line in lines)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and text."""
@@ -98,10 +98,10 @@ class Comparison:
           path: a file to write it to as well.
           indent: as in `json.dumps`.
         """
-        text = json.dumps(_without_nan(self.to_dict()), indent=indent, allow_nan=False)
+        encoded = json.dumps(_without_nan(self.to_dict()), indent=indent, allow_nan=False)
         if path is not None:
-            Path(path).write_text(f"{text}\n", encoding="utf-8")
-        return text
+            Path(path).write_text(f"{encoded}\n", encoding="utf-8")
+        return encoded
 
 
 def compare(
@@ -172,7 +172,7 @@ def compare(
             raise_first(errors)
         results = {name: ready.output for name, ready in prepared.items()}
         against = resolve_reference(Subject(problem, estimators, results, meta_params, task, key), reference)
-    measurements = time_in_turn(prepared, repeats)
+    measurements = time_interleaved(prepared, repeats)
 
     rows = tuple(
         _row(name, measurements[name], against) if name in measurements else _failed_row(name, errors[name])
@@ -215,27 +215,27 @@ def _notes(rows: Sequence[Row], errors: Mapping[str, Exception]) -> list[str]:
     """One line for each set of unseen meta-parameters, each error, and each status that is not as it should be."""
     blind = {row.unseen: [r.name for r in rows if r.unseen == row.unseen] for row in rows if row.unseen}
     notes = [
-        f"{_text.listing(names)} cannot see {_text.listing(unseen)}: the gradient there is an exact zero."
+        f"{text.listing(names)} cannot see {text.listing(unseen)}: the gradient there is an exact zero."
         for unseen, names in blind.items()
     ]
     notes += [f"{name} raised {first_line(error)}" for name, error in errors.items()]
-    seen = {row.status for row in rows}
-    return notes + [f"{s.name}: {s.describe()}" for s in Status if s.name in seen and s != Status.CONVERGED]
+    occurring = {row.status for row in rows}
+    return notes + [f"{s.name}: {s.describe()}" for s in Status if s.name in occurring and s != Status.CONVERGED]
 
 
-def _columns(rows: Sequence[Row]) -> list[_text.Column]:
-    number = _text.number
+def _columns(rows: Sequence[Row]) -> list[text.Column]:
+    number = text.number
     return [
-        _text.Column(("estimator",), [row.name for row in rows], numeric=False, narrowest=14, keep_end=True),
-        _text.Column(("relative", "error"), [number(row.relative_error, ".2e") for row in rows]),
-        _text.Column(("cosine",), [number(row.cosine, ".5f") for row in rows]),
-        _text.Column(("outer", "loss"), [number(row.outer_loss, ".5g") for row in rows]),
-        _text.Column(("time", "(ms)"), [_text.milliseconds(row.seconds) for row in rows]),
-        _text.Column(("compile", "(s)"), [number(row.compile_seconds, ".2f") for row in rows]),
-        _text.Column(("temporary", "memory"), [_text.memory(row.temp_bytes) for row in rows]),
-        _text.Column(("inner", "gradients"), [number(row.num_gradients, "d") for row in rows]),
-        _text.Column(("HVPs",), [number(row.num_hvps, "d") for row in rows]),
-        _text.Column(("status",), [row.status for row in rows], numeric=False, narrowest=20),
+        text.Column(("estimator",), [row.name for row in rows], numeric=False, narrowest=14, keep_end=True),
+        text.Column(("relative", "error"), [number(row.relative_error, ".2e") for row in rows]),
+        text.Column(("cosine",), [number(row.cosine, ".5f") for row in rows]),
+        text.Column(("outer", "loss"), [number(row.outer_loss, ".5g") for row in rows]),
+        text.Column(("time", "(ms)"), [text.milliseconds(row.seconds) for row in rows]),
+        text.Column(("compile", "(s)"), [number(row.compile_seconds, ".2f") for row in rows]),
+        text.Column(("temporary", "memory"), [text.memory(row.temp_bytes) for row in rows]),
+        text.Column(("inner", "gradients"), [number(row.num_gradients, "d") for row in rows]),
+        text.Column(("HVPs",), [number(row.num_hvps, "d") for row in rows]),
+        text.Column(("status",), [row.status for row in rows], numeric=False, narrowest=20),
     ]
 
 

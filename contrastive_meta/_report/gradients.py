@@ -14,7 +14,7 @@ from contrastive_meta._result import MetaGradient, Status
 
 Vector = npt.NDArray[np.float64]
 
-# Above this many parameters a dense Hessian and its eigenvectors are no longer small change.
+# Above this many parameters a dense Hessian and its eigenvectors cost more than the estimates.
 LARGEST_DENSE = 2000
 
 

@@ -5,21 +5,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from contrastive_meta._compare._gradients import Vector, norm
-from contrastive_meta._compare._oracle import Slopes
+from contrastive_meta._report.check.finite_differences import Slopes
+from contrastive_meta._report.gradients import Vector, norm
 from contrastive_meta._result import Status
 
-ORACLE = "finite differences"
-# A difference is beyond doubt if it exceeds the tolerance by this many times the noise of the finite differences.
-BEYOND_DOUBT = 3.0
+FINITE_DIFFERENCES = "finite differences"
+# A difference is significant if it exceeds the tolerance by this many times the noise of the finite differences.
+NOISE_FACTOR = 3.0
 
 
-class Answer(NamedTuple):
-    """What one estimator answered.
+class Estimate(NamedTuple):
+    """What one estimator returned.
 
     Attributes:
       grad: flat.
-      status: its own judgement.
+      status: that it reported.
       free_residual: of its free phase.
       unseen: meta-parameters that it cannot see.
     """
@@ -31,7 +31,7 @@ class Answer(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """How two answers compare.
+    """How two estimates compare.
 
     Attributes:
       difference: norm of their difference over the larger of their norms.
@@ -54,17 +54,17 @@ class Blindness(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """All that a verdict is made from.
+    """All that the verdict of a `CheckReport` is made from.
 
     Attributes:
-      answers: by name.
+      estimates: by name.
       slopes: the finite differences.
       groups: of the meta-parameters, in the numbering of `slopes.groups`.
       leaves: names and sizes of the leaves of `meta_params`.
       tolerance: on relative differences.
     """
 
-    answers: Mapping[str, Answer]
+    estimates: Mapping[str, Estimate]
     slopes: Slopes
     groups: Sequence[Blindness]
     leaves: Sequence[tuple[str, int]]
@@ -72,27 +72,27 @@ class Evidence(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Whose answers can be compared, the oracle last."""
-        return [*self.answers, ORACLE]
+        """The names that can be compared; finite differences last."""
+        return [*self.estimates, FINITE_DIFFERENCES]
 
     def relation(self, first: str, second: str) -> Relation:
-        """Compare two by name, the oracle included."""
+        """Compare two by name, finite differences included."""
         if first == second:
             return Relation(0.0, 0.0, True, 1.0)
-        if ORACLE in (first, second):
-            return self.to_oracle(second if first == ORACLE else first)
-        a, b = self.answers[first].grad, self.answers[second].grad
+        if FINITE_DIFFERENCES in (first, second):
+            return self.to_finite_differences(second if first == FINITE_DIFFERENCES else first)
+        a, b = self.estimates[first].grad, self.estimates[second].grad
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             return Relation(float("nan"), 0.0, False, float("nan"))
         difference = _over(norm(a - b), max(norm(a), norm(b)))
         return Relation(difference, 0.0, difference <= self.tolerance, _factor(a, b, self.tolerance))
 
-    def to_oracle(self, name: str, only_seen: bool = False) -> Relation:
-        """Compare an answer with the finite differences, or only in groups of meta-parameters that it can see."""
+    def to_finite_differences(self, name: str, only_visible: bool = False) -> Relation:
+        """Compare an estimate with the finite differences, or only in groups of meta-parameters that it can see."""
         slopes = self.slopes
-        seen = [name not in group.blind or not only_seen for group in self.groups]
-        weights = np.sqrt(slopes.weights) * np.asarray(seen)[slopes.groups]
-        grad = self.answers[name].grad
+        visible = [name not in group.blind or not only_visible for group in self.groups]
+        weights = np.sqrt(slopes.weights) * np.asarray(visible)[slopes.groups]
+        grad = self.estimates[name].grad
         if not np.isfinite(grad).all():
             return Relation(float("nan"), 0.0, False, float("nan"))
         if not (np.isfinite(slopes.values).all() and np.isfinite(slopes.noise).all()):
@@ -101,17 +101,17 @@ class Evidence(NamedTuple):
         scale = max(norm(along), norm(values))
         difference, noise = _over(norm(along - values), scale), _over(norm(weights * slopes.noise), scale)
         agrees = None
-        if difference > self.tolerance + BEYOND_DOUBT * noise:
+        if difference > self.tolerance + NOISE_FACTOR * noise:
             agrees = False
         elif max(difference, noise) <= self.tolerance:
             agrees = True
-        return Relation(difference, noise, agrees, _factor(along, values, max(self.tolerance, BEYOND_DOUBT * noise)))
+        return Relation(difference, noise, agrees, _factor(along, values, max(self.tolerance, NOISE_FACTOR * noise)))
 
     def clusters(self) -> list[list[str]]:
-        """Names in groups within which all agree; those with an answer that is not finite are in none."""
+        """Names in groups within which all agree; those with an estimate that is not finite are in none."""
         found: list[list[str]] = []
-        finite = [name for name, answer in self.answers.items() if np.isfinite(answer.grad).all()]
-        for name in [ORACLE, *finite]:
+        finite = [name for name, estimate in self.estimates.items() if np.isfinite(estimate.grad).all()]
+        for name in [FINITE_DIFFERENCES, *finite]:
             for cluster in found:
                 if all(self.relation(name, member).agrees for member in cluster):
                     cluster.append(name)
@@ -121,7 +121,7 @@ class Evidence(NamedTuple):
         return [sorted(cluster, key=self.names.index) for cluster in found]
 
     def agreement(self) -> bool | None:
-        """Whether all agree with all; None where nothing but the noise of the oracle leaves it open."""
+        """Whether all agree with all; None where nothing but the noise of the finite differences leaves it open."""
         names = self.names
         pairs = [(a, b) for index, a in enumerate(names) for b in names[index + 1 :]]
         opinions = [self.relation(*pair).agrees for pair in pairs]
@@ -131,7 +131,7 @@ class Evidence(NamedTuple):
 
     def leaf_of(self, name: str, other: str) -> str | None:
         """The leaf that holds most of the difference between two estimators; None where there is no such one."""
-        difference = self.answers[name].grad - self.answers[other].grad
+        difference = self.estimates[name].grad - self.estimates[other].grad
         ends = np.cumsum([size for _, size in self.leaves])[:-1]
         parts = [norm(part) for part in np.split(difference, ends)]
         largest = int(np.argmax(parts))

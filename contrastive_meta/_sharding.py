@@ -29,7 +29,7 @@ def leave_to_compiler(
     Raises:
       TypeError: axes are explicit and this version of JAX cannot leave them to the compiler.
     """
-    meshes = [layout.mesh for layout in map(_layout, jax.tree.leaves(args)) if layout is not None]
+    meshes = [layout.mesh for layout in map(_sharding_of, jax.tree.leaves(args)) if layout is not None]
     explicit = [mesh for mesh in meshes if getattr(mesh, "explicit_axes", ())]
     if not explicit:
         return function(*args)
@@ -48,7 +48,7 @@ def as_laid_out(values: PyTree, mesh: Any) -> PyTree:
     """The layout of each leaf; a copy on every device where it has none."""
 
     def one(leaf: Any) -> Any:
-        layout = _layout(leaf)
+        layout = _sharding_of(leaf)
         on_mesh = layout is not None and not layout.mesh.empty
         return NamedSharding(mesh, layout.spec if on_mesh else PartitionSpec())
 
@@ -57,7 +57,7 @@ def as_laid_out(values: PyTree, mesh: Any) -> PyTree:
 
 def along_tasks(tasks: PyTree, mesh: Any) -> Any:
     """The layout of what has a leading axis of tasks."""
-    return NamedSharding(mesh, PartitionSpec(*tuple(_layout(jax.tree.leaves(tasks)[0]).spec)[:1]))
+    return NamedSharding(mesh, PartitionSpec(*tuple(_sharding_of(jax.tree.leaves(tasks)[0]).spec)[:1]))
 
 
 def copied(mesh: Any) -> Any:
@@ -65,5 +65,5 @@ def copied(mesh: Any) -> Any:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _layout(leaf: Any) -> Any:
+def _sharding_of(leaf: Any) -> Any:
     return getattr(jax.typeof(leaf), "sharding", None)

@@ -11,7 +11,7 @@ from contrastive_meta._control import cast_like
 from contrastive_meta._pytree import PyTree
 from contrastive_meta._result import Diagnostics, Status, make_diagnostics
 
-# A status that a training loop may go on with, as in `raise_if_failed`.
+# Statuses at which a training loop may continue, as in `raise_if_failed`.
 USABLE = (Status.FELL_BACK, Status.APPROXIMATE)
 
 
@@ -41,13 +41,13 @@ def hides(values: PyTree) -> bool:
 
 
 def fill(visible: PyTree, whole: PyTree) -> PyTree:
-    """`visible`, what a mask hides of it taken from `whole`."""
-    return jax.tree.map(lambda seen, full: full if is_masked(seen) else seen, visible, whole, is_leaf=is_masked)
+    """`visible`, with the parts that a mask hides taken from `whole`."""
+    return jax.tree.map(lambda part, full: full if is_masked(part) else part, visible, whole, is_leaf=is_masked)
 
 
 def show(whole: PyTree, visible: PyTree) -> PyTree:
-    """`whole`, but for what a mask hides of `visible`."""
-    return jax.tree.map(lambda seen, full: seen if is_masked(seen) else full, visible, whole, is_leaf=is_masked)
+    """The parts of `whole` that a mask does not hide in `visible`."""
+    return jax.tree.map(lambda part, full: part if is_masked(part) else full, visible, whole, is_leaf=is_masked)
 
 
 def completed(visible: PyTree, unmasked: PyTree | None, name: str) -> PyTree:

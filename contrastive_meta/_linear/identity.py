@@ -1,7 +1,7 @@
 """No solve at all: the inverse Hessian taken to be a multiple of the identity, as T1-T2 has it."""
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._inverse_hessian.base import (
+from contrastive_meta._linear.base import (
     HessianProduct,
     InverseHessian,
     LinearSolution,
@@ -34,8 +34,8 @@ class IdentityHessian(InverseHessian):
     Example:
       >>> import contrastive_meta as cm
       >>> import jax.numpy as jnp
-      >>> answer = cm.IdentityHessian(0.5).solve(lambda x: 3.0 * x, jnp.array([2.0]))
-      >>> answer.solution.tolist(), float(answer.residual)
+      >>> solved = cm.IdentityHessian(0.5).solve(lambda x: 3.0 * x, jnp.array([2.0]))
+      >>> solved.solution.tolist(), float(solved.residual)
       ([1.0], 0.5)
     """
 
@@ -49,5 +49,5 @@ class IdentityHessian(InverseHessian):
         product = system.product(solution)
         residual = system.relative_norm(tree.subtract(system.vector, product))
         indefinite = curves_down(solution, product, self.scale, system.dtype)
-        answer = system.finish(solution, residual, 1, flag(indefinite, Status.INDEFINITE_CURVATURE))
-        return answer._replace(status=worst(answer.status, Status.APPROXIMATE))
+        solved = system.finish(solution, residual, 1, flag(indefinite, Status.INDEFINITE_CURVATURE))
+        return solved._replace(status=worst(solved.status, Status.APPROXIMATE))

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from contrastive_meta._compare._advice import NEAR_LEAST
-from contrastive_meta._compare._curve import NEITHER
-from contrastive_meta._compare._findings import Findings, Segment
-from contrastive_meta._compare._text import Column, lay_out, listing, share, strength, wrap
+from contrastive_meta._report.diagnose.advice import NEAR_LEAST
+from contrastive_meta._report.diagnose.curve import NEITHER
+from contrastive_meta._report.diagnose.findings import Findings, Segment
+from contrastive_meta._report.text import Column, lay_out, listing, share, strength, wrap
 
 WIDTH = 100
 # The axis on which the page draws the curve: one character for each third of a decade.
@@ -139,17 +139,17 @@ def _basin(found: Findings) -> list[str]:
         Column(("curvature,", "inner"), [_number(s.curvature) for s in segments]),
         Column(("curvature,", "nudged"), [_number(s.nudged_curvature) for s in segments]),
         Column(("bend",), [share(s.bend) for s in segments]),
-        Column(("found",), [_verdict(s) for s in segments], numeric=False),
+        Column(("found",), [_finding(s) for s in segments], numeric=False),
     ]
     return ["Basin: the straight way from the base point to each nudged phase", *lay_out(columns, WIDTH)]
 
 
-def _verdict(segment: Segment) -> str:
+def _finding(segment: Segment) -> str:
     if not math.isfinite(segment.barrier):
         return "not finite"
     if not segment.same_basin:
         return "a barrier"
-    return "no minimum" if segment.runs_away else "same basin"
+    return "no minimum" if segment.is_unbounded else "same basin"
 
 
 def _result(found: Findings) -> list[str]:

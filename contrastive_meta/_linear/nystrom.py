@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._inverse_hessian.base import (
+from contrastive_meta._linear.base import (
     HessianProduct,
     InverseHessian,
     LinearSolution,
@@ -33,7 +33,7 @@ class Nystrom(InverseHessian):
     The products do not depend on each other, so they run as one batch, and no iteration can diverge. It is accurate
     where the eigenvalues of H beyond the first `rank` are small against `damping`: a left-out eigenvalue h leaves
     h / damping of v's part along it as residual, a kept one damping / (h + damping). The status is `APPROXIMATE`
-    unless the residual says otherwise, and `NUDGED_NOT_CONVERGED` where u is worse than no answer (residual of 1 or
+    unless the residual says otherwise, and `NUDGED_NOT_CONVERGED` where u is worse than zero (residual of 1 or
     more): raise `rank` or `damping`. Eigenvalues that the sketch shows to be negative are left out; they, and a u with
     u'H u < 0, are reported as `INDEFINITE_CURVATURE`. Memory is O(n rank).
 
@@ -54,8 +54,8 @@ class Nystrom(InverseHessian):
       >>> import contrastive_meta as cm
       >>> import jax.numpy as jnp
       >>> curvature = jnp.array([4.0, 2.0, 0.0, 0.0])
-      >>> answer = cm.Nystrom(rank=2, damping=1.0).solve(lambda x: curvature * x, jnp.array([5.0, 3.0, 0.0, 7.0]))
-      >>> [round(float(x), 6) for x in answer.solution[:2]], int(answer.num_hvps)
+      >>> solved = cm.Nystrom(rank=2, damping=1.0).solve(lambda x: curvature * x, jnp.array([5.0, 3.0, 0.0, 7.0]))
+      >>> [round(float(x), 6) for x in solved.solution[:2]], int(solved.num_hvps)
       ([1.0, 1.0], 3)
     """
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from contrastive_meta._compare._findings import Findings, Segment
-from contrastive_meta._compare._text import strength, wrap
+from contrastive_meta._report.diagnose.findings import Findings, Segment
+from contrastive_meta._report.text import strength, wrap
 
 # Okabe & Ito (2008): colour-blind readers can tell them apart; each has a marker of its own for grey print.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from contrastive_meta._compare._gradients import (
+from contrastive_meta._estimators import ImplicitDifferentiation, MetaGradientEstimator
+from contrastive_meta._linear import DenseInverse
+from contrastive_meta._problem import BilevelProblem, MetaParams, Task, same_structure
+from contrastive_meta._report.gradients import (
     LARGEST_DENSE,
     Vector,
     first_line,
@@ -15,9 +18,6 @@ from contrastive_meta._compare._gradients import (
     num_params,
     status_of,
 )
-from contrastive_meta._estimators import ImplicitDifferentiation, MetaGradientEstimator
-from contrastive_meta._inverse_hessian import DenseInverse
-from contrastive_meta._problem import BilevelProblem, MetaParams, Task, same_structure
 from contrastive_meta._result import MetaGradient, Status
 
 
@@ -53,7 +53,7 @@ def resolve_reference(subject: Subject, reference: Any) -> Reference:
     if isinstance(reference, MetaGradientEstimator):
         what = f"{type(reference).__name__} as passed in `reference`"
         return _row_or_estimate(subject, reference, what)
-    return _judged(flatten(reference), "the gradient passed in `reference`, no row of this table", None)
+    return _with_caveats(flatten(reference), "the gradient passed in `reference`, no row of this table", None)
 
 
 def check_reference(estimators: Mapping[str, MetaGradientEstimator], meta_params: MetaParams, reference: Any) -> None:
@@ -90,35 +90,35 @@ def _by_default(subject: Subject) -> Reference:
 
 
 def _row_or_estimate(subject: Subject, estimator: MetaGradientEstimator, what: str) -> Reference:
-    """An estimator's answer; where it stands among the rows already it is not computed again."""
+    """An estimator's gradient. One that is a row of the table already is not computed again."""
     for name, candidate in subject.estimators.items():
         if name in subject.results and _same(candidate, estimator):
             return _row(subject, name, f" ({what})")
     result = estimator.estimate(subject.problem, subject.meta_params, subject.task, key=subject.key)
-    return _judged(flatten(result.grad), f"{what}, no row of this table", result)
+    return _with_caveats(flatten(result.grad), f"{what}, no row of this table", result)
 
 
 def _row(subject: Subject, name: str, remark: str = "") -> Reference:
     if name not in subject.results:
         return Reference(None, f"none: {name!r} raised an error.")
     result = subject.results[name]
-    return _judged(flatten(result.grad), f"{name!r}, itself a row of this table{remark}", result)
+    return _with_caveats(flatten(result.grad), f"{name!r}, itself a row of this table{remark}", result)
 
 
-def _judged(grad: Vector, text: str, result: MetaGradient | None) -> Reference:
-    """With what makes a reference doubtful: its value, its own status, what it cannot see."""
-    doubts = []
+def _with_caveats(grad: Vector, text: str, result: MetaGradient | None) -> Reference:
+    """A reference with its caveats: its value, its own status, what it cannot see."""
+    caveats = []
     if not np.isfinite(grad).all():
-        doubts.append("It is not finite, so errors and cosines are not defined.")
+        caveats.append("It is not finite, so errors and cosines are not defined.")
     elif norm(grad) == 0:
-        doubts.append("It is zero, so relative errors and cosines are not defined.")
+        caveats.append("It is zero, so relative errors and cosines are not defined.")
     if result is not None:
         status = status_of(result)
         if status != Status.CONVERGED:
-            doubts.append(f"It is doubtful itself: its status is {status.name}.")
+            caveats.append(f"It is doubtful itself: its status is {status.name}.")
         if result.unseen:
-            doubts.append(f"It cannot see {', '.join(result.unseen)}, where it is zero.")
-    return Reference(grad, " ".join([f"{text}.", *doubts]))
+            caveats.append(f"It cannot see {', '.join(result.unseen)}, where it is zero.")
+    return Reference(grad, " ".join([f"{text}.", *caveats]))
 
 
 def _same(a: MetaGradientEstimator, b: MetaGradientEstimator) -> bool:

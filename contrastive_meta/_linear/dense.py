@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._inverse_hessian.base import (
+from contrastive_meta._linear.base import (
     HessianProduct,
     InverseHessian,
     LinearSolution,
@@ -48,8 +48,8 @@ class DenseInverse(InverseHessian):
       >>> import contrastive_meta as cm
       >>> import jax.numpy as jnp
       >>> hessian = jnp.array([[2.0, 1.0], [1.0, 3.0]])
-      >>> answer = cm.DenseInverse().solve(lambda x: hessian @ x, jnp.array([3.0, 4.0]))
-      >>> [round(float(x), 6) for x in answer.solution], int(answer.num_hvps)
+      >>> solved = cm.DenseInverse().solve(lambda x: hessian @ x, jnp.array([3.0, 4.0]))
+      >>> [round(float(x), 6) for x in solved.solution], int(solved.num_hvps)
       ([1.0, 1.0], 3)
     """
 
@@ -79,13 +79,13 @@ class DenseInverse(InverseHessian):
 
         first = apply_inverse(flat)
         solution = unravel(first + apply_inverse(flat - _matmul(hessian, first)))
-        remainder = tree.subtract(system.vector, system.product(solution))
-        residual = system.relative_norm(remainder)
-        damped = system.relative_norm(tree.add_scaled(remainder, -self.damping, solution))
+        residual = tree.subtract(system.vector, system.product(solution))
+        relative = system.relative_norm(residual)
+        damped = system.relative_norm(tree.add_scaled(residual, -self.damping, solution))
         tolerance = attainable_tolerance(None, system, largest, solution)
         status = worst(
-            flag(residual > tolerance, Status.APPROXIMATE),
+            flag(relative > tolerance, Status.APPROXIMATE),
             flag(damped > tolerance, Status.NUDGED_NOT_CONVERGED),
             flag(jnp.min(eigenvalues) <= rounding, Status.INDEFINITE_CURVATURE),
         )
-        return system.finish(solution, residual, flat.size + 1, status)
+        return system.finish(solution, relative, flat.size + 1, status)

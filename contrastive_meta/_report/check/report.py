@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from contrastive_meta._compare import _text
+from contrastive_meta._report import text
 from contrastive_meta._result import Status
 
 # More columns of differences than this do not fit a line.
@@ -67,29 +67,29 @@ class CheckReport:
     def __str__(self) -> str:
         """The verdict, the pairwise differences, and what the statuses mean, in at most 120 columns."""
         opinions = {True: "all agree", False: "they do not all agree", None: "cannot decide"}
-        lines = _text.wrap(f"Check: {opinions[self.agree]} (tolerance {_text.share(self.tolerance)}).")
-        lines += [*_text.wrap(self.verdict), "", *_text.lay_out(self._columns()), ""]
-        noise = f"Noise of the finite differences: {_text.share(self.noise)} of their norm."
+        lines = text.wrap(f"Check: {opinions[self.agree]} (tolerance {text.share(self.tolerance)}).")
+        lines += [*text.wrap(self.verdict), "", *text.lay_out(self._columns()), ""]
+        noise = f"Noise of the finite differences: {text.share(self.noise)} of their norm."
         lines.append(noise if math.isfinite(self.noise) else "The finite differences are nothing but noise.")
         for status in sorted({row.status for row in self.rows}):
             names = ", ".join(row.name for row in self.rows if row.status == status)
-            lines += _text.wrap(f"{status.name} ({names}): {status.describe()}", "  ")
+            lines += text.wrap(f"{status.name} ({names}): {status.describe()}", "  ")
         for name, why in self.left_out.items():
-            lines += _text.wrap(f"Left out: {name}. {why}", "  ")
+            lines += text.wrap(f"Left out: {name}. {why}", "  ")
         return "\n".join(lines)
 
-    def _columns(self) -> list[_text.Column]:
+    def _columns(self) -> list[text.Column]:
         numbers = [str(index + 1) for index in range(len(self.rows))]
         columns = [
-            _text.Column(("",), numbers),
-            _text.Column(("estimator",), [row.name for row in self.rows], numeric=False, narrowest=14, keep_end=True),
-            _text.Column(("gradient", "norm"), [_text.number(row.grad_norm, ".4g") for row in self.rows]),
-            _text.Column(("free", "residual"), [_text.number(row.free_residual, ".2g") for row in self.rows]),
+            text.Column(("",), numbers),
+            text.Column(("estimator",), [row.name for row in self.rows], numeric=False, narrowest=14, keep_end=True),
+            text.Column(("gradient", "norm"), [text.number(row.grad_norm, ".4g") for row in self.rows]),
+            text.Column(("free", "residual"), [text.number(row.free_residual, ".2g") for row in self.rows]),
         ]
         compared = list(zip(numbers, self.rows, strict=True))
         for index, row in compared if len(compared) <= _MOST_COLUMNS else compared[-1:]:
             cells = [_difference_cell(self.differences[other.name][row.name]) for other in self.rows]
-            columns.append(_text.Column(("differs", f"from {index}"), cells))
+            columns.append(text.Column(("differs", f"from {index}"), cells))
         return columns
 
 

@@ -8,17 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._compare._curve import Curve, Points, make_curve, strengths_around
-from contrastive_meta._compare._findings import Drift, Phase, Segment
-from contrastive_meta._compare._gradients import Vector, flatten, norm, relative_error, status_of, unseen_told_later
-from contrastive_meta._compare._phases_seen import Seen, look, make_segment, nudge_used, walk
-from contrastive_meta._compare.diagnosis import Diagnosis
+from contrastive_meta._base_point import UNCONVERGED
 from contrastive_meta._contrastive import Contrastive
 from contrastive_meta._estimators import MetaGradientEstimator
-from contrastive_meta._base_point import UNCONVERGED
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LossNudge, Nudge, NudgeScheme
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays, float_dtype_of, same_structure
+from contrastive_meta._report.diagnose.curve import Curve, Points, make_curve, strengths_around
+from contrastive_meta._report.diagnose.diagnosis import Diagnosis
+from contrastive_meta._report.diagnose.findings import Drift, Phase, Segment
+from contrastive_meta._report.diagnose.phase_profile import (
+    PhaseProfile,
+    make_segment,
+    measure_segment,
+    nudge_used,
+    profile_phases,
+)
+from contrastive_meta._report.gradients import Vector, flatten, norm, relative_error, status_of, unseen_told_later
 from contrastive_meta._result import EstimatorState, MetaGradient, Status
 from contrastive_meta._solvers.base import InnerSolver
 
@@ -38,9 +44,9 @@ def diagnose(
 
     Runs outside jit, at the price of about twenty estimates: one with the estimator as it is; one at each of 17
     strengths from 1e-4 to 1e4 times the strength it chose, in the same scheme (none recompiles); one from where
-    learning goes on without a nudge. Without a reference the errors at these strengths are those that neighbouring
-    strengths betray (Richardson): what all strengths have in common, such as unfinished learning, does not show in
-    them, but in the residuals and in the drift.
+    learning goes on without a nudge. Without a reference the errors at these strengths are estimated from
+    neighbouring strengths (Richardson). An error that all strengths have in common, such as that of unfinished
+    learning, shows in the residuals and in the drift instead.
 
     Args:
       problem: the bilevel problem.
@@ -49,7 +55,7 @@ def diagnose(
       task: a single task.
       reference: what errors are measured against: an estimator, or a gradient like `meta_params`; None for
         neighbouring strengths.
-      tolerance: relative error that is good enough: what it is below gives no cause for advice.
+      tolerance: relative error that is good enough. Smaller errors give no cause for advice.
       state: as in `estimate`: a warm start to diagnose as it is in a training loop.
       key: as in `estimate`; the same for all.
 
@@ -82,18 +88,18 @@ def diagnose(
         result = subject.as_it_is()
         curve = _measure_curve(subject, result, reference)
         # Numpy from here on: what is computed once is not worth a program.
-        seen = jax.device_get(look(subject.at(curve.strengths[curve.chosen]), subject.setting, state))
+        profile = jax.device_get(profile_phases(subject.at(curve.strengths[curve.chosen]), subject.instance, state))
         return Diagnosis(
             result=result,
             estimator=_describe(estimator, dtype),
             tolerance=tolerance,
             curve=curve,
-            phases=_phases(estimator, seen, result),
-            noise=float(seen.noise),
-            drift=_drift(subject, seen, result),
-            segments=_segments(subject, seen, result),
+            phases=_phases(estimator, profile, result),
+            noise=float(profile.noise),
+            drift=_drift(subject, profile, result),
+            segments=_segments(subject, profile, result),
             matched=subject.scheme.matched or subject.scheme.free_phase is None,
-            gradients=_gradients(seen, result),
+            gradients=_gradients(profile, result),
         )
 
 
@@ -109,7 +115,7 @@ class _Subject(NamedTuple):
     dtype: Any
 
     @property
-    def setting(self) -> Instance:
+    def instance(self) -> Instance:
         return Instance(self.problem, self.meta_params, self.task, self.key, self.dtype)
 
     @property
@@ -124,9 +130,9 @@ class _Subject(NamedTuple):
 
     @property
     def nudge(self) -> Nudge | None:
-        """The estimator's nudge, the same at all strengths: none takes another's place where it is too large."""
-        runs_again = isinstance(self.estimator._learner(self.setting), InnerSolver)
-        return self.estimator.nudge or (LossNudge() if runs_again else None)
+        """The estimator's nudge, the same at all strengths: no other one replaces it where a strength is too large."""
+        reruns = isinstance(self.estimator._learner(self.instance), InnerSolver)
+        return self.estimator.nudge or (LossNudge() if reruns else None)
 
     def as_it_is(self) -> MetaGradient:
         """The estimate to be diagnosed; that of a typed strength is one of those to come, already compiled then."""
@@ -178,8 +184,8 @@ def _resolve(subject: _Subject, reference: Any) -> tuple[Vector | None, str]:
         return flatten(reference), "against the gradient passed in `reference`"
     result = reference.estimate(subject.problem, subject.meta_params, subject.task, key=subject.key)
     status = status_of(result)
-    doubt = "" if status == Status.CONVERGED else f", itself doubtful: {status.name}"
-    return flatten(result.grad), f"against {type(reference).__name__} as passed in `reference`{doubt}"
+    caveat = "" if status == Status.CONVERGED else f", itself doubtful: {status.name}"
+    return flatten(result.grad), f"against {type(reference).__name__} as passed in `reference`{caveat}"
 
 
 def _describe(estimator: Contrastive, dtype: Any) -> str:
@@ -192,32 +198,32 @@ def _describe(estimator: Contrastive, dtype: Any) -> str:
     )
 
 
-def _phases(estimator: Contrastive, seen: Seen, result: MetaGradient) -> tuple[Phase, ...]:
+def _phases(estimator: Contrastive, profile: PhaseProfile, result: MetaGradient) -> tuple[Phase, ...]:
     tol = getattr(estimator.solver, "tol", None)
-    scale, nan = float(seen.scale), float("nan")
+    scale, nan = float(profile.scale), float("nan")
     base = flatten(result.params)
-    moved = norm(flatten(seen.free.params) - base) / scale
+    moved = norm(flatten(profile.free.params) - base) / scale
     free = Phase(
         name="free",
         beta=0.0,
-        residual=float(seen.free_residual),
+        residual=float(profile.free_residual),
         tolerance=nan if tol is None else float(tol),
         moved=moved,
-        status=Status(int(seen.free.status)),
+        status=Status(int(profile.free.status)),
     )
-    nudges = np.asarray(seen.nudges)
+    nudges = np.asarray(profile.nudges)
     weakest = float(np.min(np.abs(nudges[nudges != 0]), initial=np.inf))
     phases = [free]
-    for index, (beta, end) in enumerate(zip(nudges, tree.unstack(seen.ends, len(nudges)), strict=True)):
-        enough = UNCONVERGED * (abs(beta) if beta != 0 else weakest) * float(seen.nudge_norm)
+    for index, (beta, end) in enumerate(zip(nudges, tree.unstack(profile.ends, len(nudges)), strict=True)):
+        enough = UNCONVERGED * (abs(beta) if beta != 0 else weakest) * float(profile.nudge_norm)
         phases.append(
             Phase(
                 name="nudged" if beta != 0 else "control",
                 beta=complex(beta),
-                residual=float(seen.residuals[index]),
+                residual=float(profile.residuals[index]),
                 tolerance=float(enough),
                 moved=_distance(end, base) / scale,
-                status=Status(int(seen.statuses[index])),
+                status=Status(int(profile.statuses[index])),
             )
         )
     return tuple(phases)
@@ -229,42 +235,42 @@ def _distance(end: Any, base: Vector) -> float:
     return float(np.hypot(norm(parts[0] - base), norm(parts[1])))
 
 
-def _drift(subject: _Subject, seen: Seen, result: MetaGradient) -> Drift:
-    beta = float(np.min(np.abs(np.asarray(seen.nudges)[np.asarray(seen.nudges) != 0]), initial=np.inf))
-    moved = beta * norm(flatten(seen.response))
+def _drift(subject: _Subject, profile: PhaseProfile, result: MetaGradient) -> Drift:
+    beta = float(np.min(np.abs(np.asarray(profile.nudges)[np.asarray(profile.nudges) != 0]), initial=np.inf))
+    moved = beta * norm(flatten(profile.response))
     # On from where learning ended its model state stays.
     held = subject._replace(problem=subject.problem.at(result.model_state))
-    on = held.estimate(beta, result.state._replace(params=seen.on, model_state=()))
-    drift = float(seen.drift)
+    on = held.estimate(beta, result.state._replace(params=profile.on, model_state=()))
+    drift = float(profile.drift)
     before, after = flatten(result.grad), flatten(on.grad)
     return Drift(
-        distance=drift / float(seen.scale),
+        distance=drift / float(profile.scale),
         displacement=drift / moved if moved > 0 else (0.0 if drift == 0 else float("inf")),
-        statistic=float(seen.statistic) / beta,
+        statistic=float(profile.statistic) / beta,
         gradient=0.0 if np.array_equal(before, after) else relative_error(before, after),
     )
 
 
-def _segments(subject: _Subject, seen: Seen, result: MetaGradient) -> tuple[Segment, ...]:
-    nudge = nudge_used(subject.estimator, subject.setting, bool(seen.replaced))
-    nudges, base = np.asarray(seen.nudges), jax.device_get(result.params)
-    setting = subject.setting.at(result.model_state)
+def _segments(subject: _Subject, profile: PhaseProfile, result: MetaGradient) -> tuple[Segment, ...]:
+    nudge = nudge_used(subject.estimator, subject.instance, bool(profile.replaced))
+    nudges, base = np.asarray(profile.nudges), jax.device_get(result.params)
+    instance = subject.instance.at(result.model_state)
     if np.iscomplexobj(nudges):
         # Complex phases have no loss to climb: the way is that of a real nudge of the same modulus.
         beta = float(np.min(np.abs(nudges)))
-        ends = [(beta, jax.tree.map(lambda x, u: x + np.asarray(beta * u, x.dtype), base, seen.response))]
+        ends = [(beta, jax.tree.map(lambda x, u: x + np.asarray(beta * u, x.dtype), base, profile.response))]
     else:
-        stacked = tree.unstack(seen.ends, len(nudges))
+        stacked = tree.unstack(profile.ends, len(nudges))
         ends = [(float(beta), end) for beta, end in zip(nudges, stacked, strict=True) if beta != 0]
 
     def one(beta: float, end: Any) -> Segment:
         strength = jnp.asarray(beta, subject.dtype)
-        return make_segment(walk(setting, nudge, result.params, end, strength), beta, float(seen.noise))
+        return make_segment(measure_segment(instance, nudge, result.params, end, strength), beta, float(profile.noise))
 
     return tuple(one(*each) for each in ends)
 
 
-def _gradients(seen: Seen, result: MetaGradient) -> dict[str, int]:
-    free, nudged = int(seen.free.num_gradients), int(seen.num_gradients)
+def _gradients(profile: PhaseProfile, result: MetaGradient) -> dict[str, int]:
+    free, nudged = int(profile.free.num_gradients), int(profile.num_gradients)
     rest = int(result.diagnostics.num_gradients) - free - nudged
     return {"free phase": free, "nudged phases": nudged, "strength and checks": max(rest, 0)}

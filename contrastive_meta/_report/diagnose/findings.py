@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from contrastive_meta._compare._curve import Curve
+from contrastive_meta._report.diagnose.curve import Curve
 from contrastive_meta._result import MetaGradient, Status
 
 # A barrier is one if its height is more than this part of the change of the loss that it belongs to.
@@ -36,14 +36,15 @@ class Phase(NamedTuple):
 class Drift(NamedTuple):
     """What learning does when it goes on without a nudge, for as long as a nudged phase.
 
-    That is for as many steps as a nudged phase evaluates gradients, where the learner lets itself be told.
+    Where the learner accepts a budget, it takes as many steps as a nudged phase evaluates gradients.
 
     Attributes:
       distance: how far `params` move, relative to their norm.
       displacement: the same over the distance that the nudge moves them.
       statistic: how far the statistic moves, over what the nudge of the same strength does to it: the error of a
         contrast in which the drift does not cancel.
-      gradient: how far the meta-gradient moves when it is taken from there, relative to it: what is left to learn.
+      gradient: how far the meta-gradient moves when it is taken from there, relative to it: the error of unfinished
+        learning.
     """
 
     distance: float
@@ -55,8 +56,8 @@ class Drift(NamedTuple):
 class Segment(NamedTuple):
     """The straight way from the base point to where one nudged phase ended.
 
-    Losses are relative to those at the base point, from integrated slopes: differences of two losses would drown in
-    rounding. Slopes are in units of the loss per length of the segment.
+    Losses are relative to those at the base point, from integrated slopes: rounding would dominate differences of
+    two losses. Slopes are in units of the loss per length of the segment.
 
     Attributes:
       beta: strength of the phase; the modulus for complex nudges, whose segment follows the response.
@@ -95,12 +96,12 @@ class Segment(NamedTuple):
         return self._per_length(self.nudged_slope)
 
     @property
-    def runs_away(self) -> bool:
+    def is_unbounded(self) -> bool:
         """Whether the nudged loss curves downwards along the way, by more than rounding makes of it."""
         return self.nudged_slope[-1] - self.nudged_slope[0] < -self.noise
 
     @property
-    def is_hilltop(self) -> bool:
+    def curves_down(self) -> bool:
         """Whether the inner loss curves downwards where the way begins, by more than rounding makes of it."""
         return self.inner_slope[1] - self.inner_slope[0] < -self.noise
 

@@ -19,7 +19,7 @@ HessianProduct = Callable[[Params], Params]
 
 
 class LinearSolution(NamedTuple):
-    """An answer to H u = v, and how far to trust it.
+    """A solution of H u = v, and how accurate it is.
 
     Attributes:
       solution: u, a pytree with the structure, shapes and dtypes of v.
@@ -100,9 +100,9 @@ class System:
         """`values` of the system in the units of v."""
         return _rescale(values, jnp.multiply, self.unit)
 
-    def relative_norm(self, remainder: Params) -> jax.Array:
-        """||remainder|| / ||v / unit||, infinite where it is NaN."""
-        relative = (tree.norm(remainder) / self.norm).astype(self.dtype)
+    def relative_norm(self, residual: Params) -> jax.Array:
+        """||residual|| / ||v / unit||, infinite where it is NaN."""
+        relative = (tree.norm(residual) / self.norm).astype(self.dtype)
         return jnp.where(jnp.isnan(relative), jnp.inf, relative)
 
     def finish(self, solution: Params, residual: jax.Array, num_hvps: Any, status: jax.Array) -> LinearSolution:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._inverse_hessian.base import (
+from contrastive_meta._linear.base import (
     HessianProduct,
     InverseHessian,
     LinearSolution,
@@ -21,7 +21,7 @@ from contrastive_meta._result import Status, flag, worst
 
 @strategy
 class NeumannSeries(InverseHessian):
-    """u = a sum_{k < K} (I - a H)^k v: what K gradient-descent steps of size a answer to a nudge v.
+    """u = a sum_{k < K} (I - a H)^k v: what K gradient-descent steps of size a move in response to a nudge v.
 
     The residual is exactly (I - a H)^K v, so the error shrinks by the spectral radius max |1 - a h| over the
     eigenvalues h of H each term: K of about k log(1 / tol) for condition number k, against sqrt(k) for
@@ -45,8 +45,8 @@ class NeumannSeries(InverseHessian):
     Example:
       >>> import contrastive_meta as cm
       >>> import jax.numpy as jnp
-      >>> answer = cm.NeumannSeries(step_size=0.5, num_terms=3).solve(lambda x: x, jnp.array([8.0]))
-      >>> answer.solution.tolist(), float(answer.residual)
+      >>> solved = cm.NeumannSeries(step_size=0.5, num_terms=3).solve(lambda x: x, jnp.array([8.0]))
+      >>> solved.solution.tolist(), float(solved.residual)
       ([7.0], 0.125)
     """
 
@@ -62,23 +62,23 @@ class NeumannSeries(InverseHessian):
         num_terms = jnp.asarray(self.num_terms, jnp.int32)
 
         def add_term(k: jax.Array, carry: tuple[Params, Params, jax.Array]) -> tuple[Params, Params, jax.Array]:
-            total, remainder, indefinite = carry
-            total = tree.add(total, remainder)
+            total, residual, indefinite = carry
+            total = tree.add(total, residual)
             # The last product measures v - H u itself: it equals the recursion's (I - a H)^K v without its drift.
             last = k == num_terms - 1
-            point = tree.where(last, tree.scale(self.step_size, total), remainder)
+            point = tree.where(last, tree.scale(self.step_size, total), residual)
             product = system.product(point)
             indefinite |= curves_down(point, product, self.step_size, system.dtype)
-            ahead = tree.add_scaled(remainder, -self.step_size, product)
+            ahead = tree.add_scaled(residual, -self.step_size, product)
             return total, tree.where(last, tree.subtract(system.vector, product), ahead), indefinite
 
         start = (tree.zeros_like(system.vector), system.vector, jnp.asarray(False))
-        total, remainder, indefinite = jax.lax.fori_loop(0, num_terms, add_term, start)
+        total, residual, indefinite = jax.lax.fori_loop(0, num_terms, add_term, start)
         solution = tree.scale(self.step_size, total)
-        residual = system.relative_norm(remainder)
+        relative = system.relative_norm(residual)
         norm_of_hessian = 1 / jnp.asarray(self.step_size, system.dtype)
         tolerance = attainable_tolerance(self.tol, system, norm_of_hessian, solution)
         status = worst(
-            flag(residual > tolerance, Status.NUDGED_NOT_CONVERGED), flag(indefinite, Status.INDEFINITE_CURVATURE)
+            flag(relative > tolerance, Status.NUDGED_NOT_CONVERGED), flag(indefinite, Status.INDEFINITE_CURVATURE)
         )
-        return system.finish(solution, residual, num_terms, status)
+        return system.finish(solution, relative, num_terms, status)
