@@ -101,6 +101,8 @@ def survey(instance: Instance, params: Params, solution: Solution, init: Params)
     direction = tree.where(nudge_norm > 0, outer.in_params, ones)
     length = jnp.where(nudge_norm > 0, nudge_norm, sum(x.size for x in jax.tree.leaves(params)) ** 0.5)
     inner_grad, noise, curvature = measure_noise(tree.grad(instance.inner), params, direction, scale, eps, length)
+    # Second differences in few directions may vanish. Rounding `params` alone makes up to half an eps of each entry.
+    noise = jnp.maximum(noise, eps * curvature * scale / 4)
     return BasePoint(
         params=params,
         solution=solution,

@@ -163,14 +163,11 @@ def test_an_error_that_hardly_shows_in_a_residual_shows_in_estimate_and_status(n
     told, status = float(result.diagnostics.error_estimate), result.diagnostics.status
     assert float(result.diagnostics.nudged_residual) < tol
     # Near 1e-5 the estimate cannot tell: what is answered down to 1e-4 may leave that much along 1e-4.
-    if error > 0.1 or "unfinished" in name:
+    if error > 1e-4:
         assert told == pytest.approx(error, rel=1e-2)
-    if tol == 1e-2 or (name == "implicit" and tol == 1e-3):
-        assert error > 0.7
-        assert status == cm.Status.APPROXIMATE
-    else:
-        assert error < 1e-4
-        assert status == cm.Status.CONVERGED
+    assert status == (cm.Status.APPROXIMATE if error > 0.1 else cm.Status.CONVERGED)
+    # Where a tolerance hides most of the answer depends on how conjugate gradients happen to end.
+    assert (error > 0.7) == (tol == 1e-2 or (name == "implicit" and tol == 1e-3))
 
 
 def test_nothing_to_estimate_is_no_error():

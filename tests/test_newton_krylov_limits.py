@@ -121,8 +121,8 @@ def test_a_black_box_runs_its_own_phases_unless_told_otherwise():
         gradient, hessian = jax.grad(loss)(init), jax.hessian(loss)(init)
         return init - jnp.linalg.solve(hessian, gradient)
 
-    # The third kind is the linear nudge, in reserve while what nudges is left open.
-    for nudged, expected in ((None, 3), (ALONE, 1)):
+    # The linear nudge, in reserve while what nudges is left open, is in the same program as the loss's.
+    for nudged, expected in ((None, 2), (ALONE, 1)):
         calls = []
         solver = cm.CallableSolver(closed_form)
         result = cm.Contrastive(solver, nudged).estimate(*case[1:4])

@@ -81,12 +81,11 @@ class Stencil(NamedTuple):
         nudges, weights = scheme.arrays(dtype)
         nudges, weights = nudges / strength, weights * strength
         largest = jnp.max(jnp.abs(weights))
-        number = len(scheme.nudges)
         return cls(
             nudges,
             weights / largest,
             largest,
-            jnp.asarray(scheme.at_zero(jnp.eye(number, dtype=nudges.dtype)), jnp.real(nudges).dtype),
+            scheme.weights_at_zero(dtype),
             scheme.noise_gain(dtype) * strength,
             jnp.abs(jnp.mean(nudges)) < 1e-3,
         )
@@ -95,15 +94,21 @@ class Stencil(NamedTuple):
         """Re sum_k w_k measured_k over the leading axis of phases, theory (8), at strength beta."""
 
         def weigh(values: jax.Array) -> jax.Array:
-            ratios = self.ratios.reshape(-1, *[1] * (values.ndim - 1)).astype(values.dtype)
-            total = jnp.real(jnp.sum(ratios * values, axis=0))
+            total = jnp.real(jnp.sum(_along(self.ratios, values) * values, axis=0))
             return (self.largest / beta).astype(total.dtype) * total
 
         return jax.tree.map(weigh, measured)
 
     def at_zero(self, measured: Any) -> Any:
         """What would be measured without a nudge, by interpolation."""
-        return jax.tree.map(lambda xs: jnp.tensordot(self.zeros.astype(jnp.real(xs).dtype), jnp.real(xs), 1), measured)
+        return jax.tree.map(lambda xs: jnp.real(jnp.sum(_along(self.zeros, xs) * xs, axis=0)), measured)
+
+
+def _along(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Weights of phases, to be multiplied with values stacked along the leading axis, in their precision."""
+    dtype = jnp.real(values).dtype
+    dtype = jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(weights) else dtype
+    return weights.astype(dtype).reshape(-1, *[1] * (values.ndim - 1))
 
 
 class PhaseSetup(NamedTuple):

@@ -133,7 +133,8 @@ class Turn(NamedTuple):
       uncertain: whether it may belong to another minimum than the learner's.
       by_solver: whether the solver ran the phases that are kept.
       num_tries: of the Newton-Krylov iteration.
-      missing: length of what is at least missing of the kept response, see `cauchy_length`.
+      missing: what is at least missing of the kept line: lengths of the steps down the gradient, and down what is left
+        of the nudge, shape (2,); lower bounds by the Cauchy-Schwarz inequality.
       error: estimated relative error of the kept line.
       num_gradients: spent so far.
       running: whether there is a next turn.
@@ -232,7 +233,7 @@ class Phases:
         ran = Ran(beta, linear, false, jnp.zeros((self.number,), jnp.int32), false, jnp.ones((), self.dtype), none)
         infinite = jnp.full((), jnp.inf if setup.estimate_error else jnp.nan, self.dtype)
         turn = Turn(
-            stage, attempt, line, base, ran, false, false, false, false, none, jnp.zeros((), self.dtype), infinite, spent,
+            stage, attempt, line, base, ran, false, false, false, false, none, jnp.zeros((2,), self.dtype), infinite, spent,
             jnp.asarray(True),
         )  # fmt: skip
         return jax.tree.map(jnp.asarray, turn)
@@ -590,12 +591,13 @@ class Phases:
         """The base point, had learning ended."""
         finite = tree.all_finite((found.line.base.params, found.line.base.inner_grad))
         attempt = now.attempt._replace(line=tree.where(finite, found.line, now.attempt.line))
-        return now._replace(attempt=attempt, stage=jnp.int32(Stage.ANSWER))
+        missing = found.solved.cauchy.at[1].set(0)
+        return now._replace(attempt=attempt, missing=missing, stage=jnp.int32(Stage.ANSWER))
 
     def _after_answer(self, now: Turn, found: Found) -> Turn:
         """The refined result is there to be compared with the kept one."""
         after = now._replace(
-            attempt=now.attempt._replace(line=found.line), missing=found.solved.cauchy[1], running=jnp.asarray(False)
+            attempt=now.attempt._replace(line=found.line), missing=now.missing.at[1].set(found.solved.cauchy[1]), running=jnp.asarray(False)
         )
         if self.strategy.target_error is None:
             return after
@@ -621,7 +623,9 @@ class Phases:
             )
         ]
         residual, distance, shift, _ = tree.norms(kept.base.inner_grad, *changes).astype(self.dtype)
-        missing = last.missing
+        # The whole step may go far along low curvature, where it hardly matters: the statuses go by what is certain.
+        certain = jnp.minimum(last.missing[0] / tree.or_one(distance), 1.0)
+        distance, shift, missing = certain * distance, certain * shift, last.missing[1]
         left = FreeResidual(residual, distance, shift, self.norm(kept.base.outer.in_params))
         ended = ~last.by_solver | learning_ended(self.setup, self.norm(last.origin.inner_grad), kept.contrast.beta)
         ran_away = (ended & kept.contrast.downward) | (last.by_solver & last.ran.ran_away)

@@ -31,7 +31,7 @@ _RISE = 2.0
 # minima.
 _MOST_CURVED = 0.1
 # The fitted noise is at least this part of what rounding is expected to make.
-_BELIEVED = 0.3
+_BELIEVED = 0.5
 # How often to begin the ladder again lower where the losses are not finite; each time a factor of 64.
 _MOST_RETRIES = 4
 # Strengths that a contrast is made of: two neighbours, and one more that tells which two.
@@ -180,7 +180,7 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
             nudged_from = tree.where(given, plan.origin, last.base)
             origin = tree.where(plan.rerun, plan.origin, last.base)
         found = setup.evaluate(nudged_from, ends, nudges, at_base, plan.linear)
-        here = jax.tree.map(lambda xs: jnp.real(xs[0]), (found.residuals, found.outer, found.outer_grad))
+        here = jax.tree.map(_first_real, (found.residuals, found.outer, found.outer_grad))
         base = tree.where(at_base, cast_like(Base(last.base.params, *here), last.base), last.base)
 
         statistic, residual = stencil.contrast((found.statistics, found.residuals), beta)
@@ -312,7 +312,7 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
     marks = marks._replace(downward=marks.downward > 0, finite=marks.finite > 0)
     size, doubtful = tree.norms(grad, doubt).astype(dtype)
     expected = ladder.noise[0] / marks.beta
-    error = jnp.where(chosen.measured, jnp.maximum(doubtful / tree.or_one(size), chosen.least), chosen.least)
+    error = jnp.where(chosen.measured, _root(doubtful / tree.or_one(size), chosen.least), chosen.least)
     # In a fixed contrast the doubt is in the correction.
     error = jnp.where(plan.fixed | (not setup.sought), chosen.least, error)
     displacement = otherwise.displacement
@@ -436,6 +436,11 @@ def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array, gap: jax
         best=best,
         best_plain=best_plain,
     )
+
+
+def _first_real(xs: jax.Array) -> jax.Array:
+    """What the first phase has, without an imaginary part."""
+    return jnp.real(xs[0]) if jnp.iscomplexobj(xs) else xs[0]
 
 
 def _root(a: jax.Array, b: jax.Array) -> jax.Array:

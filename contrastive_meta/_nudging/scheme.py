@@ -158,17 +158,22 @@ class NudgeScheme(NudgeStrength):
         """
 
         def interpolate(values: jax.Array) -> jax.Array:
-            nudges, _ = self.arrays(jnp.real(values).dtype)
-            # Lagrange's weights at 0: the products over j != k of beta_j / (beta_j - beta_k). A strength that occurs
-            # twice counts once.
-            gaps = nudges[None, :] - nudges[:, None]
-            repeated = jnp.any(jnp.tril(gaps == 0, -1), axis=1)
-            left_out = (gaps == 0) | repeated[None, :]
-            factors = jnp.where(left_out, 1, nudges[None, :] / jnp.where(left_out, 1, gaps))
-            weights = jnp.where(repeated, 0, jnp.prod(factors, axis=1))
+            weights = self.weights_at_zero(jnp.real(values).dtype)
             return jnp.real(jnp.tensordot(weights, values, axes=(0, 0)))
 
         return jax.tree.map(interpolate, measured)
+
+    def weights_at_zero(self, dtype: Any) -> jax.Array:
+        """Lagrange's weights at strength 0: the products over j != k of beta_j / (beta_j - beta_k).
+
+        A strength that occurs twice counts once.
+        """
+        nudges, _ = self.arrays(dtype)
+        gaps = nudges[None, :] - nudges[:, None]
+        repeated = jnp.any(jnp.tril(gaps == 0, -1), axis=1)
+        left_out = (gaps == 0) | repeated[None, :]
+        factors = jnp.where(left_out, 1, nudges[None, :] / jnp.where(left_out, 1, gaps))
+        return jnp.where(repeated, 0, jnp.prod(factors, axis=1))
 
     def contrast(self, measured: PyTree) -> PyTree:
         """Re sum_k w_k measured_k over the leading (phase) axis of every leaf: theory (8)."""
