@@ -1,5 +1,6 @@
 """The phases of an estimate run once more and looked at: where they ended, what drifts, what lies on the way."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -67,6 +68,9 @@ class Seen(NamedTuple):
 def look(estimator: Contrastive, setting: Instance, state: EstimatorState) -> Seen:
     """Run the free phase and the nudged ones as the estimator does, and the free one on without a nudge."""
     free = setting.free_phase(estimator.solver, state)
+    if estimator.target_error is None:
+        # The estimate's own gradients are no part of what a phase learns with.
+        estimator = dataclasses.replace(estimator, estimate_error=False)
     phases = estimator._phases(setting, state, free)
     last = phases.run(phases.first())
     setup, line = phases.setup, last.kept
