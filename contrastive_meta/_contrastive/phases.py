@@ -10,7 +10,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import BasePoint, OuterGradients, outer_gradients
 from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._instance import Instance
-from contrastive_meta._nudging import AutomaticStrength, LinearNudge, LossNudge, Nudge, NudgeInPlace, NudgeScheme, NudgeStrength
+from contrastive_meta._nudging import AutomaticStrength, LinearNudge, LossNudge, Nudge, NudgeScheme, NudgeStrength
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule, measured_by
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._response import Probe
@@ -253,15 +253,25 @@ class PhaseSetup(NamedTuple):
         residuals = jax.tree.map(with_nudge, in_params, outer.in_params)
         if autodiff:
             return Evaluated(residuals, jax.tree.map(with_nudge, in_meta, outer.in_meta), outer, outer_grad)
-        chosen = NudgeInPlace(linear) if isinstance(nudge, LossNudge) else nudge
-        nudged = self.nudged_problem(base, chosen)
-        statistics = self.over_phases(
-            lambda at, beta: measured_by(
-                self.rule, nudged.problem, self.flattening.unflatten(at), nudged.meta_params, nudged.task, beta
-            ),
-            ends,
-            nudges,
-        )
+
+        def statistics_with(chosen: Nudge) -> MetaParams:
+            nudged = self.nudged_problem(base, chosen)
+            unflatten = self.flattening.unflatten
+            return self.over_phases(
+                lambda at, beta: measured_by(
+                    self.rule, nudged.problem, unflatten(at), nudged.meta_params, nudged.task, beta
+                ),
+                ends,
+                nudges,
+            )
+
+        if isinstance(nudge, LossNudge):
+            # Not a nudge that branches: a rule cannot listen to a network within a branch of the loss.
+            statistics = jax.lax.cond(
+                linear, lambda: statistics_with(LinearNudge()), lambda: statistics_with(LossNudge())
+            )
+        else:
+            statistics = statistics_with(nudge)
         return Evaluated(residuals, statistics, outer, outer_grad)
 
     def _outer(

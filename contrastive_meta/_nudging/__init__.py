@@ -5,7 +5,6 @@ from contrastive_meta._nudging.automatic import automatic as automatic
 from contrastive_meta._nudging.nudge import LinearNudge as LinearNudge
 from contrastive_meta._nudging.nudge import LossNudge as LossNudge
 from contrastive_meta._nudging.nudge import Nudge as Nudge
-from contrastive_meta._nudging.nudge import NudgeInPlace as NudgeInPlace
 from contrastive_meta._nudging.scheme import NudgeScheme as NudgeScheme
 from contrastive_meta._nudging.scheme import NudgeStrength as NudgeStrength
 from contrastive_meta._nudging.scheme import is_concrete as is_concrete

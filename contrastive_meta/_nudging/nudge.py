@@ -71,29 +71,3 @@ class LinearNudge(Nudge):
             return through
 
         return BilevelProblem(problem.inner, linearised, problem.init_params, sample=problem.sample)
-
-
-@strategy
-class NudgeInPlace(Nudge):
-    """What nudged in the end, where the linear nudge may have taken the loss's place.
-
-    Args:
-      linear: whether it did, a scalar.
-    """
-
-    linear: jax.Array
-
-    def apply(
-        self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task, outer_grad: Params
-    ) -> BilevelProblem:
-        """The problem with whichever outer loss nudged."""
-        line = LinearNudge().apply(problem, params, meta_params, task, outer_grad).outer
-
-        def outer(at: Params, meta: MetaParams, task_: Task) -> jax.Array:
-            # Not `where`, whose derivative has the NaN of either.
-            value: jax.Array = jax.lax.cond(
-                self.linear, lambda: line(at, meta, task_), lambda: problem.outer(at, meta, task_)
-            )
-            return value
-
-        return BilevelProblem(problem.inner, outer, problem.init_params, sample=problem.sample)

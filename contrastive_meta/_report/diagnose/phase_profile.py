@@ -1,5 +1,6 @@
 """A profile of the phases of an estimate: where they ended, their drift, the losses between them."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -67,6 +68,9 @@ class PhaseProfile(NamedTuple):
 def profile_phases(estimator: Contrastive, instance: Instance, state: EstimatorState) -> PhaseProfile:
     """Run the free and the nudged phases as the estimator does, then continue the free phase without a nudge."""
     free = instance.free_phase(estimator.solver, state)
+    if estimator.target_error is None:
+        # The gradients of the error estimate are no part of what a phase learns with.
+        estimator = dataclasses.replace(estimator, estimate_error=False)
     phases = estimator._phases(instance, state, free)
     last = phases.run(phases.first())
     setup, line = phases.setup, last.kept
