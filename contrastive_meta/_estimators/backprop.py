@@ -27,7 +27,8 @@ class BackpropThroughLearning(MetaGradientEstimator):
 
     It alone sees the initialisation (through `init_params`), the optimiser's settings (through
     `OptaxDescent(lambda meta_params: ...)`), and what learning makes of a model state, through which it differentiates.
-    Reverse mode keeps every iterate: memory grows with the number of steps. Learning always starts from `init_params`
+    Reverse mode keeps every iterate, and takes the gradients again on the way back: memory grows with the number of
+    steps, by `params` and what the optimiser computes of their gradient. Learning always starts from `init_params`
     and `init_model_state`, whatever `state` holds, because the start is differentiated.
 
     Args:
@@ -143,7 +144,7 @@ class BackpropThroughLearning(MetaGradientEstimator):
         return solver.solve_differentiably(losses, init, truncate=self.truncate, checkpoint=self.checkpoint), ()
 
     def _num_gradients(self, num_steps: int | None) -> int:
-        """Gradients of the forward pass; checkpointing repeats it."""
+        """Gradients of the forward pass; checkpointing repeats it. One taken again for its product belongs to that."""
         steps = num_steps or 0
         return 2 * steps if self.checkpoint else steps
 

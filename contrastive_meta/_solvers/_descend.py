@@ -106,13 +106,19 @@ def steps_for_backprop(
 ) -> Position:
     """`num_steps` steps by `scan`, to be differentiated in reverse; nothing is measured.
 
-    With `checkpoint` the steps are cut into segments of about sqrt(num_steps), of which only the starts are kept.
-    `unroll` then unrolls the steps of a segment.
+    A loop keeps the iterates and what the optimiser computes, and takes the gradients again on the way back: what is
+    inside a gradient is mostly larger than `params`, and no faster to read than to compute. Without a loop XLA would
+    undo it, and compile for longer. With `checkpoint` the steps are cut into segments of about sqrt(num_steps), of
+    which only the starts are kept. `unroll` then unrolls the steps of a segment.
     """
+    evaluate = tree.value_and_grad(losses.of_step, has_aux=True)
+    if unroll is not True and num_steps > unroll:
+        # `prevent_cse` is for programs without a loop, and stands in the way of fusions.
+        evaluate = jax.checkpoint(evaluate, prevent_cse=False)
 
     def step(carry: tuple[jax.Array, Position], _: None) -> tuple[tuple[jax.Array, Position], None]:
         index, at = carry
-        evaluated = tree.value_and_grad(losses.of_step, has_aux=True)(at.params, at.model_state, index)
+        evaluated = evaluate(at.params, at.model_state, index)
         return (index + 1, _next_position(optimizer, losses, at, index, evaluated)), None
 
     def steps(carry: tuple[jax.Array, Position], number: int) -> tuple[jax.Array, Position]:
