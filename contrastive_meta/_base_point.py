@@ -68,6 +68,10 @@ class BasePoint(NamedTuple):
     curvature: jax.Array
     eps: float
 
+    def without_constants(self) -> "BasePoint":
+        """What a mapped program can return."""
+        return self._replace(eps=jnp.nan)
+
 
 def outer_gradients(instance: Instance, params: Params) -> OuterGradients:
     """The outer loss, its aux and both its gradients, from one evaluation."""

@@ -73,13 +73,16 @@ def value_and_meta_grad(
         num_tasks = count_tasks(tasks)
         keys = jax.random.split(key, num_tasks)
 
-        def one(task: Task, key: jax.Array) -> tuple[tuple[jax.Array, MetaParams], PyTree]:
-            result = estimator.estimate(problem, meta_params, task, key=key)
-            moved = has_aux and problem.init_model_state is not None
-            kept = (result.diagnostics, result.model_state) if moved else result.diagnostics
-            return (result.outer_loss, result.grad), kept
+        # Where nobody looks at the diagnostics, no error is estimated.
+        chosen = estimator if has_aux else estimator._without_estimate()
 
-        total, kept = sum_over_tasks(one, (tasks, keys), num_tasks, batch_size or num_tasks)
+        def batch(tasks: Task, keys: jax.Array) -> tuple[tuple[jax.Array, MetaParams], PyTree]:
+            results = chosen._estimate_batch(problem, meta_params, tasks, keys)
+            moved = has_aux and problem.init_model_state is not None
+            kept = (results.diagnostics, results.model_state) if moved else results.diagnostics
+            return (results.outer_loss, results.grad), kept
+
+        total, kept = sum_over_tasks(batch, (tasks, keys), num_tasks, batch_size or num_tasks)
         value, grad = tree.scale(1 / num_tasks, total)
         return ((value, kept), grad) if has_aux else (value, grad)
 
@@ -107,14 +110,15 @@ def count_tasks(tasks: Task) -> int:
 
 
 def sum_over_tasks(
-    one: Callable[..., tuple[PyTree, PyTree]], inputs: tuple[PyTree, ...], num_tasks: int, batch_size: int
+    of_batch: Callable[..., tuple[PyTree, PyTree]], inputs: tuple[PyTree, ...], num_tasks: int, batch_size: int
 ) -> tuple[PyTree, PyTree]:
     """Sum batch by batch, so that only one batch of meta-gradients exists at a time.
 
     Tasks spread over devices stay where they are if `batch_size` and the number of tasks are multiples of theirs.
 
     Args:
-      one: from the inputs of one task to what is summed over tasks and what is kept of each.
+      of_batch: from the inputs of a batch to what is summed over tasks and what is kept of each, both along a leading
+        axis of tasks.
       inputs: its arguments, all with the same leading axis of tasks.
       num_tasks: the length of that axis.
       batch_size: how many tasks run at once.
@@ -127,7 +131,7 @@ def sum_over_tasks(
     whole = num_batches * size
 
     def batch(chunk: Any) -> Any:
-        added, kept = jax.vmap(one)(*chunk)
+        added, kept = of_batch(*chunk)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), added), kept
 
     def accumulate(total: Any, chunk: Any) -> Any:

@@ -1,18 +1,19 @@
 """The contrastive estimator: run learning twice, free and nudged, and contrast what each phase measures."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._base_point import NUM_GRADIENTS, survey
+from contrastive_meta._base_point import NUM_GRADIENTS, BasePoint, survey
 from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
 from contrastive_meta._contrastive.phases import PhaseSetup, Stencil
 from contrastive_meta._contrastive.rerun import Rerun, require_complex_capable
 from contrastive_meta._contrastive.stages import Phases, Strategy, Turn
 from contrastive_meta._instance import Instance
-from contrastive_meta._estimators.base import MetaGradientEstimator
+from contrastive_meta._estimators.base import MetaGradientEstimator, Prepare
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStrength, automatic, is_concrete
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
 from contrastive_meta._problem import Params, same_arrays
@@ -111,12 +112,74 @@ class Contrastive(MetaGradientEstimator):
         # Contrast: what the phases measured, weighted and summed, theory (8).
         return self._result(instance, state, free, phases, last)
 
+    def _estimate_each(self, prepare: Prepare, inputs: tuple[Any, ...]) -> MetaGradient:
+        """All tasks at once; those whose phases failed fall back one by one, and the others do not pay for it."""
+        first = jax.tree.map(lambda xs: xs[0], inputs)
+        if not self._may_fall_back(prepare(*first)[0]):
+            return super()._estimate_each(prepare, inputs)
+
+        def attempt(*of_one: Any) -> tuple[Solution, BasePoint, Turn]:
+            instance, state = prepare(*of_one)
+            free = instance.free_phase(self.solver, state)
+            phases = self._phases(instance, state, free, defer=True)
+            return free, phases.setup.start.without_constants(), phases.run(phases.first())
+
+        def resume(of_one: Any, found: tuple[Solution, BasePoint, Turn]) -> Turn:
+            instance, state = prepare(*of_one)
+            free, start, last = found
+            phases = self._phases(instance, state, free, start)
+            return phases.run(phases.fall_back(last))
+
+        def conclude(*of_one: Any) -> MetaGradient:
+            *task, (free, start, last) = of_one
+            instance, state = prepare(*task)
+            return self._result(instance, state, free, self._phases(instance, state, free, start), last)
+
+        frees, starts, lasts = jax.vmap(attempt)(*inputs)
+
+        def rescue(carry: tuple[jax.Array, Turn]) -> tuple[jax.Array, Turn]:
+            failed, turns = carry
+            k = jnp.argmax(failed)
+            of_one, found = jax.tree.map(lambda xs: xs[k], (inputs, (frees, starts, turns)))
+            last = resume(of_one, found)
+            return failed.at[k].set(False), jax.tree.map(lambda xs, x: xs.at[k].set(x), turns, last)
+
+        _, lasts = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), rescue, (lasts.missed, lasts))
+        results: MetaGradient = jax.vmap(conclude)(*inputs, (frees, starts, lasts))
+        return results
+
+    def _without_estimate(self) -> "Contrastive":
+        """Without an error estimate, unless the accuracy asked for needs one."""
+        return self if self.target_error is not None else dataclasses.replace(self, estimate_error=False)
+
+    def _may_fall_back(self, instance: Instance) -> bool:
+        """Whether the solver may run phases in the place of the Newton-Krylov iteration."""
+        learner = self._learner(instance)
+        takes_losses = self.solver.bind(instance.meta_params).takes_losses
+        return isinstance(learner, NewtonKrylov) and learner.fall_back and takes_losses
+
     def default_nudge(self, instance: Instance) -> Nudge:
         """What is added to the inner loss of phases where the user left that open."""
         return LossNudge() if isinstance(self._learner(instance), InnerSolver) else LinearNudge()
 
-    def _phases(self, instance: Instance, state: EstimatorState, free: Solution) -> Phases:
-        """What the nudged phases are to be, and who runs them."""
+    def _phases(
+        self,
+        instance: Instance,
+        state: EstimatorState,
+        free: Solution,
+        start: BasePoint | None = None,
+        *,
+        defer: bool = False,
+    ) -> Phases:
+        """What the nudged phases are to be, and who runs them.
+
+        Args:
+          instance: the problem.
+          state: of an earlier estimate.
+          free: the free phase.
+          start: what the losses say where it ended; None to find out.
+          defer: whether phases that fail are left for later.
+        """
         instance = instance.at(free.model_state)
         init = instance.problem.init(instance.meta_params, instance.task)
         instance = instance.in_dtype_of_loss()
@@ -128,8 +191,10 @@ class Contrastive(MetaGradientEstimator):
         template = self.scheme.template()
         if template.is_complex:
             require_complex_capable(flat, template, flattening.flatten(free.params))
-        start = survey(flat, flattening.flatten(free.params), free, flattening.flatten(init))
-        may_rerun = fast is None or (fast.fall_back and own.takes_losses)
+        if start is None:
+            start = survey(flat, flattening.flatten(free.params), free, flattening.flatten(init))
+        start = start._replace(eps=tree.coarsest_eps(instance.dtype, free.params))
+        may_rerun = (fast is None or self._may_fall_back(instance)) and not defer
         setup = PhaseSetup(
             instance=flat,
             tree_instance=instance,
@@ -154,7 +219,7 @@ class Contrastive(MetaGradientEstimator):
         if may_rerun:
             runs = own if fast is not None else learner.bind(instance.meta_params)
             rerun = self._rerun(runs, free, fast is None, template.is_complex)
-        return Phases(setup, Strategy(fast, rerun, rests, self.nudged_tol, self.target_error, self.max_steps))
+        return Phases(setup, Strategy(fast, rerun, defer, rests, self.nudged_tol, self.target_error, self.max_steps))
 
     def _rerun(self, solver: InnerSolver, free: Solution, first: bool, is_complex: bool) -> Rerun:
         """The solver as it runs phases: all together where it is asked to from the first, else one by one."""

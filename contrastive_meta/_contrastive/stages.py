@@ -83,6 +83,7 @@ class Strategy(NamedTuple):
     Attributes:
       fast: the Newton-Krylov iteration, or None where the solver runs the phases from the first.
       rerun: the user's solver, or None where it is not to run any.
+      deferred: whether phases that fail are left for later.
       rests: whether the solver stays at a minimum of the loss, from a point and the outer gradient there.
       nudged_tol: as for `Contrastive`.
       target_error: estimated relative error to reach, or None.
@@ -91,6 +92,7 @@ class Strategy(NamedTuple):
 
     fast: NewtonKrylov | None
     rerun: Rerun | None
+    deferred: bool
     rests: Any
     nudged_tol: Any
     target_error: Any
@@ -477,15 +479,24 @@ class Phases:
             uncertain=outcome.uncertain,
             num_tries=now.num_tries + 1,
         )
+        now = self._kept(now, ~missed if self.strategy.deferred else jnp.asarray(True))
+        if self.strategy.deferred:
+            return now._replace(running=now.running & ~missed)
         if self.strategy.rerun is None:
-            return self._kept(now, jnp.asarray(True))
-        more = (self.norm(now.origin.inner_grad) > NOISE_FLOOR * setup.start.noise) & (now.num_tries < _MOST_TRIES)
-        learn_on, rerun = missed & more, missed & ~more & (not self.template.is_complex)
-        now = self._kept(now, ~learn_on & ~rerun)
-        now = self._before_rerun(now, rerun)
-        return now._replace(
-            stage=jnp.where(learn_on, Stage.LEARN_ON, now.stage), running=now.running | learn_on | rerun
-        )
+            return now
+        return tree.where(missed, cast_like(self.fall_back(now), now), now)
+
+    def fall_back(self, now: Turn) -> Turn:
+        """From phases that failed: the solver learns on while there is something to learn, else it runs the phases."""
+        left = self.norm(now.origin.inner_grad)
+        learn_on = (left > NOISE_FLOOR * self.setup.start.noise) & (now.num_tries < _MOST_TRIES)
+        if self.template.is_complex:
+            # No learner runs complex phases in the place of others.
+            after = self._kept(now, ~learn_on)
+        else:
+            after = self._before_rerun(now, ~learn_on)
+        running = after.running | learn_on | (not self.template.is_complex)
+        return after._replace(stage=jnp.where(learn_on, Stage.LEARN_ON, after.stage), running=running)
 
     def _after_learn_on(self, now: Turn, found: Found) -> Turn:
         """Try again where learning went on to, if that is any nearer; else the solver runs the phases there."""
@@ -672,7 +683,7 @@ class Phases:
         return Line(base, tree.zeros_like(base.params), contrast)
 
     def _may_go_on(self, attempt: Attempt) -> jax.Array:
-        return may_go_on(attempt, self._max_steps, self.fast.max_passes, leave_basin=self.strategy.rerun is None)
+        return may_go_on(attempt, self._max_steps, self.fast.max_passes, leave_basin=self.strategy.rerun is None and not self.strategy.deferred)
 
     @property
     def _max_steps(self) -> Any:

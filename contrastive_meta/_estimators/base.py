@@ -3,6 +3,7 @@
 import abc
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,9 @@ from contrastive_meta._problem import (
 )
 from contrastive_meta._result import EstimatorState, MetaGradient
 from contrastive_meta._solvers.base import InnerSolver
+
+
+Prepare = Callable[..., tuple[Instance, EstimatorState]]
 
 
 class MetaGradientEstimator(abc.ABC):
@@ -79,6 +83,21 @@ class MetaGradientEstimator(abc.ABC):
             result: MetaGradient = _estimate(self, problem, meta_params, task, state, key)
         return result
 
+    def _estimate_batch(
+        self,
+        problem: BilevelProblem,
+        meta_params: MetaParams,
+        tasks: Task,
+        keys: jax.Array,
+        states: EstimatorState | None = None,
+    ) -> MetaGradient:
+        """`estimate` of each task of a batch, along a leading axis; nothing runs for all that a single task needs."""
+        self._check_parts(problem)
+        meta_params = as_float_arrays(meta_params, "meta_params", "meta_params must be")
+        with jax.default_matmul_precision("highest"):
+            results: MetaGradient = _estimate_batch(self, problem, meta_params, tasks, states, keys)
+        return results
+
     def init_state(self, problem: BilevelProblem, meta_params: MetaParams, task: Task) -> EstimatorState:
         """A state that carries nothing yet, in the structure of every later one: a `scan` carry.
 
@@ -120,6 +139,20 @@ class MetaGradientEstimator(abc.ABC):
     def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         """The estimate, under jit, with everything validated."""
 
+    def _estimate_each(self, prepare: Prepare, inputs: tuple[Any, ...]) -> MetaGradient:
+        """The estimates of a batch of tasks, under jit, along a leading axis.
+
+        Args:
+          prepare: from the inputs of one task to what `_estimate` takes.
+          inputs: with a leading axis of tasks.
+        """
+        estimates: MetaGradient = jax.vmap(lambda *of_one: self._estimate(*prepare(*of_one)))(*inputs)
+        return estimates
+
+    def _without_estimate(self) -> "MetaGradientEstimator":
+        """The same estimator for callers who do not look at its diagnostics."""
+        return self
+
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
         """For each leaf of `meta_params`, whether this estimator can see it; by default, if a loss depends on it."""
         return any_of(
@@ -138,8 +171,54 @@ def _estimate(
     key: jax.Array,
 ) -> MetaGradient:
     # The estimate is the derivative: nothing is differentiated through the phases by accident.
-    meta_params_outside = meta_params
-    meta_params, task, state = jax.lax.stop_gradient((meta_params, task, state))
+    held = jax.lax.stop_gradient((meta_params, task, state))
+    instance, start = _prepared(estimator, problem, *held, key)
+    unseen = _unseen(estimator, problem, start.params, instance.meta_params, instance.task)
+    return _finished(estimator._estimate(instance, start), unseen, meta_params)
+
+
+@functools.partial(jax.jit, inline=True)
+def _estimate_batch(
+    estimator: MetaGradientEstimator,
+    problem: BilevelProblem,
+    meta_params: MetaParams,
+    tasks: Task,
+    states: EstimatorState | None,
+    keys: jax.Array,
+) -> MetaGradient:
+    if keys.shape[0] == 1:
+        # A batch of one is a single estimate: nothing is mapped.
+        task, state, key = jax.tree.map(lambda xs: xs[0], (tasks, states, keys))
+        result = _estimate(estimator, problem, meta_params, task, state, key)
+        lonely: MetaGradient = jax.tree.map(lambda x: x[None], result)
+        return lonely
+    held_meta, held_tasks, held_states = jax.lax.stop_gradient((meta_params, tasks, states))
+    unseen: list[str] = []
+
+    def prepare(task: Task, state: EstimatorState | None, key: jax.Array) -> tuple[Instance, EstimatorState]:
+        return _prepared(estimator, problem, held_meta, task, state, key)
+
+    def find_unseen(task: Task, state: EstimatorState | None, key: jax.Array) -> jax.Array:
+        instance, start = prepare(task, state, key)
+        unseen[:] = _unseen(estimator, problem, start.params, instance.meta_params, instance.task)
+        return jnp.zeros(())
+
+    inputs = held_tasks, held_states, keys
+    jax.eval_shape(find_unseen, *jax.tree.map(lambda xs: xs[0], inputs))
+    results = estimator._estimate_each(prepare, inputs)
+    finished: MetaGradient = jax.vmap(lambda result: _finished(result, tuple(unseen), meta_params))(results)
+    return finished
+
+
+def _prepared(
+    estimator: MetaGradientEstimator,
+    problem: BilevelProblem,
+    meta_params: MetaParams,
+    task: Task,
+    state: EstimatorState | None,
+    key: jax.Array,
+) -> tuple[Instance, EstimatorState]:
+    """What an estimator works on, and a state that it may start from."""
     fresh = estimator.init_state(problem, meta_params, task)
     if state is None:
         state = fresh
@@ -163,8 +242,11 @@ def _estimate(
     )
     state = state._replace(params=start, memory=memory, model_state=model_state)
     dtype = float_dtype_of(problem, state.params, meta_params, task)
-    unseen = _unseen(estimator, problem, state.params, meta_params, task)
-    result = estimator._estimate(Instance(problem, meta_params, task, key, dtype), state)
+    return Instance(problem, meta_params, task, key, dtype), state
+
+
+def _finished(result: MetaGradient, unseen: tuple[str, ...], meta_params: MetaParams) -> MetaGradient:
+    """The result as users get it."""
     check_same_structure(
         result.grad, meta_params, "The meta-gradient", "A rule's `statistic` must return a pytree like `meta_params`; "
         "return zeros for meta-parameters that it leaves alone."
@@ -176,7 +258,7 @@ def _estimate(
     )
     return MetaGradient(
         grad=grad,
-        outer_loss=_differentiable(result.outer_loss, grad, meta_params_outside),
+        outer_loss=_differentiable(result.outer_loss, grad, meta_params),
         params=result.params,
         state=strongly_typed(result.state),
         diagnostics=result.diagnostics,

@@ -161,17 +161,17 @@ class _Batch:
             inner = leave_to_compiler(fresh, (meta_params, warm_start), lambda mesh: along_tasks(warm_start, mesh))
         return MetaGradientState(jnp.int32(0), inner, nothing, diagnostics, jnp.int32(0))
 
-    def one(
-        self, meta_params: MetaParams, task: Task, key: jax.Array, state: EstimatorState | tuple[()]
+    def of_batch(
+        self, meta_params: MetaParams, tasks: Task, keys: jax.Array, states: EstimatorState | tuple[()]
     ) -> tuple[PyTree, PyTree]:
-        """One task: what is added up, and what is kept of it."""
-        start = state if isinstance(state, EstimatorState) else None
-        result = self.estimator.estimate(self.problem, meta_params, task, state=start, key=key)
-        bad = failed(result.diagnostics.status, self.allow)
-        added = result.outer_loss, result.grad
+        """What is added up of each task, and what is kept of it."""
+        starts = states if isinstance(states, EstimatorState) else None
+        results = self.estimator._estimate_batch(self.problem, meta_params, tasks, keys, starts)
+        bad = jax.vmap(lambda status: failed(status, self.allow))(results.diagnostics.status)
+        added = results.outer_loss, results.grad
         if self.drops_failed:
-            added = tree.where(bad, tree.zeros_like(added), added)
-        return (added, bad.astype(jnp.int32)), (result.diagnostics, result.state if self.is_warm else ())
+            added = jax.vmap(tree.where)(bad, tree.zeros_like(added), added)
+        return (added, bad.astype(jnp.int32)), (results.diagnostics, results.state if self.is_warm else ())
 
 
 @functools.partial(jax.jit, inline=True)
@@ -194,7 +194,7 @@ def _over_tasks(
     key = jax.random.fold_in(jax.random.key(batch.seed), state.num_updates) if key is None else key
     keys = jax.random.split(key, num_tasks)
     (total, num_failed), (diagnostics, inner) = sum_over_tasks(
-        lambda *inputs: batch.one(meta_params, *inputs),
+        lambda *inputs: batch.of_batch(meta_params, *inputs),
         (tasks, keys, state.inner),
         num_tasks,
         batch.batch_size or num_tasks,
