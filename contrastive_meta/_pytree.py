@@ -1,6 +1,7 @@
 """Strategies as frozen dataclass pytrees, and the tree arithmetic that the rest is written in."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
@@ -118,8 +119,7 @@ def norm(a: PyTree) -> jax.Array:
 def norms(*trees: PyTree) -> jax.Array:
     """The Euclidean norms of trees of one structure, one for each, safe from overflow and underflow of the squares.
 
-    Of three sums of squares, of the entries scaled down by a power of 2, as they are, and scaled up, the one that can
-    be trusted: one reduction, where scaling by the largest entry takes two. Several norms at once are one kernel.
+    Entries are divided by the largest of their tree. Several norms at once are one kernel.
     Norms only ever measure (residuals, scales): no derivative passes through them.
 
     Args:
@@ -127,27 +127,22 @@ def norms(*trees: PyTree) -> jax.Array:
 
     Returns:
       A vector in the finest dtype of all leaves, float32 at least.
-
-    Reference:
-      Blue (1978), A portable Fortran program to find the Euclidean norm of a vector.
     """
     columns = list(zip(*(jax.tree.leaves(jax.lax.stop_gradient(a)) for a in trees), strict=True))
     fine = jnp.promote_types(float_dtype([x for column in columns for x in column]), jnp.float32)
     if not columns:
         return jnp.zeros((len(trees),), fine)
-    largest = int(jnp.finfo(fine).maxexp)
-    scales = np.ldexp(1.0, [-5 * largest // 8, 0, 5 * largest // 8]).astype(fine)
-    # As they are, squares of norms between the first two neither vanish nor overflow; that of the third does.
-    lowest, highest, too_large = np.ldexp(1.0, [-largest // 3, largest // 3, 7 * largest // 8]).astype(fine)
+    stacks = [jnp.stack([jnp.abs(x).astype(fine) for x in column]) for column in columns]
+    axes = [tuple(range(1, stack.ndim)) for stack in stacks]
+    peaks = [jnp.max(stack, axis=axis, initial=0.0) for stack, axis in zip(stacks, axes, strict=True)]
+    peak = functools.reduce(jnp.maximum, peaks)
+    unit = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
 
-    def sums(column: tuple[jax.Array, ...]) -> jax.Array:
-        stacked = jnp.stack([jnp.abs(x).astype(fine) for x in column])
-        scaled = scales.reshape(3, *[1] * stacked.ndim) * stacked
-        # Changes no square, and keeps the compiler from squaring the scales, which overflows.
-        return jnp.sum(jnp.square(jnp.minimum(scaled, too_large)), axis=tuple(range(2, scaled.ndim)))
+    def sums(stack: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+        return jnp.sum(jnp.square(stack / unit.reshape(-1, *[1] * len(axis))), axis=axis)
 
-    down, as_is, up = jnp.sqrt(_sum([sums(column) for column in columns])) / scales[:, None]
-    return jnp.where(as_is < lowest, up, jnp.where(as_is <= highest, as_is, down))
+    total = _sum([sums(stack, axis) for stack, axis in zip(stacks, axes, strict=True)])
+    return unit * jnp.sqrt(total)
 
 
 def max_abs(a: PyTree) -> jax.Array:

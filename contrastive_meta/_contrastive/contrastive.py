@@ -12,8 +12,8 @@ from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
 from contrastive_meta._contrastive.phases import PhaseSetup, Stencil
 from contrastive_meta._contrastive.rerun import Rerun, require_complex_capable
 from contrastive_meta._contrastive.stages import Phases, Strategy, Turn
-from contrastive_meta._instance import Instance
 from contrastive_meta._estimators.base import MetaGradientEstimator, Prepare
+from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStrength, automatic, is_concrete
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
 from contrastive_meta._problem import Params, same_arrays

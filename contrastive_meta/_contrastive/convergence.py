@@ -67,9 +67,7 @@ def converged(
     unanswered = (residual > UNCONVERGED * nudge) | (missing > UNCONVERGED * length)
     gain = setup.stencil.gain / tree.or_one(contrast.beta)
     # A response that never came leaves a zero that any noise exceeds: that is not the noise's doing.
-    drowned = (start.noise * gain * NOISE_FLOOR > nudge) | (
-        (contrast.noise * NOISE_FLOOR > 1) & ~unanswered
-    )
+    drowned = (start.noise * gain * NOISE_FLOOR > nudge) | ((contrast.noise * NOISE_FLOOR > 1) & ~unanswered)
     anything = (start.nudge_norm > 0) | (pull > 0)
     # H u = v - residual: its product with u is the curvature that the nudge met.
     met = tree.scale(1 / nudge, tree.subtract(line.base.outer.in_params, contrast.residual))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import cast_like, packed_loop
+from contrastive_meta._control import cast_like
 from contrastive_meta._problem import Params
 
 # A first direction is worth trying if its cosine with the right-hand side is above this.
@@ -139,13 +139,12 @@ def solve(
     Reference:
       O'Leary (1980), The block conjugate gradient algorithm and related methods; Steihaug (1983) for the radius.
     """
-
     both = jnp.all(active)
 
     def iterate(s: Solution) -> Solution:
         return _iterate(difference, limits, jnp.where(both & ~_given_up(delay, s), forcing, 0), delay, s)
 
-    solved: Solution = packed_loop(
+    solved: Solution = jax.lax.while_loop(
         lambda s: jnp.any(s.active), iterate, _begin(difference, rhs, guess, active, limits)
     )
     return solved, both & _given_up(delay, solved)
@@ -156,9 +155,7 @@ def _given_up(delay: jax.Array, s: Solution) -> jax.Array:
     return delay & ~s.active[1] & (s.num_steps[1] == _MOST_BLOCK_STEPS) & (s.num_steps[0] >= _MOST_BLOCK_STEPS)
 
 
-def _begin(
-    difference: GradientDifference, rhs: Params, guess: Params, active: jax.Array, limits: Limits
-) -> Solution:
+def _begin(difference: GradientDifference, rhs: Params, guess: Params, active: jax.Array, limits: Limits) -> Solution:
     """The systems before their first step."""
     dtype = difference.dtype
     second = jax.tree.map(lambda xs: xs[1], rhs)

@@ -18,11 +18,8 @@ from contrastive_meta._contrastive.newton_step import (
     Solved,
     Systems,
     Trial,
-    judge_trial,
-    solve_systems,
     systems_of_a_step,
     unresolved_length,
-    what_is_left,
 )
 from contrastive_meta._contrastive.phases import PhaseSetup
 from contrastive_meta._control import cast_like, settle
@@ -280,5 +277,3 @@ def newton_systems(setup: PhaseSetup, attempt: Attempt, max_steps: Any) -> Syste
     guess = tree.scale(jnp.where(attempt.num_passes == 0, 1.0, 0.0), setup.guess)
     budget = jnp.asarray(max_steps, jnp.int32) - attempt.num_steps
     return systems_of_a_step(setup, attempt.line, attempt.region, target, nudge, budget, guess)
-
-

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._contrastive.phases import Base, PhaseSetup
 from contrastive_meta._control import cast_like
-from contrastive_meta._instance import Instance
 from contrastive_meta._holomorphic import require_holomorphic
+from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge, LossNudge, NudgeScheme
 from contrastive_meta._problem import MetaParams, Params, Task
 from contrastive_meta._pytree import PyTree

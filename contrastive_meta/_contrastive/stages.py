@@ -35,11 +35,21 @@ from contrastive_meta._contrastive.newton_krylov import (
     nudge_norm_at,
     outcome_of,
 )
-from contrastive_meta._contrastive.newton_step import LONG, Line, Region, Solved, Systems, Trial, judge_trial, solve_systems, what_is_left
+from contrastive_meta._contrastive.newton_step import (
+    LONG,
+    Line,
+    Region,
+    Solved,
+    Systems,
+    Trial,
+    judge_trial,
+    solve_systems,
+    what_is_left,
+)
 from contrastive_meta._contrastive.phases import Base, PhaseSetup, on_line
 from contrastive_meta._contrastive.rerun import Rerun, Runs, tolerances_for
 from contrastive_meta._contrastive.step_size import Contrast, Plan, measure, select
-from contrastive_meta._control import cast_like, only_if, packed_loop, packed_switch
+from contrastive_meta._control import cast_like, only_if, settle
 from contrastive_meta._nudging import LinearNudge, LossNudge
 from contrastive_meta._problem import Params
 from contrastive_meta._result import Status, flag, worst
@@ -210,7 +220,7 @@ class Phases:
 
     def run(self, first: Turn) -> Turn:
         """Turns until the phases are found, and their error is estimated."""
-        last: Turn = packed_loop(lambda turn: turn.running, self.turn, first)
+        last: Turn = jax.lax.while_loop(lambda turn: turn.running, self.turn, first)
         return last
 
     def first(self) -> Turn:
@@ -283,7 +293,8 @@ class Phases:
             if method is not None:
                 table[stage] = len(branches)
                 branches.append(functools.partial(call, method))
-        return packed_switch(jnp.asarray(table, jnp.int32)[now.stage], branches, like)
+        in_precision = [functools.partial(lambda branch: cast_like(branch(), like), branch) for branch in branches]
+        return jax.lax.switch(jnp.asarray(table, jnp.int32)[now.stage], in_precision)
 
     # What is solved and measured.
 
@@ -405,19 +416,19 @@ class Phases:
     def _plan(self, now: Turn, prepared: Prepared, solved: Solved, runs: Runs | None) -> tuple[Plan, Trial]:
         """What is measured in a turn, and what is to be said of the base point where it stays."""
         setup, line, region = self.setup, now.attempt.line, now.attempt.region
-        answer = now.stage == Stage.ANSWER
+        here = [now.stage == stage for stage in (Stage.ANSWER, Stage.RERUN, Stage.LEARN_ON)]
+        answer, rerun, learn_on = settle(*here)
         # In that stage both solutions belong to the response.
         usable = answer & tree.all_finite((solved.step, solved.answer))
         step = tree.where(answer, tree.zeros_like(solved.step), solved.step)
         more = tree.where(usable, solved.step, tree.zeros_like(solved.step))
         added = tree.where(answer & ~usable, tree.zeros_like(solved.answer), tree.add(solved.answer, more))
         params, response = tree.add(line.base.params, step), tree.add(prepared.response, added)
-        moved, rerun = tree.subtract(params, line.base.params), now.stage == Stage.RERUN
+        moved = tree.subtract(params, line.base.params)
         known = ~jnp.any(jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(moved)]))
         beta = now.kept.contrast.beta
         ends = ()
         if runs is not None:
-            learn_on = now.stage == Stage.LEARN_ON
             learned = jax.tree.map(lambda xs, like: jnp.real(xs[-1]).astype(like.dtype), runs.ends, params)
             center = cast_like(setup.stencil.at_zero(runs.ends), params)
             answered = cast_like(tree.scale(-1.0, setup.stencil.contrast(runs.ends, now.ran.beta)), response)
@@ -511,9 +522,7 @@ class Phases:
             )
             kept = self._kept(after, ~nearer)
             return kept._replace(stage=jnp.where(nearer, Stage.NEWTON, kept.stage), running=kept.running | nearer)
-        now = now._replace(
-            origin=tree.where(nearer, base, now.origin), attempt=attempt, stage=jnp.int32(Stage.NEWTON)
-        )
+        now = now._replace(origin=tree.where(nearer, base, now.origin), attempt=attempt, stage=jnp.int32(Stage.NEWTON))
         return self._before_rerun(now, ~nearer)
 
     def _before_rerun(self, now: Turn, wanted: jax.Array) -> Turn:
@@ -608,7 +617,9 @@ class Phases:
     def _after_answer(self, now: Turn, found: Found) -> Turn:
         """The refined result is there to be compared with the kept one."""
         after = now._replace(
-            attempt=now.attempt._replace(line=found.line), missing=now.missing.at[1].set(found.solved.cauchy[1]), running=jnp.asarray(False)
+            attempt=now.attempt._replace(line=found.line),
+            missing=now.missing.at[1].set(found.solved.cauchy[1]),
+            running=jnp.asarray(False),
         )
         if self.strategy.target_error is None:
             return after
@@ -683,7 +694,12 @@ class Phases:
         return Line(base, tree.zeros_like(base.params), contrast)
 
     def _may_go_on(self, attempt: Attempt) -> jax.Array:
-        return may_go_on(attempt, self._max_steps, self.fast.max_passes, leave_basin=self.strategy.rerun is None and not self.strategy.deferred)
+        return may_go_on(
+            attempt,
+            self._max_steps,
+            self.fast.max_passes,
+            leave_basin=self.strategy.rerun is None and not self.strategy.deferred,
+        )
 
     @property
     def _max_steps(self) -> Any:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import NOISE_FLOOR
 from contrastive_meta._contrastive.phases import Base, PhaseSetup, mean_of, on_line
-from contrastive_meta._control import cast_like, packed_loop
+from contrastive_meta._control import cast_like, settle
 from contrastive_meta._problem import MetaParams, Params
 
 # Neighbouring strengths are this factor apart where the strength is sought; a typed strength is compared with its
@@ -77,9 +77,7 @@ class Contrast(NamedTuple):
         zero, unknown = jnp.zeros((), setup.dtype), jnp.full((), jnp.inf, setup.dtype)
         grad = jax.tree.map(jnp.zeros_like, setup.instance.meta_params)
         beta, none = jnp.asarray(beta, setup.dtype), tree.zeros_like(residual)
-        return cls(
-            beta, grad, grad, grad, residual, none, unknown, zero, zero, zero, jnp.asarray(False), displacement
-        )
+        return cls(beta, grad, grad, grad, residual, none, unknown, zero, zero, zero, jnp.asarray(False), displacement)
 
 
 class _Marks(NamedTuple):
@@ -210,7 +208,7 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
         finite = jnp.isfinite(size) & jnp.isfinite(curved)
         # Out of the domain of the losses: begin again at a much smaller strength.
         retry = (last.index == 1) & ~finite & (last.num_evaluations < _MOST_RETRIES) & ~plan.fixed & setup.scheme.adapts
-        stays = at_base | retry
+        stays, at_base, given, retry = settle(at_base | retry, at_base, given, retry)
         marks = _Marks(
             beta,
             off_center / (beta * plan.nudge_norm),
@@ -262,7 +260,7 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
         num_evaluations=jnp.int32(0),
         running=~plan.known | (plan.most > 0),
     )
-    end: Ladder = packed_loop(lambda ladder: ladder.running, climb, begin)
+    end: Ladder = jax.lax.while_loop(lambda ladder: ladder.running, climb, begin)
     return end
 
 
@@ -303,6 +301,9 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
     else:
         chosen = fixed
 
+    shared = jnp.stack([chosen.grad, chosen.plain, chosen.residual, chosen.correction, chosen.doubt])
+    shared = jax.lax.optimization_barrier(shared)
+    chosen = chosen._replace(grad=shared[0], plain=shared[1], residual=shared[2], correction=shared[3], doubt=shared[4])
     measured = ladder.index > 1
     grad, plain, correction, doubt = (
         combined(w, ladder.statistics) for w in (chosen.grad, chosen.plain, chosen.correction, chosen.doubt)
@@ -368,9 +369,7 @@ def _weights_of_first(setup: PhaseSetup, plan: Plan, ladder: Ladder, eye: jax.Ar
     least = jnp.maximum(ladder.noise[0] / beta, jnp.where(seen, stiffer**order, 0.0))
     zero, one = jnp.zeros((), setup.dtype), jnp.ones((), setup.dtype)
     change = jnp.where(doubled, ladder.changes[1], 0.0)
-    return _Weights(
-        plain, plain, plain, correction, correction, jnp.asarray(False), least, change, one, zero
-    )
+    return _Weights(plain, plain, plain, correction, correction, jnp.asarray(False), least, change, one, zero)
 
 
 def _extrapolations(setup: PhaseSetup, eye: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -421,9 +420,7 @@ def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array, gap: jax
     higher = order + (2 if order % 2 == 0 else 1)
     best = (noise / (higher * left)) ** (1 / (higher + 1))
     best_plain = (noise / (order * truncation)) ** (1 / (order + 1))
-    best, best_plain = (
-        jnp.clip(jnp.where(jnp.isnan(x), 1.0, x), 1 / FACTOR**2, FACTOR) for x in (best, best_plain)
-    )
+    best, best_plain = (jnp.clip(jnp.where(jnp.isnan(x), 1.0, x), 1 / FACTOR**2, FACTOR) for x in (best, best_plain))
     return _Weights(
         plain=plain,
         grad=grad,

@@ -27,7 +27,6 @@ from contrastive_meta._problem import (
 from contrastive_meta._result import EstimatorState, MetaGradient
 from contrastive_meta._solvers.base import InnerSolver
 
-
 Prepare = Callable[..., tuple[Instance, EstimatorState]]
 
 
