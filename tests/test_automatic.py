@@ -153,7 +153,8 @@ def test_a_strength_is_carried_on_until_it_is_worn_out():
     # The cube root of how much the truncation has grown.
     assert 0 < 2 * anew.state.strength < first.state.strength
     exact = cm.ImplicitDifferentiation(learner, cm.DenseInverse()).estimate(problem, theta, strong).grad
-    assert relative_error(anew.grad, exact) < 0.5 * relative_error(changed.grad, exact)
+    # Extrapolated, a strength that has worn out errs by little more than rounding.
+    assert relative_error(anew.grad, exact) < max(0.5 * relative_error(changed.grad, exact), 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

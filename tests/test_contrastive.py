@@ -324,7 +324,7 @@ def test_relative_strength_ignores_units():
         expected = jax.tree.map(lambda g, s=outer_scale: s * g, case.exact.grad)
         assert result.diagnostics.status == cm.Status.CONVERGED
         assert relative_error(result.grad, expected) < 1e-7
-        # Of one realisation of the noise; to a few times eps^(1/5), whatever the units: what is extrapolated is of order 4.
+        # Of one realisation of the noise; to a few times eps^(1/5), whatever the units: extrapolated, the order is 4.
         assert 0.1 < result.diagnostics.displacement / jnp.finfo(jnp.float64).eps ** (1 / 5) < 5
 
 

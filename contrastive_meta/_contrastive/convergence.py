@@ -50,7 +50,7 @@ def usual_nudge(start: BasePoint, nudge: jax.Array) -> jax.Array:
 
 
 def converged(
-    setup: PhaseSetup, line: Line, left: FreeResidual, missing: jax.Array, ran_away: jax.Array
+    setup: PhaseSetup, line: Line, left: FreeResidual, missing: jax.Array, ran_away: jax.Array, downward: jax.Array
 ) -> Convergence:
     """The statuses of phases.
 
@@ -60,6 +60,7 @@ def converged(
       left: how far learning was from converged at the base point.
       missing: length of what is missing of the response.
       ran_away: whether a nudged loss has no minimum where its phase went.
+      downward: whether the inner loss was found to curve downwards.
     """
     start, contrast = setup.start, line.contrast
     pull, length, residual = tree.norms(line.base.outer.in_params, line.response, contrast.residual)
@@ -81,7 +82,7 @@ def converged(
         flag(anything & coarse, Status.APPROXIMATE),
         flag(anything & unanswered, Status.NUDGED_NOT_CONVERGED),
         flag(anything & drowned, Status.LOST_IN_NOISE),
-        flag(indefinite, Status.INDEFINITE_CURVATURE),
+        flag(indefinite | downward, Status.INDEFINITE_CURVATURE),
         flag((anything & unbounded & ~drowned) | (learned & ~finite), Status.UNBOUNDED_NUDGE),
         setup.scheme.template().validity(setup.dtype),
         flag(~learned, Status.NOT_FINITE),

@@ -174,7 +174,7 @@ def solve_systems(setup: PhaseSetup, base: Base, region: Region, systems: System
     *lengths, gradient_norm = tree.norms(*systems.rhs, base.inner_grad).astype(dtype)
     lengths = jnp.stack(lengths)
     units = tree.or_one(lengths)
-    rhs = jax.tree.map(lambda *xs: jnp.stack(xs), *(tree.scale(1 / u, b) for u, b in zip(units, systems.rhs)))
+    rhs = jax.tree.map(lambda *xs: jnp.stack(xs), *(tree.scale(1 / u, b) for u, b in zip(units, systems.rhs, strict=True)))
     limits = Limits(
         systems.residual / units,
         systems.step / units,
@@ -192,7 +192,7 @@ def solve_systems(setup: PhaseSetup, base: Base, region: Region, systems: System
         (systems.forcing * units[0]).astype(dtype),
         delay=systems.delay,
     )
-    step, answer = (tree.scale(u, x) for u, x in zip(units, tree.unstack(found.x, 2)))
+    step, answer = (tree.scale(u, x) for u, x in zip(units, tree.unstack(found.x, 2), strict=True))
     first, residual = (jax.tree.map(lambda xs: xs[0], of) for of in (found.x, found.residual))
     return Solved(
         step=step,

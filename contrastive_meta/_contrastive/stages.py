@@ -66,6 +66,9 @@ _FURTHER, _WORTH_A_TRY = 1e-3, 0.5
 # others near 1. What truncation and noise may have left counts by its size alone.
 _MOST_STEPS = 200
 _AHEAD_TOL, _ANSWER_TOL, _POSSIBLE_TOL = 1e-2, 1e-4, 1e-1
+# What leaves more than this of a system unsolved, because the curvature is downward or not told from rounding, tells
+# nothing of the error.
+_UNSOLVED = 0.1
 # Residuals are solved for down to this fraction of the noise in one direction of many.
 _OF_NOISE = 0.3
 # A round towards a target error that leaves more of the error than this is the last one.
@@ -147,6 +150,8 @@ class Turn(NamedTuple):
       num_tries: of the Newton-Krylov iteration.
       missing: what is at least missing of the kept line: lengths of the steps down the gradient, and down what is left
         of the nudge, shape (2,); lower bounds by the Cauchy-Schwarz inequality.
+      unknown: whether the estimate of the error met curvature by which nothing can be told.
+      downward: whether what refines phases that the solver ran met downward curvature.
       error: estimated relative error of the kept line.
       num_gradients: spent so far.
       running: whether there is a next turn.
@@ -163,6 +168,8 @@ class Turn(NamedTuple):
     by_solver: jax.Array
     num_tries: jax.Array
     missing: jax.Array
+    unknown: jax.Array
+    downward: jax.Array
     error: jax.Array
     num_gradients: jax.Array
     running: jax.Array
@@ -245,8 +252,8 @@ class Phases:
         ran = Ran(beta, linear, false, jnp.zeros((self.number,), jnp.int32), false, jnp.ones((), self.dtype), none)
         infinite = jnp.full((), jnp.inf if setup.estimate_error else jnp.nan, self.dtype)
         turn = Turn(
-            stage, attempt, line, base, ran, false, false, false, false, none, jnp.zeros((2,), self.dtype), infinite, spent,
-            jnp.asarray(True),
+            stage, attempt, line, base, ran, false, false, false, false, none, jnp.zeros((2,), self.dtype), false,
+            false, infinite, spent, jnp.asarray(True),
         )  # fmt: skip
         return jax.tree.map(jnp.asarray, turn)
 
@@ -612,13 +619,23 @@ class Phases:
         finite = tree.all_finite((found.line.base.params, found.line.base.inner_grad))
         attempt = now.attempt._replace(line=tree.where(finite, found.line, now.attempt.line))
         missing = found.solved.cauchy.at[1].set(0)
-        return now._replace(attempt=attempt, missing=missing, stage=jnp.int32(Stage.ANSWER))
+        unknown = self._unsolved(found.solved)[0]
+        return now._replace(attempt=attempt, missing=missing, unknown=unknown, stage=jnp.int32(Stage.ANSWER))
+
+    def _unsolved(self, solved: Solved) -> jax.Array:
+        """Of each system of an estimate, whether it ended with steps left and a tenth of it unsolved."""
+        return (solved.left > _UNSOLVED) & (solved.num_steps > 0) & (solved.num_steps < _MOST_STEPS)
 
     def _after_answer(self, now: Turn, found: Found) -> Turn:
         """The refined result is there to be compared with the kept one."""
+        # Truncation is no failure of the learner.
+        residual, sought = self.norm(now.kept.contrast.residual), found.solved.lengths[1]
+        missing = found.solved.cauchy[1] * jnp.minimum(residual / tree.or_one(sought), 1.0)
         after = now._replace(
             attempt=now.attempt._replace(line=found.line),
-            missing=now.missing.at[1].set(found.solved.cauchy[1]),
+            missing=now.missing.at[1].set(missing.astype(self.dtype)),
+            unknown=now.unknown | self._unsolved(found.solved)[1],
+            downward=now.by_solver & found.solved.indefinite,
             running=jnp.asarray(False),
         )
         if self.strategy.target_error is None:
@@ -631,7 +648,9 @@ class Phases:
         lacking = tree.add(tree.subtract(refined.plain, kept.plain), kept.correction)
         size, whole = tree.norms(lacking, tree.add(kept.grad, lacking)).astype(self.dtype)
         relative = jnp.where(size == 0, 0.0, size / whole)
-        return jnp.sqrt(relative**2 + kept.error**2).astype(self.dtype)
+        # A zero that nothing changes is exact.
+        error = jnp.where(whole == 0, jnp.where(size == 0, 0.0, jnp.inf), jnp.sqrt(relative**2 + kept.error**2))
+        return jnp.where(last.unknown, jnp.inf, error).astype(self.dtype)
 
     def conclude(self, last: Turn) -> tuple[Convergence, jax.Array]:
         """How far the phases came, and the estimated error: from what refining the kept line changed."""
@@ -648,10 +667,14 @@ class Phases:
         # The whole step may go far along low curvature, where it hardly matters: the statuses go by what is certain.
         certain = jnp.minimum(last.missing[0] / tree.or_one(distance), 1.0)
         distance, shift, missing = certain * distance, certain * shift, last.missing[1]
-        left = FreeResidual(residual, distance, shift, self.norm(kept.base.outer.in_params))
+        # Phases that are centred off the minimum take nothing from what the free phase learned.
+        start = self.norm(self.setup.start.inner_grad)
+        nearer = jnp.minimum(start / tree.or_one(residual), 1.0)
+        pull = self.norm(kept.base.outer.in_params)
+        left = FreeResidual(jnp.minimum(residual, start), nearer * distance, nearer * shift, pull)
         ended = ~last.by_solver | learning_ended(self.setup, self.norm(last.origin.inner_grad), kept.contrast.beta)
         ran_away = (ended & kept.contrast.downward) | (last.by_solver & last.ran.ran_away)
-        told = converged(self.setup, kept, left, missing, ran_away)
+        told = converged(self.setup, kept, left, missing, ran_away, last.downward)
         if not self.setup.estimate_error:
             return told, last.error
         error = self._error(last)

@@ -30,6 +30,8 @@ _RISE = 2.0
 # A nudge's curvature may add at most this fraction of the nudge to the gradients: beyond, nudged losses lose their
 # minima.
 _MOST_CURVED = 0.1
+# Differences that grow by this part of what truncation alone makes them grow by are truncation.
+_TRUNCATION_ALONE = 0.25
 # The fitted noise is at least this part of what rounding is expected to make.
 _BELIEVED = 0.5
 # How often to begin the ladder again lower where the losses are not finite; each time a factor of 64.
@@ -202,8 +204,10 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
         rising = (last.index < least_strengths) & jnp.isfinite(size)
         if setup.sought:
             straight = factor * (curved - NOISE_FLOOR * start.noise) <= _MOST_CURVED * plan.nudge_norm * beta
-            within = beta * factor * plan.length <= _LARGEST * start.scale
-            rising |= (change < _RISE * last.changes[1]) & ~plan.settled & ~plan.fixed & jnp.isfinite(size)
+            within = beta * factor * plan.length <= 1.01 * _LARGEST * start.scale  # but for rounding
+            # Below what rounding makes of the weaker of both, a difference tells nothing of truncation.
+            quiet = jnp.maximum(last.changes[1], factor * _root(last.noise[0], last.noise[1]) / beta)
+            rising |= (change < _RISE * quiet) & ~plan.settled & ~plan.fixed & jnp.isfinite(size)
             rising &= (within & (straight | plan.linear | plan.to_minima)) | plan.fixed
         finite = jnp.isfinite(size) & jnp.isfinite(curved)
         # Out of the domain of the losses: begin again at a much smaller strength.
@@ -395,7 +399,10 @@ def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array, gap: jax
     expected = _root(ladder.noise[0], ladder.noise[1]) / tree.or_one(beta[1])
     truncation = jnp.maximum(squares[1] * noisy[0] - squares[0] * noisy[1], 0) / whole
     noise = jnp.maximum(squares[0] * truncated[1] - squares[1] * truncated[0], 0) / whole
-    noise = jnp.where(three, jnp.maximum(jnp.sqrt(noise), _BELIEVED * expected), expected)
+    # Where both differences are truncation, they tell nothing of the noise.
+    noisy_pair = changes[1] < _TRUNCATION_ALONE * growth * changes[0]
+    fitted = jnp.maximum(jnp.sqrt(noise), _BELIEVED * expected)
+    noise = jnp.where(three & noisy_pair, fitted, expected)
     truncation = jnp.where(three, jnp.sqrt(truncation), changes[1] * weight)
     # What twice the noise does not explain of the gap is truncation of the upper one.
     excess = jnp.sqrt(jnp.maximum(gap**2 - (2 * FACTOR * noise) ** 2, 0))
@@ -405,14 +412,20 @@ def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array, gap: jax
     upper = jnp.where(jnp.isfinite(upper) & finite[2], upper, jnp.inf)
     lower = jnp.where(jnp.isfinite(lower) & finite[0], lower, jnp.inf)
     take_lower = three & (lower < upper)
+    # Near the largest displacement that is allowed, the strongest nudge may err least as it is.
+    top = jnp.where(three & finite[2], _root(noise / FACTOR, truncation * growth), jnp.inf)
+    take_top = top < jnp.minimum(upper, lower)
     weights = _extrapolations(setup, eye)
-    plain = jnp.where(two, jnp.where(take_lower, eye[0], eye[1]), eye[2])
+    plain = jnp.where(two & ~take_top, jnp.where(take_lower, eye[0], eye[1]), eye[2])
     # Where only the first strength lies in the domain of the losses, there is nothing to extrapolate.
     alone = ~two | (two & ~three & ~finite[2])
-    grad = jnp.where(alone, plain, jnp.where(take_lower, weights[1], weights[0]))
-    smaller, larger = jnp.minimum(upper, lower), jnp.maximum(upper, lower)
-    ratio = jnp.where(three & jnp.isfinite(larger), smaller / tree.or_one(larger), 0)
+    as_it_is = alone | take_top
+    grad = jnp.where(as_it_is, plain, jnp.where(take_lower, weights[1], weights[0]))
+    # The other extrapolation tells the error, in the ratio of what both are expected to err by.
     other = jnp.where(take_lower, weights[0], weights[1])
+    of_other = jnp.where(take_lower, upper, lower)
+    smaller = jnp.where(take_top, top, jnp.minimum(upper, lower))
+    ratio = jnp.where(three & jnp.isfinite(of_other), jnp.minimum(smaller / tree.or_one(of_other), 1), 0)
     statistic_noise = ladder.noise[0] / tree.or_one(jnp.sum(plain * beta))
     least = jnp.where(three, _BELIEVED * statistic_noise, _root(statistic_noise, left))
     # The least of n / x + l x^q, x in units of the strength in the middle, l what extrapolation leaves, of order q; and
