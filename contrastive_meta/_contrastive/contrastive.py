@@ -217,7 +217,7 @@ class Contrastive(MetaGradientEstimator):
 
         rerun = None
         if may_rerun:
-            runs = own if fast is not None else learner.bind(instance.meta_params)
+            runs = learner.bind(instance.meta_params) if isinstance(learner, InnerSolver) else own
             rerun = self._rerun(runs, free, fast is None, template.is_complex)
         return Phases(setup, Strategy(fast, rerun, defer, rests, self.nudged_tol, self.target_error, self.max_steps))
 

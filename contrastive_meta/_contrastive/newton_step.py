@@ -171,10 +171,11 @@ def difference_at(setup: PhaseSetup, base: Base, region: Region) -> GradientDiff
 def solve_systems(setup: PhaseSetup, base: Base, region: Region, systems: Systems) -> Solved:
     """Solve for the step of the base point and for what is left of the nudge."""
     dtype = setup.dtype
-    *lengths, gradient_norm = tree.norms(*systems.rhs, base.inner_grad).astype(dtype)
-    lengths = jnp.stack(lengths)
+    norms = tree.norms(*systems.rhs, base.inner_grad).astype(dtype)
+    lengths, gradient_norm = norms[:2], norms[2]
     units = tree.or_one(lengths)
-    rhs = jax.tree.map(lambda *xs: jnp.stack(xs), *(tree.scale(1 / u, b) for u, b in zip(units, systems.rhs, strict=True)))
+    scaled = [tree.scale(1 / unit, b) for unit, b in zip(units, systems.rhs, strict=True)]
+    rhs = jax.tree.map(lambda *xs: jnp.stack(xs), *scaled)
     limits = Limits(
         systems.residual / units,
         systems.step / units,

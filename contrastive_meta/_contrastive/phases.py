@@ -288,7 +288,10 @@ class PhaseSetup(NamedTuple):
                 at = jax.tree.map(lambda xs, x: jnp.real(xs[0]).astype(x.dtype), ends, base.params)
                 return cast_like(self.outer_at(at), known)
 
-            return repeated(only_if(at_base, evaluate_base, (base.outer, base.outer_grad)))
+            of_base: tuple[OuterGradients, Params] = repeated(
+                only_if(at_base, evaluate_base, (base.outer, base.outer_grad))
+            )
+            return of_base
         known = repeated((base.outer, base.outer_grad))
         if tree.is_complex(ends):
             return self._complex_outer(base, ends, at_base, nudge, known)

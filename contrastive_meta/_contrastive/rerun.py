@@ -1,6 +1,7 @@
 """Nudged phases as published: the learner runs again, on the nudged loss, from the end of the free phase."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -134,19 +135,19 @@ class Rerun(NamedTuple):
             total: jax.Array = sum(jax.tree.leaves(products), start=jnp.zeros(()))
             return total
 
+        def of_loss(at: Params, meta_params: MetaParams, task: Task) -> jax.Array:
+            def loss(at: Params) -> jax.Array:
+                return instance.problem.outer(at, meta_params, task).astype(instance.dtype)
+
+            # Not `where`, whose derivative has the NaN of either.
+            value: jax.Array = jax.lax.cond(linear, lambda x: line(x).astype(instance.dtype), loss, at)
+            return value
+
+        pulls: Callable[[Params, MetaParams, Task], jax.Array]
         if isinstance(nudge, LinearNudge):
-
-            def pulls(at: Params, meta_params: MetaParams, task: Task) -> jax.Array:
-                return line(at)
+            pulls = lambda at, meta_params, task: line(at)  # noqa: E731
         elif isinstance(nudge, LossNudge) and self.may_linearise:
-
-            def pulls(at: Params, meta_params: MetaParams, task: Task) -> jax.Array:
-                def loss(at: Params) -> jax.Array:
-                    return instance.problem.outer(at, meta_params, task).astype(instance.dtype)
-
-                # Not `where`, whose derivative has the NaN of either.
-                value: jax.Array = jax.lax.cond(linear, lambda x: line(x).astype(instance.dtype), loss, at)
-                return value
+            pulls = of_loss
         else:
             pulls = setup.nudged_problem(origin, nudge).problem.outer
 

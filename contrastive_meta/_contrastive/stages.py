@@ -255,7 +255,8 @@ class Phases:
             stage, attempt, line, base, ran, false, false, false, false, none, jnp.zeros((2,), self.dtype), false,
             false, infinite, spent, jnp.asarray(True),
         )  # fmt: skip
-        return jax.tree.map(jnp.asarray, turn)
+        begin: Turn = jax.tree.map(jnp.asarray, turn)
+        return begin
 
     def turn(self, now: Turn) -> Turn:
         """One turn of the loop: solver, linear systems, measurement, decision."""
@@ -282,7 +283,7 @@ class Phases:
         pull = tree.subtract(ladder.base.outer.in_params, line.base.outer.in_params)
         drifted = line.contrast._replace(residual=tree.add(line.contrast.residual, pull))
         contrast = select(setup, plan, ladder, drifted)
-        response = tree.where(ladder.index > 1, plan.response, line.response)
+        response = tree.where(ladder.number > 1, plan.response, line.response)
         spent = ladder.num_evaluations * self.number + jnp.where(plan.known, 0, 1)
         spent += solved.num_gradients + (0 if runs is None else runs.num_gradients)
         now = now._replace(num_gradients=now.num_gradients + spent.astype(jnp.int32))
@@ -290,7 +291,8 @@ class Phases:
         found = Found(taken, solved, ladder.trial, runs, plan.length)
 
         # Decision.
-        return self._by_stage(now, "_after", lambda method: method(now, found), now)
+        after: Turn = self._by_stage(now, "_after", lambda method: method(now, found), now)
+        return after
 
     def _by_stage(self, now: Turn, prefix: str, call: Any, like: Any, default: Any = None) -> Any:
         """What the method of this stage returns; `default()` where it has none."""
@@ -502,7 +504,8 @@ class Phases:
             return now._replace(running=now.running & ~missed)
         if self.strategy.rerun is None:
             return now
-        return tree.where(missed, cast_like(self.fall_back(now), now), now)
+        decided: Turn = tree.where(missed, cast_like(self.fall_back(now), now), now)
+        return decided
 
     def fall_back(self, now: Turn) -> Turn:
         """From phases that failed: the solver learns on while there is something to learn, else it runs the phases."""
@@ -733,7 +736,7 @@ class Phases:
     def _noise_in_one_direction(self) -> jax.Array:
         """Down to which norm of a residual an error estimate looks for what it hides."""
         size = sum(x.size for x in jax.tree.leaves(self.setup.start.params))
-        return _OF_NOISE * self.setup.start.noise / size**0.5
+        return jnp.asarray(_OF_NOISE * self.setup.start.noise / size**0.5)
 
     def _usual_length(self) -> jax.Array:
         """The length of a response that is not known yet, by the mean inverse curvature."""

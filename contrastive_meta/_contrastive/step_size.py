@@ -93,7 +93,7 @@ class _Marks(NamedTuple):
 
 
 class Ladder(NamedTuple):
-    """A ladder of strengths under way. The index is that of what comes next: 0 the base point, then strengths."""
+    """A ladder of strengths under way. The number is that of what comes next: 0 the base point, then strengths."""
 
     base: Base
     statistics: MetaParams  # contrasts at the last strengths, a leading axis of three
@@ -103,7 +103,7 @@ class Ladder(NamedTuple):
     noise: jax.Array  # what rounding makes of both contrasts at strength 1, relative; shape (2,)
     trial: Any  # what `judge` said of the base point
     beta: jax.Array  # the next strength
-    index: jax.Array
+    number: jax.Array
     num_evaluations: jax.Array  # of all phases together
     running: jax.Array
 
@@ -169,11 +169,11 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
     per_bend = 1 / tree.or_one(jnp.abs(along).astype(dtype) * tree.or_one(start.nudge_norm))
 
     def climb(last: Ladder) -> Ladder:
-        at_base = last.index == 0
+        at_base = last.number == 0
         beta = last.beta
         nudges = jnp.where(at_base, 0, stencil.nudges * beta)
         ends = on_line(last.base.params, plan.response, nudges)
-        given = plan.rerun & (last.index == 1)
+        given = plan.rerun & (last.number == 1)
         nudged_from, origin = last.base, last.base
         if setup.may_rerun:
             ends = tree.where(given, cast_like(plan.ends, ends), ends)
@@ -198,10 +198,10 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
         change = _root(changed / unit, residual_changed / plan.nudge_norm) + stiffer**order
         # Outside the domain of the losses truncation is large.
         change = jnp.where(jnp.isnan(change), factor ** (order + 1) * last.changes[1], change)
-        change = jnp.where(last.index <= 1, jnp.inf, change)
+        change = jnp.where(last.number <= 1, jnp.inf, change)
         noise = stencil.gain * jnp.stack([setup.statistic_noise(mean) / unit, start.noise / plan.nudge_norm])
 
-        rising = (last.index < least_strengths) & jnp.isfinite(size)
+        rising = (last.number < least_strengths) & jnp.isfinite(size)
         if setup.sought:
             straight = factor * (curved - NOISE_FLOOR * start.noise) <= _MOST_CURVED * plan.nudge_norm * beta
             within = beta * factor * plan.length <= 1.01 * _LARGEST * start.scale  # but for rounding
@@ -211,7 +211,9 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
             rising &= (within & (straight | plan.linear | plan.to_minima)) | plan.fixed
         finite = jnp.isfinite(size) & jnp.isfinite(curved)
         # Out of the domain of the losses: begin again at a much smaller strength.
-        retry = (last.index == 1) & ~finite & (last.num_evaluations < _MOST_RETRIES) & ~plan.fixed & setup.scheme.adapts
+        retry = (
+            (last.number == 1) & ~finite & (last.num_evaluations < _MOST_RETRIES) & ~plan.fixed & setup.scheme.adapts
+        )
         stays, at_base, given, retry = settle(at_base | retry, at_base, given, retry)
         marks = _Marks(
             beta,
@@ -228,7 +230,7 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
             return jnp.where(stays, window, moved)
 
         judged, stay = judge(base)
-        index = last.index + ~retry
+        number = last.number + ~retry
         return cast_like(
             Ladder(
                 base=base,
@@ -236,12 +238,12 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
                 residuals=jax.tree.map(shifted, last.residuals, contrasts[1]),
                 marks=jax.tree.map(shifted, last.marks, marks),
                 changes=shifted(last.changes, change),
-                noise=jnp.where(last.index == 1, noise, last.noise),
+                noise=jnp.where(last.number == 1, noise, last.noise),
                 trial=tree.where(at_base, judged, last.trial),
                 beta=jnp.where(at_base, beta, jnp.where(retry, beta / FACTOR**2, beta * factor)),
-                index=index,
+                number=number,
                 num_evaluations=last.num_evaluations + 1,
-                running=jnp.where(at_base, stay, rising | retry) & (index <= plan.most),
+                running=jnp.where(at_base, stay, rising | retry) & (number <= plan.most),
             ),
             last,
         )
@@ -260,7 +262,7 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
         noise=jnp.zeros((2,), dtype),
         trial=trial,
         beta=first,
-        index=jnp.where(plan.known, 1, 0),
+        number=jnp.where(plan.known, 1, 0),
         num_evaluations=jnp.int32(0),
         running=~plan.known | (plan.most > 0),
     )
@@ -301,14 +303,13 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
         residual_gap = tree.norm(combined(upper - lower, ladder.residuals))
         gap = _root(gap / tree.or_one(size), residual_gap / plan.nudge_norm).astype(dtype)
         best = _weights_of_best(setup, ladder, eye, gap)
-        chosen: _Weights = tree.where(plan.fixed, fixed, cast_like(best, fixed))
-    else:
-        chosen = fixed
+        fixed = tree.where(plan.fixed, fixed, cast_like(best, fixed))
+    chosen: _Weights = fixed
 
     shared = jnp.stack([chosen.grad, chosen.plain, chosen.residual, chosen.correction, chosen.doubt])
     shared = jax.lax.optimization_barrier(shared)
     chosen = chosen._replace(grad=shared[0], plain=shared[1], residual=shared[2], correction=shared[3], doubt=shared[4])
-    measured = ladder.index > 1
+    measured = ladder.number > 1
     grad, plain, correction, doubt = (
         combined(w, ladder.statistics) for w in (chosen.grad, chosen.plain, chosen.correction, chosen.doubt)
     )
@@ -322,8 +323,8 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
     error = jnp.where(plan.fixed | (not setup.sought), chosen.least, error)
     displacement = otherwise.displacement
     if setup.sought:
-        best = jnp.where(plan.to_minima, chosen.best_plain, chosen.best)
-        found = best * ladder.marks.beta[1] * plan.length / setup.start.scale
+        wanted = jnp.where(plan.to_minima, chosen.best_plain, chosen.best)
+        found = wanted * ladder.marks.beta[1] * plan.length / setup.start.scale
         usable = chosen.measured & ~plan.fixed & (found > 0) & jnp.isfinite(found)
         displacement = jnp.where(usable, found, displacement).astype(displacement.dtype)
     nan = jnp.where(marks.finite, 0, jnp.nan)
@@ -341,7 +342,8 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
         downward=marks.downward,
         displacement=displacement,
     )
-    return tree.where(measured, cast_like(contrast, otherwise), otherwise)
+    selected: Contrast = tree.where(measured, cast_like(contrast, otherwise), otherwise)
+    return selected
 
 
 class _Weights(NamedTuple):
@@ -361,7 +363,7 @@ class _Weights(NamedTuple):
 
 def _weights_of_first(setup: PhaseSetup, plan: Plan, ladder: Ladder, eye: jax.Array) -> _Weights:
     """The contrast at the first strength; its double tells the truncation."""
-    doubled, order = ladder.index > 2, setup.order
+    doubled, order = ladder.number > 2, setup.order
     plain = jnp.where(doubled, eye[1], eye[2])
     share = jnp.where(doubled, 1 / (2**order - 1), 0.0).astype(setup.dtype)
     correction = share * (plain - eye[2])
@@ -388,7 +390,7 @@ def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array, gap: jax
     # Of the truncation from one strength to the next, of what is extrapolated and of what is not.
     growth, next_growth = FACTOR**order, FACTOR ** (order + (2 if order % 2 == 0 else 1))
     weight = 1 / (growth - 1)
-    two, three = ladder.index > 2, ladder.index > 3
+    two, three = ladder.number > 2, ladder.number > 3
     beta, changes = ladder.marks.beta, ladder.changes
 
     # Noise and truncation at the strength in the middle, in squares.
