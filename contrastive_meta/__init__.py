@@ -81,6 +81,7 @@ from contrastive_meta._report import measure_interleaved as measure_interleaved
 from contrastive_meta._result import Diagnostics as Diagnostics
 from contrastive_meta._result import EstimatorState as EstimatorState
 from contrastive_meta._result import MetaGradient as MetaGradient
+from contrastive_meta._result import PhasesBy as PhasesBy
 from contrastive_meta._result import Status as Status
 from contrastive_meta._solvers import LBFGS as LBFGS
 from contrastive_meta._solvers import CallableSolver as CallableSolver

@@ -107,6 +107,21 @@ def flag(condition: Any, status: Status) -> jax.Array:
     return jnp.where(condition, jnp.int32(status), jnp.int32(Status.CONVERGED))
 
 
+class PhasesBy(enum.IntEnum):
+    """Who ran the nudged phases of an estimate: values of `result.diagnostics.phases_by`.
+
+    Example:
+      >>> import contrastive_meta as cm
+      >>> cm.PhasesBy(1).name
+      'NEWTON_KRYLOV'
+    """
+
+    NOBODY = 0  # the estimator has no nudged phases
+    NEWTON_KRYLOV = 1
+    NEWTON_KRYLOV_AFTER_LEARNING = 2  # from where the solver had learned on, without a nudge
+    SOLVER = 3
+
+
 class Diagnostics(NamedTuple):
     """How far a meta-gradient can be trusted: scalars of the same structure for every estimator.
 
@@ -123,10 +138,11 @@ class Diagnostics(NamedTuple):
       error_estimate: estimate of ||grad - exact|| / ||exact||; infinite where what was measured says nothing of it,
         NaN where no estimate is made. Above 0.1 the status is at least `APPROXIMATE`.
       status: value of a `Status`; the most severe wins.
+      phases_by: value of a `PhasesBy`: who ran the nudged phases.
 
     Example:
       >>> import contrastive_meta as cm
-      >>> cm.Diagnostics._fields[-1]
+      >>> cm.Diagnostics._fields[-2]
       'status'
     """
 
@@ -138,11 +154,12 @@ class Diagnostics(NamedTuple):
     num_hvps: jax.Array
     error_estimate: jax.Array
     status: jax.Array
+    phases_by: jax.Array | int = PhasesBy.NOBODY.value
 
 
 def make_diagnostics(dtype: Any, **known: Any) -> Diagnostics:
     """Diagnostics in one dtype, with NaN or 0 for what is not among `known`; a large estimated error is a status."""
-    counts = {"num_gradients": jnp.int32, "num_hvps": jnp.int32, "status": jnp.int32}
+    counts = dict.fromkeys(("num_gradients", "num_hvps", "status", "phases_by"), jnp.int32)
     missing = {name: 0 if name in counts else jnp.nan for name in Diagnostics._fields}
     values = missing | known
     told = Diagnostics(**{name: jnp.asarray(value, counts.get(name, dtype)) for name, value in values.items()})

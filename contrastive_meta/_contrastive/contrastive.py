@@ -268,6 +268,7 @@ class Contrastive(MetaGradientEstimator):
                 displacement=convergence.displacement,
                 error_estimate=error,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + last.num_gradients,
+                phases_by=phases.run_by(last),
                 status=worst(
                     phases.status(last),
                     flag(missed, Status.TARGET_NOT_REACHED),

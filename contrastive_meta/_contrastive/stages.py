@@ -52,7 +52,7 @@ from contrastive_meta._contrastive.step_size import Contrast, Plan, measure, sel
 from contrastive_meta._control import cast_like, only_if, settle
 from contrastive_meta._nudging import LinearNudge, LossNudge
 from contrastive_meta._problem import Params
-from contrastive_meta._result import Status, flag, worst
+from contrastive_meta._result import PhasesBy, Status, flag, worst
 
 # Most strengths of a ladder: with a factor of 8 that spans the precision of float64.
 _MOST_STRENGTHS = 16
@@ -699,6 +699,11 @@ class Phases:
         tol = jnp.where(more, jnp.maximum(0.1 * attempt.tol, self.tol), attempt.tol)
         stage = jnp.where(more, Stage.NEWTON, jnp.where(again, Stage.RERUN, now.stage))
         return after._replace(attempt=attempt._replace(tol=tol), ran=ran, stage=stage, running=more | again)
+
+    def run_by(self, last: Turn) -> jax.Array:
+        """Who ran the phases that are kept."""
+        fast = jnp.where(last.num_tries > 1, PhasesBy.NEWTON_KRYLOV_AFTER_LEARNING, PhasesBy.NEWTON_KRYLOV)
+        return jnp.where(last.by_solver, PhasesBy.SOLVER, fast)
 
     def status(self, last: Turn) -> jax.Array:
         """The status that only the loop knows: what fell back on what."""
