@@ -1,4 +1,4 @@
-"""What the program of an estimate is made of, and what a batch of tasks runs: counts, which are exact on any machine."""
+"""What the program of an estimate is made of, and what a batch of tasks runs: counts, exact on any machine."""
 
 import jax
 import jax.numpy as jnp

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import NUM_GRADIENTS, BasePoint, survey
+from contrastive_meta._contrastive.loop_state import LoopState, Strategy
 from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
 from contrastive_meta._contrastive.phases import PhaseSetup, Stencil
 from contrastive_meta._contrastive.rerun import Rerun, require_complex_capable
-from contrastive_meta._contrastive.stages import Phases, Strategy, Turn
+from contrastive_meta._contrastive.stages import Phases
 from contrastive_meta._estimators.base import MetaGradientEstimator, Prepare
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStrength, automatic, is_concrete
@@ -36,28 +37,30 @@ class Contrastive(MetaGradientEstimator):
 
     Args:
       solver: the learner of the free phase.
-      nudged_solver: the learner of the nudged phases; the same by default. Phases of one contrast take the same
-        number of steps; host solvers and other black boxes decide for themselves.
-      scheme: phases, weights and strength. `automatic()` by default: a central difference whose strength is sought; a
-        scheme with a typed beta uses it raw.
-      nudge: `LossNudge()` or `LinearNudge()`; by default the former where learning is run again, unless it turns out to
-        have no minimum, when the phases are run with the latter (`FELL_BACK`); and the latter for `NewtonKrylov`, which
-        linearises at the base point that it refines, so that phases need not evaluate the outer loss.
+      nudged_solver: the learner of the nudged phases. By default it is `NewtonKrylov()` where `solver` descends the
+        whole loss, and `solver` itself elsewhere. Phases of one contrast take the same number of steps; host solvers and
+        other black boxes decide for themselves. `diagnostics.phases_by` tells who ran the phases in the end.
+      scheme: phases, weights and strength. `automatic()` by default: a central difference whose strength is sought, and
+        which is extrapolated to the next order. A scheme with a typed beta uses it raw.
+      nudge: `LossNudge()` or `LinearNudge()`. By default it is the linear nudge for `NewtonKrylov`, which linearises at
+        the base point that it refines, so that phases need not evaluate the outer loss. For a solver it is the loss
+        nudge; if the nudged loss turns out to have no minimum, the linear nudge takes its place (`FELL_BACK`).
       rule: what a phase measures; `Autodiff()` is right for any problem.
       nudged_tol: residual, relative to |beta| ||v||, at which the nudged phases of a solver that runs to a tolerance
         may stop; by default about eps^(2/3), and never below the measured rounding noise.
-      target_error: estimated relative error to reach. Nudged learning goes on, the base point with it, until
-        `diagnostics.error_estimate` is below, in as many rounds as that takes; it stops earlier than without where that
-        is enough. Where it cannot be reached the status is `TARGET_NOT_REACHED`. None takes what one run gives.
+      target_error: estimated relative error to reach. Nudged learning goes on, and the base point is refined with it,
+        until `diagnostics.error_estimate` is below the target, in as many rounds as that takes. It stops earlier than
+        without a target where that is enough. Where the target cannot be reached the status is `TARGET_NOT_REACHED`.
+        None takes what one run gives.
       max_steps: budget of steps of each nudged phase for `target_error`; by default that of `NewtonKrylov`, or 8 times
-        the steps of a learner that is run again.
+        the steps of a solver that runs the phases.
       sequential: run phases one after another instead of in one vmapped solve: about half the memory, and slower.
-      estimate_error: whether to estimate how wrong the result is, `diagnostics.error_estimate`: from the contrasts of
-        phases at twice the distance from their base point, and from what answers to what is left of the nudge and of
-        learning would change. Costs a residual and three statistics for each phase, and three solves by conjugate
-        gradients of at most 200 gradients each; no phase. Infinite where phases ran away. Above 0.1 the status is at
-        least `APPROXIMATE`; without an estimate it knows residuals alone, which hardly show what lies along low
-        curvature.
+      estimate_error: whether to estimate how wrong the result is, `diagnostics.error_estimate`. The estimate compares
+        the result with what a further pass makes of it (iterative refinement), and takes truncation and noise from
+        neighbouring strengths. It costs the gradients of the further pass: at most 200 for each of two linear systems,
+        and a few evaluations of the phases. It is infinite where a nudge was unbounded or the further pass met downward
+        curvature. Above 0.1 the status is at least `APPROXIMATE`. Without an estimate the status knows residuals alone,
+        which hardly show an error along low curvature.
 
     Raises:
       ValueError: a target that is not positive, or without `estimate_error`.
@@ -118,13 +121,13 @@ class Contrastive(MetaGradientEstimator):
         if not self._may_fall_back(prepare(*first)[0]):
             return super()._estimate_each(prepare, inputs)
 
-        def attempt(*of_one: Any) -> tuple[Solution, BasePoint, Turn]:
+        def attempt(*of_one: Any) -> tuple[Solution, BasePoint, LoopState]:
             instance, state = prepare(*of_one)
             free = instance.free_phase(self.solver, state)
             phases = self._phases(instance, state, free, defer=True)
             return free, phases.setup.start.without_constants(), phases.run(phases.first())
 
-        def resume(of_one: Any, found: tuple[Solution, BasePoint, Turn]) -> Turn:
+        def resume(of_one: Any, found: tuple[Solution, BasePoint, LoopState]) -> LoopState:
             instance, state = prepare(*of_one)
             free, start, last = found
             phases = self._phases(instance, state, free, start)
@@ -137,12 +140,12 @@ class Contrastive(MetaGradientEstimator):
 
         frees, starts, lasts = jax.vmap(attempt)(*inputs)
 
-        def rescue(carry: tuple[jax.Array, Turn]) -> tuple[jax.Array, Turn]:
-            failed, turns = carry
+        def rescue(carry: tuple[jax.Array, LoopState]) -> tuple[jax.Array, LoopState]:
+            failed, conjugations = carry
             k = jnp.argmax(failed)
-            of_one, found = jax.tree.map(lambda xs: xs[k], (inputs, (frees, starts, turns)))
+            of_one, found = jax.tree.map(lambda xs: xs[k], (inputs, (frees, starts, conjugations)))
             last = resume(of_one, found)
-            return failed.at[k].set(False), jax.tree.map(lambda xs, x: xs.at[k].set(x), turns, last)
+            return failed.at[k].set(False), jax.tree.map(lambda xs, x: xs.at[k].set(x), conjugations, last)
 
         _, lasts = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), rescue, (lasts.missed, lasts))
         results: MetaGradient = jax.vmap(conclude)(*inputs, (frees, starts, lasts))
@@ -233,7 +236,7 @@ class Contrastive(MetaGradientEstimator):
         return Rerun(solver, memory, may_linearise, first and not self.sequential)
 
     def _result(
-        self, instance: Instance, state: EstimatorState, free: Solution, phases: Phases, last: Turn
+        self, instance: Instance, state: EstimatorState, free: Solution, phases: Phases, last: LoopState
     ) -> MetaGradient:
         """The contrast of the phases, and how far it can be trusted."""
         start, kept, unflatten = phases.setup.start, last.kept, phases.setup.flattening.unflatten
@@ -277,7 +280,7 @@ class Contrastive(MetaGradientEstimator):
             ),
         )
 
-    def _strength_to_carry(self, state: EstimatorState, last: Turn) -> tuple[jax.Array, jax.Array]:
+    def _strength_to_carry(self, state: EstimatorState, last: LoopState) -> tuple[jax.Array, jax.Array]:
         """The strength to carry on, and what the next one changed when it was chosen; 0 where it has worn out."""
         contrast = last.kept.contrast
         new = state.strength != contrast.displacement

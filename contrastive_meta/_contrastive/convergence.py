@@ -12,7 +12,7 @@ from contrastive_meta._contrastive.phases import PhaseSetup
 from contrastive_meta._result import Status, flag, worst
 
 # The truncation error of a scheme of order p is of the order of nonlinearity^p.
-_UNTRUNCATED = 1e-2
+_LARGEST_TRUNCATION = 1e-2
 # Learning has ended, next to a nudge, when its gradient is below this fraction of the nudge.
 _ENDED = 1e-3
 
@@ -50,7 +50,12 @@ def usual_nudge(start: BasePoint, nudge: jax.Array) -> jax.Array:
 
 
 def converged(
-    setup: PhaseSetup, line: Line, left: FreeResidual, missing: jax.Array, ran_away: jax.Array, downward: jax.Array
+    setup: PhaseSetup,
+    line: Line,
+    left: FreeResidual,
+    missing: jax.Array,
+    nudge_unbounded: jax.Array,
+    downward: jax.Array,
 ) -> Convergence:
     """The statuses of phases.
 
@@ -59,28 +64,28 @@ def converged(
       line: what was measured.
       left: how far learning was from converged at the base point.
       missing: length of what is missing of the response.
-      ran_away: whether a nudged loss has no minimum where its phase went.
+      nudge_unbounded: whether a nudged loss has no minimum where its phase went.
       downward: whether the inner loss was found to curve downwards.
     """
     start, contrast = setup.start, line.contrast
     pull, length, residual = tree.norms(line.base.outer.in_params, line.response, contrast.residual)
     nudge = usual_nudge(start, pull.astype(setup.dtype))
-    unanswered = (residual > UNCONVERGED * nudge) | (missing > UNCONVERGED * length)
+    unresponsive = (residual > UNCONVERGED * nudge) | (missing > UNCONVERGED * length)
     gain = setup.stencil.gain / tree.or_one(contrast.beta)
     # A response that never came leaves a zero that any noise exceeds: that is not the noise's doing.
-    drowned = (start.noise * gain * NOISE_FLOOR > nudge) | ((contrast.noise * NOISE_FLOOR > 1) & ~unanswered)
+    drowned = (start.noise * gain * NOISE_FLOOR > nudge) | ((contrast.noise * NOISE_FLOOR > 1) & ~unresponsive)
     anything = (start.nudge_norm > 0) | (pull > 0)
     # H u = v - residual: its product with u is the curvature that the nudge met.
     met = tree.scale(1 / nudge, tree.subtract(line.base.outer.in_params, contrast.residual))
     indefinite = tree.vdot(tree.scale(1 / tree.or_one(length), line.response), met) < -1e-3
     learned = tree.all_finite((start.params, start.outer_grad))
     finite = tree.all_finite((contrast.grad, line.response, line.base.params))
-    coarse = contrast.nonlinearity**setup.order > _UNTRUNCATED
-    unbounded = ran_away | (contrast.nonlinearity > 0.5)
+    coarse = contrast.nonlinearity**setup.order > _LARGEST_TRUNCATION
+    unbounded = nudge_unbounded | (contrast.nonlinearity > 0.5)
     status = worst(
         free_status(start, left),
         flag(anything & coarse, Status.APPROXIMATE),
-        flag(anything & unanswered, Status.NUDGED_NOT_CONVERGED),
+        flag(anything & unresponsive, Status.NUDGED_NOT_CONVERGED),
         flag(anything & drowned, Status.LOST_IN_NOISE),
         flag(indefinite | downward, Status.INDEFINITE_CURVATURE),
         flag((anything & unbounded & ~drowned) | (learned & ~finite), Status.UNBOUNDED_NUDGE),

@@ -86,7 +86,7 @@ class Limits(NamedTuple):
     """When conjugate gradients end, in units of the right-hand side; each of shape (2,)."""
 
     residual: jax.Array  # norm of the residual b - H x
-    step: jax.Array  # length of what is left, were all of it along the least curvature
+    step: jax.Array  # length of the error, were all of it along the least curvature
     least: jax.Array  # least curvature met before
     radius: jax.Array  # trust radius, the longest x
     num_steps: jax.Array  # budget
@@ -196,7 +196,7 @@ def _iterate(
     products = jax.vmap(tree.where)(jnp.isfinite(jnp.diagonal(curvatures)), products, tree.zeros_like(products))
     own = block | jnp.eye(2, dtype=bool)
 
-    # In each system as far as its quadratic falls within the span, but not beyond the radius.
+    # In each system as far as its quadratic decreases within the span, but not beyond the radius.
     steps = span.inverse @ jnp.where(own, _gram(units, s.residual, difference), 0)
     moves = _combined(steps.T, units)
     along, squared_length = _dots(s.x, moves, difference), _dots(moves, moves, difference)
@@ -213,13 +213,13 @@ def _iterate(
     # A guess along which the curvature is not told from rounding is replaced by the residual.
     flat = span.flat & ~s.fresh
     num_steps = s.num_steps + 1
-    turns = span.inverse @ jnp.where(own, _gram(products, residual, difference), 0)
+    conjugations = span.inverse @ jnp.where(own, _gram(products, residual, difference), 0)
     inside = jnp.where(block, jnp.all(inside), inside)
     given_up = jnp.stack([jnp.asarray(False), block & delay & (num_steps[0] >= _MOST_BLOCK_STEPS)])
     new = Solution(
         x=tree.add(s.x, _each(part, moves)),
         residual=residual,
-        direction=tree.subtract(residual, _combined(turns.T, units)),
+        direction=tree.subtract(residual, _combined(conjugations.T, units)),
         squared=squared,
         xx=xx,
         fresh=jnp.zeros_like(s.fresh),

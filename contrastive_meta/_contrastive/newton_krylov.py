@@ -25,13 +25,13 @@ from contrastive_meta._contrastive.phases import PhaseSetup
 from contrastive_meta._control import cast_like, settle
 from contrastive_meta._pytree import static, strategy
 
-# A residual larger than this fraction of what was left before is a sign of too large a nudge.
+# A residual larger than this fraction of the residual before is a sign of too large a nudge.
 _SUSPICIOUS = 0.3
 # It is taken for truncation if that is expected to be at least this part of it.
 _TRUNCATED = 0.1
 # By what strengths and difference steps are divided then, and by how much at most.
-_SHRINK, _MOST_SHRINK = 8.0, 8.0**3
-# Products are bent by the third derivative if a pass leaves more than this many times what they are accurate to; on
+_REDUCTION, _LARGEST_REDUCTION = 8.0, 8.0**3
+# The third derivative bends products if a pass leaves more than this many times what products are accurate to; on
 # convex problems and tanh networks it leaves up to 3 times that, on badly conditioned ones 5 to 100 times.
 _BENT = 4.0
 
@@ -43,21 +43,22 @@ class NewtonKrylov:
     For small beta, a nudge of strength beta moves the minimum along a straight line: phase k ends at base - beta_k u,
     where H u = v. Both are found from gradients of the inner loss alone. A pass solves two linear systems at once, by
     conjugate gradients in which a Hessian-vector product is the difference of two gradients: one system for the step
-    that the free phase had left to take, and one for u. Where both take more than 32 steps, the nudge is answered after
-    the base point has converged. Then the phases are evaluated where they should have ended. The contrast of their
+    that the free phase had left to take, and one for u. Where both take more than 32 steps, u waits until the base
+    point has converged. Then the phases are evaluated where they should have ended. The contrast of their
     gradients is the residual v - H u, to the order of the scheme and free of the products' error. The gradient at the
-    base point is what is left of learning. Both are the right-hand sides of the next pass. Two passes usually suffice.
+    base point is the residual of learning. Both are the right-hand sides of the next pass. Two passes usually suffice.
     Where a pass leaves more than such products are accurate to, the third derivative bends them: from then on they are
     differences of gradients on both sides of the base point, two for a product.
 
     Far from a minimum the step of the base point is kept within a trust radius. The radius grows and shrinks with the
-    ratio of actual to predicted reduction of the loss, and the nudge is not answered before the base point arrives.
+    ratio of actual to predicted reduction of the loss, and the response is not solved for before the base point
+    arrives.
 
     The iteration ends when the residual of the nudge is below `tol`, or a pass no longer reduces it, or the budget is
     spent. Where the loss curves downwards, or no pass helped, or the base point did not converge or left its basin, the
     user's own solver goes on learning, without a nudge and with its budget of steps, and passes begin anew where that
-    leads: three tries in all, while its gradient falls. If they fail there too, or the solver had nothing left to
-    learn, the solver runs the phases instead, as published. Of two answers that are not accurate enough, the one with
+    leads: three tries in all, while its gradient decreases. If they fail there too, or the solver had nothing left to
+    learn, the solver runs the phases instead, as published. Of two responses that are not accurate enough, the one with
     the smaller residual is kept. Either way the status is `FELL_BACK`, or says what is still wrong.
 
     Args:
@@ -68,7 +69,7 @@ class NewtonKrylov:
       max_passes: most passes.
       fall_back: let the estimator's own solver go on, or run the phases, where this one fails, or where a way to a
         minimum that is longer than a tenth of `params` leads through a valley or past a saddle, on which gradients
-        grow while the loss falls: the solver may take another. False goes on by itself, says `FREE_NOT_CONVERGED`,
+        grow while the loss decreases: the solver may take another. False goes on by itself, says `FREE_NOT_CONVERGED`,
         and saves the solver's compilation.
 
     Reference:
@@ -153,14 +154,14 @@ def may_start(setup: PhaseSetup, line: Line, region: Region) -> jax.Array:
     return finite & ((setup.instance.norm(line.base.outer.in_params) > 0) | ~region.converged)
 
 
-def may_go_on(attempt: Attempt, max_steps: Any, max_passes: Any, leave_basin: bool) -> jax.Array:
+def may_continue(attempt: Attempt, max_steps: Any, max_passes: Any, leave_basin: bool) -> jax.Array:
     """Whether passes are left, and the way is one to follow."""
     within: jax.Array = (attempt.num_passes < max_passes) & jnp.all(attempt.num_steps < max_steps)
     return within if leave_basin else within & ~attempt.region.uncertain
 
 
 def is_away(region: Region, trial: Trial, solved: Solved) -> jax.Array:
-    """Whether the base point is on its way: what answers the nudge is left for where it arrives."""
+    """Whether the base point is on its way: what responses the nudge is left for where it arrives."""
     away = region.at_boundary | trial.at_boundary | ~trial.sound | region.delayed | solved.given_up
     return away | ((solved.lengths[1] == 0) & (trial.distance > 0))
 
@@ -180,8 +181,13 @@ def accept_or_reject(
     """
     start, region = setup.start, before.region
     gone = tree.subtract(taken.base.params, start.params)
-    left, pull, answer, length, new, gone = tree.norms(
-        taken.contrast.residual, taken.base.outer.in_params, solved.answer, taken.response, taken.base.inner_grad, gone
+    left, pull, response_step, length, new, gone = tree.norms(
+        taken.contrast.residual,
+        taken.base.outer.in_params,
+        solved.response_step,
+        taken.response,
+        taken.base.inner_grad,
+        gone,
     ).astype(setup.dtype)
     left_before = jnp.where(away, jnp.inf, solved.lengths[1]).astype(setup.dtype)
     nudge = tree.or_one(jnp.maximum(start.nudge_norm, pull))
@@ -196,20 +202,20 @@ def accept_or_reject(
     converged = (within_noise & (trial.distance <= small)) | (new <= small * LEAST_EIGENVALUE * least)
     converged |= trial.arrived | (region.converged & near_noise)
     # Along low curvature a small residual is much of the response: what the pass changed tells.
-    change = answer / tree.or_one(length) * jnp.minimum(left / tree.or_one(left_before), 1.0)
+    change = response_step / tree.or_one(length) * jnp.minimum(left / tree.or_one(left_before), 1.0)
     change = jnp.where(away, region.change, change).astype(setup.dtype)
-    answered = (left <= target * nudge) & (change <= 10 * target)
+    response_converged = (left <= target * nudge) & (change <= 10 * target)
 
     # A base point that converges takes its own measurement along, whatever the residual was before.
-    converging = trial.sound & ((new <= 0.9 * old) | within_noise | trial.falls) & ~region.converged
+    converging = trial.sound & ((new <= 0.9 * old) | within_noise | trial.decreases) & ~region.converged
     better = trial.sound & jnp.isfinite(left) & ((left <= left_before) | converging)
     refused = ~trial.sound & (trial.distance > 0)
-    # Within the noise no shorter step is any better: learning is over, and the nudge is to be answered here.
+    # Within the noise no shorter step is any better: learning is over, and the nudge is to be response_converged here.
     over = refused & near_noise
     retry = refused & ~over
-    # Once the base point converges no further, what was delayed is answered.
-    better, converging, refused, over, retry, answered, converged = settle(
-        better, converging, refused, over, retry, answered, converged
+    # Once the base point converges no further, what was delayed is response_converged.
+    better, converging, refused, over, retry, response_converged, converged = settle(
+        better, converging, refused, over, retry, response_converged, converged
     )
     delayed = region.delayed | solved.given_up
     lost = within_noise & (old <= 2 * start.noise)
@@ -218,16 +224,16 @@ def accept_or_reject(
     suspicious = ~away & ~(left <= jnp.maximum(_SUSPICIOUS * left_before, target * nudge))
     truncated = taken.contrast.nonlinearity**setup.order * nudge > _TRUNCATED * left
     may_shrink = setup.scheme.adapts and not setup.sought
-    shrink = suspicious & truncated & (region.shrink < _MOST_SHRINK) & may_shrink
-    progress = (better & ((left <= 0.5 * left_before) | converging)) | refused | region.at_boundary | shrink
-    progress |= delayed & ~(stalled & answered)
-    done = better & answered & converged & ~away
+    reduction = suspicious & truncated & (region.reduction < _LARGEST_REDUCTION) & may_shrink
+    progress = (better & ((left <= 0.5 * left_before) | converging)) | refused | region.at_boundary | reduction
+    progress |= delayed & ~(stalled & response_converged)
+    done = better & response_converged & converged & ~away
 
     # Near a minimum gradients fall with the loss: where they grow lies a valley, or a saddle, with other ways out.
-    grew = region.grew | (better & trial.falls & (new > GROWN * old))
+    grew = region.grew | (better & trial.decreases & (new > GROWN * old))
     uncertain = region.uncertain | (grew & better & (gone > LONG * start.scale))
-    progress, shrink, stalled, done = settle(progress, shrink, stalled, done)
-    bent = (left > _BENT * start.eps**FORCING * solved.lengths[1]) & (trial.distance == 0) & ~away
+    progress, reduction, stalled, done = settle(progress, reduction, stalled, done)
+    common_curvature = (left > _BENT * start.eps**FORCING * solved.lengths[1]) & (trial.distance == 0) & ~away
     wider = jnp.where(converging & trial.at_boundary & (trial.ratio > GOOD_RATIO), 2.0, 1.0) * region.radius
     converged_now = jnp.where(better, converged, region.converged) | over | stalled | trial.arrived
     after = Region(
@@ -237,10 +243,10 @@ def accept_or_reject(
         uncertain=uncertain,
         delayed=delayed & ~converged_now,
         converged=converged_now,
-        two_sided=region.two_sided | (bent & (left > target * nudge)),
+        two_sided=region.two_sided | (common_curvature & (left > target * nudge)),
         least=least,
         change=jnp.where(better, change, region.change),
-        shrink=jnp.where(shrink, _SHRINK, 1.0) * region.shrink,
+        reduction=jnp.where(reduction, _REDUCTION, 1.0) * region.reduction,
         indefinite=jnp.where(away, region.indefinite, solved.indefinite),
         unresolved=jnp.where(away, region.unresolved, unresolved_length(setup, before.line.base, region, solved)),
     )
@@ -260,11 +266,11 @@ def outcome_of(setup: PhaseSetup, attempt: Attempt) -> Outcome:
     norm, line, region = setup.instance.norm, attempt.line, attempt.region
     enough = jnp.maximum(UNCONVERGED, attempt.tol)
     left = norm(line.contrast.residual)
-    unanswered = (left > enough * nudge_norm_at(setup, line)) | (region.change > enough)
-    unanswered |= region.unresolved > enough * norm(line.response)
+    unresponsive = (left > enough * nudge_norm_at(setup, line)) | (region.change > enough)
+    unresponsive |= region.unresolved > enough * norm(line.response)
     anything = (setup.start.nudge_norm > 0) | (left > 0)
-    failed = anything & (region.indefinite | unanswered)
-    # At the dtype's floor what is left to learn is noise, which nobody learns.
+    failed = anything & (region.indefinite | unresponsive)
+    # At the dtype's floor the inner gradient is noise, which nobody learns.
     unconverged = ~region.converged & (norm(line.base.inner_grad) > NOISE_FLOOR * setup.start.noise)
     close = attempt.measured & ~(region.indefinite | unconverged | region.uncertain)
     return Outcome(failed, unconverged, region.uncertain, close)

@@ -44,15 +44,15 @@ class Region(NamedTuple):
 
     Attributes:
       radius: the longest step of the base point.
-      at_boundary: whether the last step went that far or farther: the nudge is not answered yet.
+      at_boundary: whether the last step went that far or farther: the nudge is not response_converged yet.
       grew: whether gradients grew on the way while the loss fell.
       uncertain: whether the way was so long that it may lead to another minimum than the learner's.
-      delayed: whether the nudge is not answered before the base point has converged.
-      converged: whether what is left to learn is too little to matter.
-      two_sided: whether products are taken on both sides, since the third derivative bent one-sided ones.
+      delayed: whether the nudge is not response_converged before the base point has converged.
+      converged: whether the inner gradient is too small to matter.
+      two_sided: whether products are taken on both sides, since the third derivative common_curvature one-sided ones.
       least: least curvature met so far.
       change: of the response by the last pass, relative, times how much the pass reduced the residual.
-      shrink: what strengths and difference steps are divided by.
+      reduction: what strengths and difference steps are divided by.
       indefinite: whether the response met downward curvature.
       unresolved: least length of the response along directions too flat for differences.
     """
@@ -66,7 +66,7 @@ class Region(NamedTuple):
     two_sided: jax.Array
     least: jax.Array
     change: jax.Array
-    shrink: jax.Array
+    reduction: jax.Array
     indefinite: jax.Array
     unresolved: jax.Array
 
@@ -85,7 +85,7 @@ class Region(NamedTuple):
             two_sided=false,
             least=jnp.full((), jnp.inf, dtype),
             change=one,
-            shrink=one,
+            reduction=one,
             indefinite=false,
             unresolved=zero,
         )
@@ -98,7 +98,7 @@ class Systems(NamedTuple):
       rhs: both.
       active: which of them to solve.
       residual: at which norm of b - H x to end.
-      step: at which length of what is left of the base point's step to end.
+      step: at which length of the rest of the base point's step to end.
       radius: longest solution of the first.
       num_steps: budget of each.
       forcing: residual per length of the first solution that is left anyway.
@@ -121,7 +121,7 @@ class Solved(NamedTuple):
     """The solutions of both systems."""
 
     step: Params
-    answer: Params
+    response_step: Params
     lengths: jax.Array  # norms of both right-hand sides
     gradient_norm: jax.Array  # at the base point
     left: jax.Array  # norms of both residuals, relative to those
@@ -136,14 +136,14 @@ class Solved(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A trial point, judged by the gradient there.
+    """A trial point, assessed by the gradient there.
 
     Attributes:
       distance: from the last base point.
       at_boundary: whether that is the longest allowed.
       arrived: whether the step is lost in the rounding of `params`.
       ratio: actual over predicted reduction of the inner loss.
-      falls: whether that is enough for gradients to be allowed to grow.
+      decreases: whether that is enough for gradients to be allowed to grow.
       sound: whether the point is one to stay at.
     """
 
@@ -151,7 +151,7 @@ class Trial(NamedTuple):
     at_boundary: jax.Array
     arrived: jax.Array
     ratio: jax.Array
-    falls: jax.Array
+    decreases: jax.Array
     sound: jax.Array
 
 
@@ -161,7 +161,7 @@ def difference_at(setup: PhaseSetup, base: Base, region: Region) -> GradientDiff
     # Rounding and curvature balance at the square root of the relative noise; the factor 3 is measured.
     balanced = 3 * jnp.sqrt(start.noise * start.scale / tree.or_one(start.curvature))
     step = jnp.clip(balanced, start.eps**0.5 * start.scale, 0.1 * start.scale)
-    step = (jnp.where(region.two_sided, _WIDER, 1.0) * step / region.shrink).astype(dtype)
+    step = (jnp.where(region.two_sided, _WIDER, 1.0) * step / region.reduction).astype(dtype)
     inner_grad = tree.grad(setup.instance.inner)
     return GradientDifference(
         inner_grad, base.params, base.inner_grad, step, start.noise, region.two_sided, setup.sequential, dtype
@@ -169,7 +169,7 @@ def difference_at(setup: PhaseSetup, base: Base, region: Region) -> GradientDiff
 
 
 def solve_systems(setup: PhaseSetup, base: Base, region: Region, systems: Systems) -> Solved:
-    """Solve for the step of the base point and for what is left of the nudge."""
+    """Solve for the step of the base point and for the step of the response."""
     dtype = setup.dtype
     norms = tree.norms(*systems.rhs, base.inner_grad).astype(dtype)
     lengths, gradient_norm = norms[:2], norms[2]
@@ -193,11 +193,11 @@ def solve_systems(setup: PhaseSetup, base: Base, region: Region, systems: System
         (systems.forcing * units[0]).astype(dtype),
         delay=systems.delay,
     )
-    step, answer = (tree.scale(u, x) for u, x in zip(units, tree.unstack(found.x, 2), strict=True))
+    step, response_step = (tree.scale(u, x) for u, x in zip(units, tree.unstack(found.x, 2), strict=True))
     first, residual = (jax.tree.map(lambda xs: xs[0], of) for of in (found.x, found.residual))
     return Solved(
         step=step,
-        answer=answer,
+        response_step=response_step,
         lengths=lengths,
         gradient_norm=gradient_norm,
         left=jnp.sqrt(found.squared),
@@ -219,7 +219,7 @@ def unresolved_length(setup: PhaseSetup, base: Base, region: Region, solved: Sol
     return jnp.where(solved.flat, length, 0.0)
 
 
-def judge_trial(setup: PhaseSetup, before: Base, trial: Base, solved: Solved, region: Region) -> Trial:
+def assess_trial(setup: PhaseSetup, before: Base, trial: Base, solved: Solved, region: Region) -> Trial:
     """Whether a trial point is one to stay at: the gradient there is smaller, or the loss fell as predicted."""
     start = setup.start
     moved, way = tree.subtract(trial.params, before.params), tree.subtract(trial.params, start.params)
@@ -231,20 +231,20 @@ def judge_trial(setup: PhaseSetup, before: Base, trial: Base, solved: Solved, re
     old = solved.gradient_norm
     # Within the noise there is nowhere to go.
     anywhere = old > NOISE_FLOOR * start.noise
-    # Far from a minimum no step goes most of the way, and gradients may grow while the loss falls.
+    # Far from a minimum no step goes most of the way, and gradients may grow although the loss decreases.
     wanted = jnp.where((gone > LONG * start.scale) & (new > GROWN * old), GOOD_RATIO, _SUFFICIENT_DECREASE)
-    falls = (ratio > wanted) & anywhere & (distance > 0)
-    sound = jnp.isfinite(new) & ((new <= jnp.maximum(old, NOISE_FLOOR * start.noise)) | falls)
+    decreases = (ratio > wanted) & anywhere & (distance > 0)
+    sound = jnp.isfinite(new) & ((new <= jnp.maximum(old, NOISE_FLOOR * start.noise)) | decreases)
     at_boundary = (distance > 0.99 * region.radius) & anywhere
     arrived = (distance == 0) & (step > 0)
-    sound, falls, at_boundary, arrived = settle(sound, falls, at_boundary, arrived)
-    return Trial(distance, at_boundary, arrived, ratio.astype(setup.dtype), falls, sound)
+    sound, decreases, at_boundary, arrived = settle(sound, decreases, at_boundary, arrived)
+    return Trial(distance, at_boundary, arrived, ratio.astype(setup.dtype), decreases, sound)
 
 
 def systems_of_a_step(
     setup: PhaseSetup, line: Line, region: Region, target: jax.Array, nudge_norm: jax.Array, budget: Any, guess: Params
 ) -> Systems:
-    """The two systems of a pass: what learning left over, and what is left of the nudge.
+    """The two systems of a pass: the inner gradient, and the residual of the nudge.
 
     Args:
       setup: what the phases are to be.
@@ -257,14 +257,14 @@ def systems_of_a_step(
     """
     start, norm = setup.start, setup.instance.norm
     forcing = start.eps**FORCING
-    unanswered, _, left = what_is_left(setup, line)
+    unresponsive, _, left = nudge_residual(setup, line)
     lefts = norm(line.base.inner_grad), left
     size = sum(x.size for x in jax.tree.leaves(start.params))
     # Rounding noise of the gradient in one direction of many.
     resolved = 2 * start.noise / size**0.5
     zero = jnp.zeros((), setup.dtype)
     return Systems(
-        rhs=(tree.scale(-1.0, line.base.inner_grad), unanswered),
+        rhs=(tree.scale(-1.0, line.base.inner_grad), unresponsive),
         active=jnp.stack([~region.converged, ~region.at_boundary & ~region.delayed & (lefts[1] > 0)]),
         residual=jnp.stack(
             [jnp.maximum(resolved, forcing * lefts[0]), jnp.maximum(0.3 * target * nudge_norm, forcing * lefts[1])]
@@ -278,8 +278,8 @@ def systems_of_a_step(
     )
 
 
-def what_is_left(setup: PhaseSetup, line: Line) -> tuple[Params, jax.Array, jax.Array]:
-    """What is left of the nudge, whether to answer it anew, since less is left without any response, and its norm."""
+def nudge_residual(setup: PhaseSetup, line: Line) -> tuple[Params, jax.Array, jax.Array]:
+    """The residual of the nudge, whether the response is to start anew since it leaves more than none, and its norm."""
     left, whole = tree.norms(line.contrast.residual, line.base.outer.in_params).astype(setup.dtype)
     anew = ~(left <= whole)
     residual: Params = tree.where(anew, line.base.outer.in_params, line.contrast.residual)

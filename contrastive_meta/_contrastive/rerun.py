@@ -96,17 +96,17 @@ class Rerun(NamedTuple):
         none = jnp.zeros((number,), jnp.int32)
         residual = jnp.zeros((), setup.dtype)
 
-        def run(turn: jax.Array, runs: Any) -> Any:
+        def run(place: jax.Array, runs: Any) -> Any:
             ends, status, _, num_steps, num_gradients = runs
-            k = number - 1 - turn
+            k = number - 1 - place
             at = jax.tree.map(lambda xs: xs[k], starts)
-            stop = Stop(tol=jnp.where(turn == 0, tolerances[k], 0), max_steps=jnp.where(turn == 0, budget, num_steps))
+            stop = Stop(tol=jnp.where(place == 0, tolerances[k], 0), max_steps=jnp.where(place == 0, budget, num_steps))
             solution = solve(at, nudges[k], stop)
             after = (
                 jax.tree.map(lambda xs, x: xs.at[k].set(x), ends, solution.params),
                 status.at[k].set(solution.status),
                 solution.residual,
-                jnp.where(turn == 0, solution.num_steps, num_steps),
+                jnp.where(place == 0, solution.num_steps, num_steps),
                 num_gradients + solution.num_gradients,
             )
             return cast_like(after, runs)
@@ -175,12 +175,12 @@ def tolerances_for(setup: PhaseSetup, origin: Base, nudges: jax.Array, nudged_to
     return jnp.maximum(wanted, 2 * start.noise).astype(dtype)
 
 
-def require_complex_capable(setting: Instance, scheme: NudgeScheme, start: Params) -> None:
+def require_complex_capable(instance: Instance, scheme: NudgeScheme, start: Params) -> None:
     """Raise unless both losses and their gradients are holomorphic."""
-    meta_params, start = tree.to_complex(setting.meta_params), tree.to_complex(start)
-    for name, loss in (("inner_loss", setting.problem.inner), ("outer_loss", setting.problem.outer)):
+    meta_params, start = tree.to_complex(instance.meta_params), tree.to_complex(start)
+    for name, loss in (("inner_loss", instance.problem.inner), ("outer_loss", instance.problem.outer)):
         require_holomorphic(
-            tree.value_and_grad(functools.partial(_on_task, loss, setting.task), argnums=(0, 1)),
+            tree.value_and_grad(functools.partial(_on_task, loss, instance.task), argnums=(0, 1)),
             start,
             meta_params,
             what=f"{name} or its gradient",

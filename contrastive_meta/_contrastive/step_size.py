@@ -88,7 +88,7 @@ class _Marks(NamedTuple):
     beta: jax.Array
     nonlinearity: jax.Array
     downward: jax.Array
-    bent: jax.Array  # along the response, of what the phases' gradients have in common
+    common_curvature: jax.Array  # along the response, of what the phases' gradients have in common
     finite: jax.Array
 
 
@@ -101,7 +101,7 @@ class Ladder(NamedTuple):
     marks: _Marks
     changes: jax.Array  # relative differences of those contrasts, shape (2,)
     noise: jax.Array  # what rounding makes of both contrasts at strength 1, relative; shape (2,)
-    trial: Any  # what `judge` said of the base point
+    trial: Any  # what `assess` said of the base point
     beta: jax.Array  # the next strength
     number: jax.Array
     num_evaluations: jax.Array  # of all phases together
@@ -118,7 +118,7 @@ class Plan(NamedTuple):
       length: of the response.
       nudge_norm: what residuals are measured in.
       displacement: the strength sought last time, as in `Contrast`.
-      shrink: what strengths are divided by.
+      reduction: what strengths are divided by.
       most: most strengths to measure at, after the base point.
       settled: whether the strength sought last time serves.
       fixed: whether the first strength is `beta`, and none is sought.
@@ -136,7 +136,7 @@ class Plan(NamedTuple):
     length: jax.Array
     nudge_norm: jax.Array
     displacement: jax.Array
-    shrink: jax.Array
+    reduction: jax.Array
     most: jax.Array
     settled: jax.Array
     fixed: jax.Array
@@ -148,13 +148,13 @@ class Plan(NamedTuple):
     to_minima: jax.Array
 
 
-def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
+def measure(setup: PhaseSetup, plan: Plan, assess: Any, trial: Any) -> Ladder:
     """Evaluate a base point, and the phases around it at one strength after another.
 
     Args:
       setup: what the phases are to be.
       plan: where and how.
-      judge: from the base point, evaluated, to what is to be said of it and whether there are phases to measure there.
+      assess: from the base point, evaluated, to what is to be said of it and whether there are phases to measure there.
       trial: what is to be said of it where it is known already.
 
     Returns:
@@ -164,9 +164,9 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
     first = _first_strength(setup, plan)
     factor = jnp.where(plan.fixed, 2.0, FACTOR if setup.sought else 2.0).astype(dtype)
     least_strengths = jnp.where(plan.settled | plan.fixed | (not setup.sought), 2, 3)
-    # In units of u'v, see `_Marks.bent`.
+    # In units of u'v, see `_Marks.common_curvature`.
     along = tree.vdot(tree.scale(1 / tree.or_one(start.nudge_norm), start.outer_grad), plan.response)
-    per_bend = 1 / tree.or_one(jnp.abs(along).astype(dtype) * tree.or_one(start.nudge_norm))
+    per_curvature = 1 / tree.or_one(jnp.abs(along).astype(dtype) * tree.or_one(start.nudge_norm))
 
     def climb(last: Ladder) -> Ladder:
         at_base = last.number == 0
@@ -193,8 +193,8 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
 
         # Relative to the meta-gradient and to the nudge.
         unit = tree.or_one(size)
-        bent = per_bend * tree.vdot(plan.response, common).astype(dtype)
-        stiffer = jnp.where(plan.to_minima & stencil.symmetric, jnp.abs(bent) / beta, 0.0)
+        common_curvature = per_curvature * tree.vdot(plan.response, common).astype(dtype)
+        stiffer = jnp.where(plan.to_minima & stencil.symmetric, jnp.abs(common_curvature) / beta, 0.0)
         change = _root(changed / unit, residual_changed / plan.nudge_norm) + stiffer**order
         # Outside the domain of the losses truncation is large.
         change = jnp.where(jnp.isnan(change), factor ** (order + 1) * last.changes[1], change)
@@ -219,7 +219,7 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
             beta,
             off_center / (beta * plan.nudge_norm),
             _curves_downwards(setup, origin, ends, found.residuals, nudges, plan.nudge_norm),
-            bent,
+            common_curvature,
             finite,
         )
         # The sum of weights that are not taken must not be NaN.
@@ -229,7 +229,7 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
             moved = jnp.concatenate([window[1:], jnp.asarray(x, window.dtype)[None]])
             return jnp.where(stays, window, moved)
 
-        judged, stay = judge(base)
+        assessed, stay = assess(base)
         number = last.number + ~retry
         return cast_like(
             Ladder(
@@ -239,7 +239,7 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
                 marks=jax.tree.map(shifted, last.marks, marks),
                 changes=shifted(last.changes, change),
                 noise=jnp.where(last.number == 1, noise, last.noise),
-                trial=tree.where(at_base, judged, last.trial),
+                trial=tree.where(at_base, assessed, last.trial),
                 beta=jnp.where(at_base, beta, jnp.where(retry, beta / FACTOR**2, beta * factor)),
                 number=number,
                 num_evaluations=last.num_evaluations + 1,
@@ -272,7 +272,7 @@ def measure(setup: PhaseSetup, plan: Plan, judge: Any, trial: Any) -> Ladder:
 
 def _first_strength(setup: PhaseSetup, plan: Plan) -> jax.Array:
     """The first strength of the ladder."""
-    beta = setup.strength_for(plan.base, plan.displacement, plan.length * plan.shrink)
+    beta = setup.strength_for(plan.base, plan.displacement, plan.length * plan.reduction)
     if setup.sought:
         # Extrapolated, the order is higher: by 2 for symmetric schemes, of which odd powers cancel, by 1 for others.
         order = setup.order
@@ -306,20 +306,22 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
         fixed = tree.where(plan.fixed, fixed, cast_like(best, fixed))
     chosen: _Weights = fixed
 
-    shared = jnp.stack([chosen.grad, chosen.plain, chosen.residual, chosen.correction, chosen.doubt])
+    shared = jnp.stack([chosen.grad, chosen.plain, chosen.residual, chosen.correction, chosen.error_weights])
     shared = jax.lax.optimization_barrier(shared)
-    chosen = chosen._replace(grad=shared[0], plain=shared[1], residual=shared[2], correction=shared[3], doubt=shared[4])
-    measured = ladder.number > 1
-    grad, plain, correction, doubt = (
-        combined(w, ladder.statistics) for w in (chosen.grad, chosen.plain, chosen.correction, chosen.doubt)
+    chosen = chosen._replace(
+        grad=shared[0], plain=shared[1], residual=shared[2], correction=shared[3], error_weights=shared[4]
     )
-    residual, residual_error = (combined(w, ladder.residuals) for w in (chosen.residual, chosen.doubt))
+    measured = ladder.number > 1
+    grad, plain, correction, error_weights = (
+        combined(w, ladder.statistics) for w in (chosen.grad, chosen.plain, chosen.correction, chosen.error_weights)
+    )
+    residual, residual_error = (combined(w, ladder.residuals) for w in (chosen.residual, chosen.error_weights))
     marks = jax.tree.map(lambda xs: jnp.sum(jnp.where(chosen.plain > 0, xs, 0)), ladder.marks)
     marks = marks._replace(downward=marks.downward > 0, finite=marks.finite > 0)
-    size, doubtful = tree.norms(grad, doubt).astype(dtype)
+    size, error_norm = tree.norms(grad, error_weights).astype(dtype)
     expected = ladder.noise[0] / marks.beta
-    error = jnp.where(chosen.measured, _root(doubtful / tree.or_one(size), chosen.least), chosen.least)
-    # In a fixed contrast the doubt is in the correction.
+    error = jnp.where(chosen.measured, _root(error_norm / tree.or_one(size), chosen.least), chosen.least)
+    # In a fixed contrast the error_weights is in the correction.
     error = jnp.where(plan.fixed | (not setup.sought), chosen.least, error)
     displacement = otherwise.displacement
     if setup.sought:
@@ -353,7 +355,7 @@ class _Weights(NamedTuple):
     grad: jax.Array
     residual: jax.Array
     correction: jax.Array  # what truncation takes from the meta-gradient, if it is not made good
-    doubt: jax.Array  # what truncation and noise may have made of both contrasts
+    error_weights: jax.Array  # what truncation and noise may have made of both contrasts
     measured: jax.Array  # whether that was measured
     least: jax.Array  # least relative error
     change: jax.Array  # relative, of the next strength
@@ -369,8 +371,8 @@ def _weights_of_first(setup: PhaseSetup, plan: Plan, ladder: Ladder, eye: jax.Ar
     correction = share * (plain - eye[2])
     beta = jnp.where(doubled, ladder.marks.beta[1], ladder.marks.beta[2])
     # Phases at their minima have a linear part of their residuals; what is not linear is stiffening.
-    bent = ladder.marks.bent
-    stiffer = jnp.abs(bent[2] / 2 - bent[1]) / beta
+    common_curvature = ladder.marks.common_curvature
+    stiffer = jnp.abs(common_curvature[2] / 2 - common_curvature[1]) / beta
     seen = plan.rerun & doubled & setup.stencil.symmetric
     least = jnp.maximum(ladder.noise[0] / beta, jnp.where(seen, stiffer**order, 0.0))
     zero, one = jnp.zeros((), setup.dtype), jnp.ones((), setup.dtype)
@@ -441,7 +443,7 @@ def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array, gap: jax
         grad=grad,
         residual=grad,
         correction=jnp.zeros_like(grad),
-        doubt=ratio * (other - grad),
+        error_weights=ratio * (other - grad),
         measured=three,
         least=jnp.where(alone & two, 1.0, jnp.where(two, least, statistic_noise)),
         change=jnp.where(two, changes[1], 0.0),
