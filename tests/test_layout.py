@@ -116,65 +116,7 @@ MODULES = {
     "words": "sentences",
 }
 # Old words that are still there, by file.
-EXCEPTIONS: dict[str, set[str]] = {
-    "_contrastive/contrastive.py": {'"ran away"', '"what is left"', "doubling"},
-    "_contrastive/convergence.py": {"_UNTRUNCATED", "ran_away", "unanswered"},
-    "_contrastive/linear_solve.py": {'"what is left"', "turns"},
-    "_contrastive/newton_krylov.py": {
-        '"what is left"',
-        '"what was left"',
-        "_MOST_SHRINK",
-        "_SHRINK",
-        "answer",
-        "answered",
-        "may_go_on",
-        "shrink",
-        "unanswered",
-    },
-    "_contrastive/newton_step.py": {
-        '"what is left"',
-        "Region.shrink",
-        "Solved.answer",
-        "Trial.falls",
-        "answer",
-        "falls",
-        "judge_trial",
-        "unanswered",
-        "what_is_left",
-    },
-    "_contrastive/rerun.py": {"setting", "turn"},
-    "_contrastive/stages.py": {
-        '"ran away"',
-        '"what is left"',
-        "ANSWER",
-        "JUDGE",
-        "Ran.ran_away",
-        "Turn",
-        "_ANSWER_TOL",
-        "_after_answer",
-        "_after_judge",
-        "_may_go_on",
-        "_prepare_answer",
-        "answer",
-        "answered",
-        "go_on",
-        "judge",
-        "judged",
-        "lacking",
-        "ran_away",
-        "turn",
-    },
-    "_contrastive/step_size.py": {
-        '"what is left"',
-        "Plan.shrink",
-        "_Weights.doubt",
-        "doubt",
-        "doubtful",
-        "judge",
-        "judged",
-        "per_bend",
-    },
-}
+EXCEPTIONS: dict[str, set[str]] = {}
 
 
 def package_files() -> list[Path]:

@@ -38,8 +38,8 @@ class Contrastive(MetaGradientEstimator):
     Args:
       solver: the learner of the free phase.
       nudged_solver: the learner of the nudged phases. By default it is `NewtonKrylov()` where `solver` descends the
-        whole loss, and `solver` itself elsewhere. Phases of one contrast take the same number of steps; host solvers and
-        other black boxes decide for themselves. `diagnostics.phases_by` tells who ran the phases in the end.
+        whole loss, and `solver` itself elsewhere. Phases of one contrast take the same number of steps; host solvers
+        and other black boxes decide for themselves. `diagnostics.phases_by` tells who ran the phases in the end.
       scheme: phases, weights and strength. `automatic()` by default: a central difference whose strength is sought, and
         which is extrapolated to the next order. A scheme with a typed beta uses it raw.
       nudge: `LossNudge()` or `LinearNudge()`. By default it is the linear nudge for `NewtonKrylov`, which linearises at

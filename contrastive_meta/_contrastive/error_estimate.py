@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._base_point import FreeResidual
+from contrastive_meta._base_point import UNCONVERGED, FreeResidual
 from contrastive_meta._contrastive.convergence import Convergence, converged, learning_ended
 from contrastive_meta._contrastive.loop_state import Found, LoopState, Stage
+from contrastive_meta._contrastive.newton_krylov import nudge_norm_at
 from contrastive_meta._contrastive.newton_step import (
     Region,
     Solved,
@@ -43,12 +44,13 @@ class ErrorEstimate(StageSystems):
         finite = tree.all_finite((found.line.base.params, found.line.base.inner_grad))
         attempt = now.attempt._replace(line=tree.where(finite, found.line, now.attempt.line))
         missing = found.solved.cauchy.at[1].set(0)
-        unknown = self._unsolved(found.solved)[0]
-        return now._replace(attempt=attempt, missing=missing, unknown=unknown, stage=jnp.int32(Stage.RESPONSE))
+        return now._replace(attempt=attempt, missing=missing, stage=jnp.int32(Stage.RESPONSE))
 
-    def _unsolved(self, solved: Solved) -> jax.Array:
-        """Of each system of an estimate, whether it ended with steps left and a tenth of it unsolved."""
-        return (solved.left > _UNSOLVED) & (solved.num_steps > 0) & (solved.num_steps < MOST_STEPS)
+    def _is_unknown(self, now: LoopState, solved: Solved) -> jax.Array:
+        """Whether more than noise of the nudge was left, and most of that found no response though steps were left."""
+        unsolved = (solved.left[1] > _UNSOLVED) & (solved.num_steps[1] > 0) & (solved.num_steps[1] < MOST_STEPS)
+        unknown: jax.Array = unsolved & (solved.lengths[1] > UNCONVERGED * nudge_norm_at(self.setup, now.kept))
+        return unknown
 
     def _after_response(self, now: LoopState, found: Found) -> LoopState:
         """The refined result is there to be compared with the kept one."""
@@ -58,7 +60,7 @@ class ErrorEstimate(StageSystems):
         after = now._replace(
             attempt=now.attempt._replace(line=found.line),
             missing=now.missing.at[1].set(missing.astype(self.dtype)),
-            unknown=now.unknown | self._unsolved(found.solved)[1],
+            unknown=self._is_unknown(now, found.solved),
             downward=now.by_solver & found.solved.indefinite,
             running=jnp.asarray(False),
         )

@@ -223,8 +223,8 @@ def accept_or_reject(
     # A residual that hardly fell, and is no more than truncation, is a sign of too large a nudge.
     suspicious = ~away & ~(left <= jnp.maximum(_SUSPICIOUS * left_before, target * nudge))
     truncated = taken.contrast.nonlinearity**setup.order * nudge > _TRUNCATED * left
-    may_shrink = setup.scheme.adapts and not setup.sought
-    reduction = suspicious & truncated & (region.reduction < _LARGEST_REDUCTION) & may_shrink
+    may_reduce = setup.scheme.adapts and not setup.sought
+    reduction = suspicious & truncated & (region.reduction < _LARGEST_REDUCTION) & may_reduce
     progress = (better & ((left <= 0.5 * left_before) | converging)) | refused | region.at_boundary | reduction
     progress |= delayed & ~(stalled & response_converged)
     done = better & response_converged & converged & ~away
