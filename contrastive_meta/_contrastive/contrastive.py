@@ -247,7 +247,7 @@ class Contrastive(MetaGradientEstimator):
             (kept.base.params, kept.base.outer.loss, kept.base.outer.aux),
             (start.params, start.outer_loss, start.aux),
         )
-        strength, doubling = self._strength_to_carry(state, last)
+        strength, allowed = self._strength_to_carry(state, last)
         missed = jnp.asarray(False) if self.target_error is None else ~(error <= self.target_error)
         return MetaGradient(
             grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), kept.contrast.grad, instance.meta_params),
@@ -259,7 +259,7 @@ class Contrastive(MetaGradientEstimator):
                 unflatten(tree.scale(-1.0, kept.response)),
                 kept.contrast.beta,
                 strength,
-                doubling,
+                allowed,
                 free.model_state,
             ),
             aux=aux,
@@ -282,11 +282,11 @@ class Contrastive(MetaGradientEstimator):
 
     def _strength_to_carry(self, state: EstimatorState, last: LoopState) -> tuple[jax.Array, jax.Array]:
         """The strength to carry on, and what the next one changed when it was chosen; 0 where it has worn out."""
-        contrast = last.kept.contrast
+        contrast, before = last.kept.contrast, state.doubling
         new = state.strength != contrast.displacement
-        change = jnp.where(jnp.isfinite(contrast.change), contrast.change, 1.0).astype(state.doubling.dtype)
+        change = jnp.where(jnp.isfinite(contrast.change), contrast.change, 1.0).astype(before.dtype)
         # What is exact to rounding has a truncation that comes and goes.
-        allowed = jnp.maximum(jnp.where(new, change, state.doubling), 1e3 * jnp.finfo(change.dtype).eps)
+        allowed = jnp.maximum(jnp.where(new, change, before), 1e3 * jnp.finfo(change.dtype).eps)
         return jnp.where(change > _WORN * allowed, 0.0, contrast.displacement), allowed
 
     def _parts(self) -> dict[str, Any]:

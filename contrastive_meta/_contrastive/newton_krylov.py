@@ -31,6 +31,8 @@ _SUSPICIOUS = 0.3
 _TRUNCATED = 0.1
 # By what strengths and difference steps are divided then, and by how much at most.
 _REDUCTION, _LARGEST_REDUCTION = 8.0, 8.0**3
+# A strength is too strong if the best one is less than this fraction of it.
+_TOO_STRONG = 0.25
 # The third derivative bends products if a pass leaves more than this many times what products are accurate to; on
 # convex problems and tanh networks it leaves up to 3 times that, on badly conditioned ones 5 to 100 times.
 _BENT = 4.0
@@ -226,6 +228,10 @@ def accept_or_reject(
     may_reduce = setup.scheme.adapts and not setup.sought
     reduction = suspicious & truncated & (region.reduction < _LARGEST_REDUCTION) & may_reduce
     progress = (better & ((left <= 0.5 * left_before) | converging)) | refused | region.at_boundary | reduction
+    if setup.sought:
+        # Measured at much too strong a nudge, the residual tells little: the next pass measures at a weaker one.
+        wanted = taken.contrast.displacement * start.scale / tree.or_one(length)
+        progress |= ~away & (wanted < _TOO_STRONG * taken.contrast.beta)
     progress |= delayed & ~(stalled & response_converged)
     done = better & response_converged & converged & ~away
 

@@ -2,8 +2,8 @@
 
 With c beta^p of truncation and n / beta of noise, contrasts at two neighbouring strengths differ by
 c beta^p (f^p - 1) and, variances added, by n sqrt(1 + 1 / f^2) / beta. Where the strength is sought, two such
-differences give c and n, and Richardson extrapolation of two neighbours removes the leading truncation. What is left
-of it is about the product of the truncations of both, as for the four-point scheme.
+differences give c and n, and Richardson extrapolation of two neighbours removes the leading truncation. The rest of the
+truncation is about the product of the truncations of both, as for the four-point scheme.
 
 Reference:
   Gill, Murray, Saunders & Wright (1983), Computing forward-difference intervals for numerical optimization.
