@@ -99,7 +99,9 @@ def test_a_warm_start_is_a_first_direction_for_the_nudge_alone(distance):
     case = small_problem("data_cleaning")
     start = away(case.params, distance) if distance else case.params
     problem = started_at(case.problem, start)
-    estimator = cm.Contrastive(STILL, cm.NewtonKrylov(tol=1e-3, fall_back=False), cm.relative(cm.central_difference))
+    nudged, scheme = cm.NewtonKrylov(tol=1e-3, fall_back=False), cm.relative(cm.central_difference)
+    # What the error estimate looks for beside depends on where the steps end.
+    estimator = cm.Contrastive(STILL, nudged, scheme, estimate_error=False)
     state = estimator.estimate(problem, *case[2:4]).state._replace(params=start)
     cold = estimator.estimate(
         problem, *case[2:4], state=state._replace(displacement=jax.tree.map(jnp.zeros_like, state.displacement))
