@@ -116,9 +116,13 @@ class Contrastive(MetaGradientEstimator):
         return self._result(instance, state, free, phases, last)
 
     def _estimate_each(self, prepare: Prepare, inputs: tuple[Any, ...]) -> MetaGradient:
-        """All tasks at once; those whose phases failed fall back one by one, and the others do not pay for it."""
+        """All tasks at once; those whose phases failed fall back one by one, and the others do not pay for it.
+
+        Where there are several devices, tasks may be spread over them, which a traced program cannot see: then tasks
+        fall back where they are, all in step, and none is sent to another device.
+        """
         first = jax.tree.map(lambda xs: xs[0], inputs)
-        if not self._may_fall_back(prepare(*first)[0]):
+        if jax.device_count() > 1 or not self._may_fall_back(prepare(*first)[0]):
             return super()._estimate_each(prepare, inputs)
 
         def attempt(*of_one: Any) -> tuple[Solution, BasePoint, LoopState]:
