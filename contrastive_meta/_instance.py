@@ -64,13 +64,6 @@ class Instance:
         """The outer loss."""
         return self.problem.outer(params, self.meta_params, self.task)
 
-    def outer_value_and_grad(self, params: Params) -> tuple[tuple[jax.Array, Any], Params]:
-        """The outer loss with its aux, and its gradient in `params`."""
-        evaluated: tuple[tuple[jax.Array, Any], Params] = jax.value_and_grad(
-            lambda at: self.problem.outer_with_aux(at, self.meta_params, self.task), has_aux=True
-        )(params)
-        return evaluated
-
     def norm(self, values: Params) -> jax.Array:
         """The Euclidean norm, in the dtype of the inner loss whatever that of `params`."""
         return tree.norm(values).astype(self.dtype)
@@ -78,11 +71,6 @@ class Instance:
     def nudged(self, params: Params, beta: Any) -> jax.Array:
         """The nudged loss on the whole task."""
         return self.problem.nudged(params, self.meta_params, self.task, beta)
-
-    def nudged_minibatch(self, params: Params, beta: Any, step: Any) -> jax.Array:
-        """The nudged loss on the minibatch of a step; every phase sees the same one."""
-        task = self.problem.minibatch(self.key, self.task, step)
-        return self.problem.nudged(params, self.meta_params, task, beta)
 
     def inner_minibatch(self, params: Params, step: Any) -> jax.Array:
         """The inner loss on the minibatch of a step."""

@@ -41,12 +41,6 @@ class Probe(NamedTuple):
     chosen: jax.Array
 
 
-def length_scale(params: Params, init: Params, dtype: Any) -> jax.Array:
-    """The norm of `params`, or of `params - init` if larger; 1 if both vanish."""
-    larger = jnp.maximum(*tree.norms(params, tree.subtract(params, init))).astype(dtype)
-    return jnp.where(larger > 0, larger, jnp.ones((), dtype))
-
-
 def measure_noise(
     function: Callable[[Params], Params],
     at: Params,

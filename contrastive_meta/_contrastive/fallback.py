@@ -14,6 +14,7 @@ from contrastive_meta._contrastive.newton_krylov import (
 from contrastive_meta._contrastive.newton_step import (
     LONG,
 )
+from contrastive_meta._contrastive.phases import mean_of
 from contrastive_meta._control import cast_like
 from contrastive_meta._nudging import LinearNudge
 from contrastive_meta._result import Status
@@ -96,8 +97,7 @@ class Fallback(ErrorEstimate):
 
         # Where the line through the phases' ends misses the free solution, the way was not straight.
         nudges = strength * setup.stencil.nudges
-        center = jax.tree.map(lambda xs: jnp.mean(jnp.real(xs), axis=0), runs.ends)
-        on_path = tree.add_scaled(center, jnp.mean(jnp.real(nudges)), line.response)
+        on_path = tree.add_scaled(mean_of(runs.ends), jnp.mean(jnp.real(nudges)), line.response)
         missed_by = norm(tree.subtract(on_path, now.origin.params)) / tree.or_one(strength * norm(line.response))
         crooked = jnp.where(settled & ~(residual < left), missed_by, 0.0)
         crooked = jnp.maximum(line.contrast.nonlinearity, crooked).astype(self.dtype)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._base_point import NOISE_FLOOR
+from contrastive_meta._base_point import NOISE_FLOOR, difference_step
 from contrastive_meta._contrastive.linear_solve import FLAT, GradientDifference, Limits, solve
 from contrastive_meta._contrastive.phases import Base, PhaseSetup
 from contrastive_meta._contrastive.step_size import Contrast
@@ -158,9 +158,7 @@ class Trial(NamedTuple):
 def difference_at(setup: PhaseSetup, base: Base, region: Region) -> GradientDifference:
     """The Hessian at a base point."""
     start, dtype = setup.start, setup.dtype
-    # Rounding and curvature balance at the square root of the relative noise; the factor 3 is measured.
-    balanced = 3 * jnp.sqrt(start.noise * start.scale / tree.or_one(start.curvature))
-    step = jnp.clip(balanced, start.eps**0.5 * start.scale, 0.1 * start.scale)
+    step, _ = difference_step(setup.instance, start)
     step = (jnp.where(region.two_sided, _WIDER, 1.0) * step / region.reduction).astype(dtype)
     inner_grad = tree.grad(setup.instance.inner)
     return GradientDifference(
