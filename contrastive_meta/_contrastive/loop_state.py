@@ -182,6 +182,7 @@ class PhaseLoop:
 
     def _may_continue(self, attempt: Attempt) -> jax.Array:
         return may_continue(
+            self.setup,
             attempt,
             self._max_steps,
             self.fast.max_passes,

@@ -33,6 +33,9 @@ _TRUNCATED = 0.1
 _REDUCTION, _LARGEST_REDUCTION = 8.0, 8.0**3
 # A strength is too strong if the best one is less than this fraction of it.
 _TOO_STRONG = 0.25
+# A base point on its way goes on while its gradient halves, from the start on, in this many passes. Elsewhere the loss
+# is far from a quadratic, and the solver runs the phases. PLACEHOLDER
+_PASSES_TO_HALVE = 4
 # The third derivative bends products if a pass leaves more than this many times what products are accurate to; on
 # convex problems and tanh networks it leaves up to 3 times that, on badly conditioned ones 5 to 100 times.
 _BENT = 4.0
@@ -156,10 +159,14 @@ def may_start(setup: PhaseSetup, line: Line, region: Region) -> jax.Array:
     return finite & ((setup.instance.norm(line.base.outer.in_params) > 0) | ~region.converged)
 
 
-def may_continue(attempt: Attempt, max_steps: Any, max_passes: Any, leave_basin: bool) -> jax.Array:
+def may_continue(setup: PhaseSetup, attempt: Attempt, max_steps: Any, max_passes: Any, leave_basin: bool) -> jax.Array:
     """Whether passes are left, and the way is one to follow."""
-    within: jax.Array = (attempt.num_passes < max_passes) & jnp.all(attempt.num_steps < max_steps)
-    return within if leave_basin else within & ~attempt.region.uncertain
+    region, passes = attempt.region, attempt.num_passes
+    within = (passes < max_passes) & jnp.all(attempt.num_steps < max_steps)
+    left, start = tree.norms(attempt.line.base.inner_grad, setup.start.inner_grad).astype(setup.dtype)
+    wanders = left > start * 2.0 ** (1 - passes / _PASSES_TO_HALVE).astype(setup.dtype)
+    within &= ~wanders | region.converged | (passes < _PASSES_TO_HALVE)
+    return within if leave_basin else within & ~region.uncertain
 
 
 def is_away(region: Region, trial: Trial, solved: Solved) -> jax.Array:
@@ -249,7 +256,8 @@ def accept_or_reject(
         uncertain=uncertain,
         delayed=delayed & ~converged_now,
         converged=converged_now,
-        two_sided=region.two_sided | (common_curvature & (left > target * nudge)),
+        # Another pass may reduce the residual as this one did: where that is enough, one side is cheaper.
+        two_sided=region.two_sided | (common_curvature & (left**2 > target * nudge * left_before)),
         least=least,
         change=jnp.where(better, change, region.change),
         reduction=jnp.where(reduction, _REDUCTION, 1.0) * region.reduction,
