@@ -17,8 +17,8 @@ from contrastive_meta._solvers.base import Solution
 UNCONVERGED = 1e-2
 # A gradient norm within this factor of the rounding noise is as small as the dtype allows.
 NOISE_FLOOR = 10.0
-# Gradients that `survey` evaluates: the inner gradient three times, the outer gradient once.
-NUM_GRADIENTS = 4
+# Gradients that `survey` evaluates: the inner gradient five times, the outer gradient once.
+NUM_GRADIENTS = 6
 
 
 class OuterGradients(NamedTuple):
@@ -52,6 +52,7 @@ class BasePoint(NamedTuple):
       scale: the unit of length, the norm of `params` or of the distance learned, whichever is larger; 1 if both vanish.
       noise: norm of the rounding noise of the inner gradient.
       curvature: the norm of H v over the norm of v; of H 1 over the norm of 1 where v is 0.
+      jump: norm of a jump of the inner gradient next to `params`, along the direction of v; 0 where there is none.
       eps: relative rounding of the coarser one of the losses' dtype and the dtypes of `params`.
     """
 
@@ -66,7 +67,13 @@ class BasePoint(NamedTuple):
     scale: jax.Array
     noise: jax.Array
     curvature: jax.Array
+    jump: jax.Array
     eps: float
+
+    @property
+    def at_kink(self) -> jax.Array:
+        """Whether the inner gradient jumps by an amount that matters beside the nudge."""
+        return (self.jump > UNCONVERGED * self.nudge_norm) & (self.nudge_norm > 0)
 
     def without_constants(self) -> "BasePoint":
         """What a mapped program can return."""
@@ -104,21 +111,22 @@ def survey(instance: Instance, params: Params, solution: Solution, init: Params)
     ones = jax.tree.map(jnp.ones_like, params)
     direction = tree.where(nudge_norm > 0, outer.in_params, ones)
     length = jnp.where(nudge_norm > 0, nudge_norm, sum(x.size for x in jax.tree.leaves(params)) ** 0.5)
-    inner_grad, noise, curvature = measure_noise(tree.grad(instance.inner), params, direction, scale, eps, length)
+    found = measure_noise(tree.grad(instance.inner), params, direction, scale, eps, length)
     # Second differences in few directions may vanish. Rounding `params` alone makes up to half an eps of each entry.
-    noise = jnp.maximum(noise, eps * curvature * scale / 4)
+    noise = jnp.maximum(found.noise, eps * found.slope * scale / 4)
     return BasePoint(
         params=params,
         solution=solution,
         outer_loss=outer.loss,
         aux=outer.aux,
-        inner_grad=inner_grad,
+        inner_grad=found.value,
         outer_grad=outer.in_params,
         outer_in_meta=outer.in_meta,
         nudge_norm=nudge_norm,
         scale=scale,
         noise=noise,
-        curvature=curvature,
+        curvature=found.slope,
+        jump=found.jump,
         eps=eps,
     )
 
@@ -173,6 +181,8 @@ def free_status(base: BasePoint, left: FreeResidual) -> jax.Array:
     It had not if the Cauchy step would move `params`, or change the outer gradient, by more than the fraction
     `UNCONVERGED` of either. A residual at the floor of the dtype counts as converged. So does any residual where the
     outer gradient is zero at both ends of the step, because the solution then does not matter to the outer loss.
+    Where the gradient jumps by more than the fraction `UNCONVERGED` of the nudge, the solution lies at a kink. Smaller
+    jumps, such as those of one example in a network of rectifiers, count as smooth.
     """
     far = (left.distance > UNCONVERGED * base.scale) | (left.shift > UNCONVERGED * left.nudge_norm)
     at_floor = left.residual <= NOISE_FLOOR * base.noise
@@ -181,6 +191,7 @@ def free_status(base: BasePoint, left: FreeResidual) -> jax.Array:
     reduced = left.residual < 1e-3 * base.solution.residual
     excused = (base.solution.status == Status.FREE_NOT_CONVERGED) & (at_floor | reduced)
     return worst(
+        flag(base.at_kink, Status.NOT_SMOOTH),
         flag(far & ~at_floor & matters, Status.FREE_NOT_CONVERGED),
         jnp.where(excused, jnp.int32(Status.CONVERGED), base.solution.status),
     )

@@ -30,10 +30,11 @@ class Status(enum.IntEnum):
     NUDGED_NOT_CONVERGED = 5
     LOST_IN_NOISE = 6
     INDEFINITE_CURVATURE = 7
-    UNBOUNDED_NUDGE = 8
-    DIVERGED = 9
-    NOT_FINITE = 10
-    INVALID_SCHEME = 11
+    NOT_SMOOTH = 8
+    UNBOUNDED_NUDGE = 9
+    DIVERGED = 10
+    NOT_FINITE = 11
+    INVALID_SCHEME = 12
 
     def describe(self) -> str:
         """What the status means and what to do about it, in one sentence each."""
@@ -75,6 +76,11 @@ _DESCRIPTIONS = {
     Status.INDEFINITE_CURVATURE: (
         "The inner loss curves downwards in the direction of the response, so this is no minimum. "
         "Learn for longer, regularise the inner loss, or add damping to the linear solver."
+    ),
+    Status.NOT_SMOOTH: (
+        "The inner gradient jumps where learning ended: the solution lies at a kink of the inner loss, such as that of "
+        "an absolute value at 0, and what is known of its curvature does not hold. "
+        "Leave the kink to a learner that knows it, `ProximalDescent`, or smooth the penalty."
     ),
     Status.UNBOUNDED_NUDGE: (
         "A nudged phase ran away: the nudged loss has no minimum near the free one. "

@@ -73,7 +73,7 @@ def test_a_learner_that_comes_no_nearer_is_not_asked_for_ever():
     """Two more steps of 1e-3 from the rim lead nowhere: the phases are those of the published rule, and it is said."""
     short = cm.OptaxDescent(optax.sgd(1e-3), num_steps=2)
     result = cm.Contrastive(short).estimate(double_well(), jnp.array(0.0), jnp.array(0.1))
-    published = cm.Contrastive(short, short, cm.relative(cm.central_difference))
+    published = cm.Contrastive(short, short, cm.relative(cm.central_difference), cm.LinearNudge())
     expected = published.estimate(double_well(), jnp.array(0.0), jnp.array(0.1))
     assert result.diagnostics.status > cm.Status.APPROXIMATE
     np.testing.assert_allclose(result.grad, expected.grad, rtol=1e-12)

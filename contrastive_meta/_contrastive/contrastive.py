@@ -210,7 +210,6 @@ class Contrastive(MetaGradientEstimator):
             scheme=self.scheme,
             stencil=Stencil.of(template, instance.dtype),
             nudge=self.nudge or self.default_nudge(instance),
-            rerun_nudge=self.nudge or LossNudge(),
             rule=self.rule,
             sequential=self.sequential,
             guess=tree.scale(-1.0, flattening.flatten(state.displacement)),

@@ -104,7 +104,7 @@ class ErrorEstimate(StageSystems):
         if not self.setup.estimate_error:
             return told, last.error
         error = self._error(last)
-        return told, jnp.where((told.status >= Status.UNBOUNDED_NUDGE) | jnp.isnan(error), jnp.inf, error)
+        return told, jnp.where((told.status >= Status.NOT_SMOOTH) | jnp.isnan(error), jnp.inf, error)
 
     def _towards_target(self, now: LoopState, after: LoopState) -> LoopState:
         """Another round, where the estimated error is above the target and can be lowered."""

@@ -62,7 +62,7 @@ class Fallback(ErrorEstimate):
         pilot = bool(setup.scheme.num_pilot_steps)
         line = self._unmeasured(now.origin, jnp.zeros_like(setup.displacement), now.kept.contrast.beta)
         fresh = cast_like(Attempt.at(setup, line, now.attempt.tol), now.attempt)
-        linear = jnp.asarray(isinstance(setup.rerun_nudge, LinearNudge))
+        linear = jnp.asarray(isinstance(setup.nudge, LinearNudge))
         ran = now.ran._replace(linear=jnp.where(wanted, linear, now.ran.linear))
         if not pilot:
             found = setup.strength_for(now.origin, setup.displacement, self._usual_length())

@@ -33,8 +33,9 @@ _TRUNCATED = 0.1
 _REDUCTION, _LARGEST_REDUCTION = 8.0, 8.0**3
 # A strength is too strong if the best one is less than this fraction of it.
 _TOO_STRONG = 0.25
-# A base point on its way goes on while its gradient halves, from the start on, in this many passes. Elsewhere the loss
-# is far from a quadratic, and the solver runs the phases. PLACEHOLDER
+# A base point that is on its way for this many passes has to have halved its gradient, and again after as many more.
+# A convolutional network whose 16 steps of learning ended at a gradient of order 1 wandered for all of its 40 passes:
+# 462 gradients, and 139 with this rule. No case of the tests that converges needs more passes.
 _PASSES_TO_HALVE = 4
 # The third derivative bends products if a pass leaves more than this many times what products are accurate to; on
 # convex problems and tanh networks it leaves up to 3 times that, on badly conditioned ones 5 to 100 times.

@@ -121,8 +121,7 @@ class PhaseSetup(NamedTuple):
       start: the end of the free phase.
       scheme: the strengths, or a way to find them.
       stencil: the scheme as arrays.
-      nudge: what is added to the inner loss of phases on a line.
-      rerun_nudge: what is added to the inner loss of phases that the solver runs.
+      nudge: what is added to the inner loss of phases.
       rule: what is measured.
       sequential: one phase after another, instead of all at once.
       guess: the response of an earlier estimate; zeros where there is none.
@@ -139,7 +138,6 @@ class PhaseSetup(NamedTuple):
     scheme: NudgeStrength
     stencil: Stencil
     nudge: Nudge
-    rerun_nudge: Nudge
     rule: PlasticityRule
     sequential: bool
     guess: Params
@@ -165,7 +163,7 @@ class PhaseSetup(NamedTuple):
     @property
     def may_linearise(self) -> bool:
         """Whether phases may be nudged by the outer loss and, elsewhere, by its linearisation."""
-        return self.may_rerun and isinstance(self.rerun_nudge, LossNudge)
+        return self.may_rerun and isinstance(self.nudge, LossNudge)
 
     def strength_for(self, base: "Base", displacement: Any, length: Any) -> jax.Array:
         """The strength for a response of a length; where it is sought, at the displacement found last time."""
@@ -232,7 +230,7 @@ class PhaseSetup(NamedTuple):
           at_base: whether this is the base point itself.
           linear: whether the nudge is linear.
         """
-        nudge = self.rerun_nudge if self.may_rerun else self.nudge
+        nudge = self.nudge
         autodiff = isinstance(self.rule, Autodiff)
 
         def inner(params: Params) -> Any:

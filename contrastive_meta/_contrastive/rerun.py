@@ -126,7 +126,7 @@ class Rerun(NamedTuple):
 
     def _losses(self, setup: PhaseSetup, origin: Base, beta: jax.Array, linear: jax.Array) -> tuple[Any, Any]:
         """The nudged loss of trees, and on minibatches where the problem has them."""
-        instance, nudge, unflatten = setup.tree_instance, setup.rerun_nudge, setup.flattening.unflatten
+        instance, nudge, unflatten = setup.tree_instance, setup.nudge, setup.flattening.unflatten
         base, pull = unflatten(origin.params), unflatten(origin.outer.in_params)
 
         def line(at: Params) -> jax.Array:
