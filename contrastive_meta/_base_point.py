@@ -11,6 +11,7 @@ from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._response import measure_noise
 from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers.base import Solution
+from contrastive_meta._symmetry import LARGEST_ASYMMETRY, asymmetry_of
 
 # Learning has converged when the Cauchy step would move `params`, or change the outer gradient, by less than this
 # fraction of their norms.
@@ -53,6 +54,7 @@ class BasePoint(NamedTuple):
       noise: norm of the rounding noise of the inner gradient.
       curvature: the norm of H v over the norm of v; of H 1 over the norm of 1 where v is 0.
       jump: norm of a jump of the inner gradient next to `params`, along the direction of v; 0 where there is none.
+      asymmetry: of the inner loss's second derivatives, see `_symmetry`; 0 where no operation can cause any.
       eps: relative rounding of the coarser one of the losses' dtype and the dtypes of `params`.
     """
 
@@ -68,12 +70,18 @@ class BasePoint(NamedTuple):
     noise: jax.Array
     curvature: jax.Array
     jump: jax.Array
+    asymmetry: jax.Array
     eps: float
 
     @property
     def at_kink(self) -> jax.Array:
         """Whether the inner gradient jumps by an amount that matters beside the nudge."""
         return (self.jump > UNCONVERGED * self.nudge_norm) & (self.nudge_norm > 0)
+
+    @property
+    def unfit(self) -> jax.Array:
+        """Whether estimators do not apply here, so that no error can be estimated."""
+        return self.at_kink | (self.asymmetry > LARGEST_ASYMMETRY)
 
     def without_constants(self) -> "BasePoint":
         """What a mapped program can return."""
@@ -94,7 +102,7 @@ def outer_gradients(instance: Instance, params: Params) -> OuterGradients:
 def survey(instance: Instance, params: Params, solution: Solution, init: Params) -> BasePoint:
     """Evaluate both losses at the end of the free phase, and measure noise and curvature of the inner gradient.
 
-    The outer loss has one call site, and so has the inner loss.
+    The outer loss has one call site, and so has the inner loss; there is another where its symmetry is in doubt.
 
     Args:
       instance: the problem at one task.
@@ -127,6 +135,7 @@ def survey(instance: Instance, params: Params, solution: Solution, init: Params)
         noise=noise,
         curvature=found.slope,
         jump=found.jump,
+        asymmetry=asymmetry_of(instance, params, direction, scale),
         eps=eps,
     )
 
@@ -192,6 +201,7 @@ def free_status(base: BasePoint, left: FreeResidual) -> jax.Array:
     excused = (base.solution.status == Status.FREE_NOT_CONVERGED) & (at_floor | reduced)
     return worst(
         flag(base.at_kink, Status.NOT_SMOOTH),
+        flag(base.asymmetry > LARGEST_ASYMMETRY, Status.INCONSISTENT_GRADIENT),
         flag(far & ~at_floor & matters, Status.FREE_NOT_CONVERGED),
         jnp.where(excused, jnp.int32(Status.CONVERGED), base.solution.status),
     )

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import Params
 
-
 # A second difference this many times the smallest of three is a jump. Of three norms of random vectors of one entry the
 # largest is seldom 1,000 times the smallest (once in 500), and never where there are several entries.
 _JUMP = 1e3

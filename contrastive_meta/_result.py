@@ -31,10 +31,11 @@ class Status(enum.IntEnum):
     LOST_IN_NOISE = 6
     INDEFINITE_CURVATURE = 7
     NOT_SMOOTH = 8
-    UNBOUNDED_NUDGE = 9
-    DIVERGED = 10
-    NOT_FINITE = 11
-    INVALID_SCHEME = 12
+    INCONSISTENT_GRADIENT = 9
+    UNBOUNDED_NUDGE = 10
+    DIVERGED = 11
+    NOT_FINITE = 12
+    INVALID_SCHEME = 13
 
     def describe(self) -> str:
         """What the status means and what to do about it, in one sentence each."""
@@ -81,6 +82,11 @@ _DESCRIPTIONS = {
         "The inner gradient jumps where learning ended: the solution lies at a kink of the inner loss, such as that of "
         "an absolute value at 0, and what is known of its curvature does not hold. "
         "Leave the kink to a learner that knows it, `ProximalDescent`, or smooth the penalty."
+    ),
+    Status.INCONSISTENT_GRADIENT: (
+        "The inner loss's gradient is not that of its value: a `stop_gradient`, a straight-through trick or a "
+        "derivative rule of the loss's own changes it, and then no estimator knows what learning depends on. "
+        "Write the loss without it, or give the detached factor its value as part of the task."
     ),
     Status.UNBOUNDED_NUDGE: (
         "A nudged phase ran away: the nudged loss has no minimum near the free one. "

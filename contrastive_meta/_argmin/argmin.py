@@ -15,6 +15,7 @@ from contrastive_meta._argmin.adjoints import Adjoint, ContrastiveAdjoint
 from contrastive_meta._argmin.captured import OpenLoss, hold_open
 from contrastive_meta._argmin.learned import AlreadyLearned
 from contrastive_meta._argmin.operands import Operands, Wanted, once, primal, wanted_of
+from contrastive_meta._base_point import UNCONVERGED
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
     BilevelProblem,
@@ -26,7 +27,7 @@ from contrastive_meta._problem import (
     check_same_structure,
     float_dtype_of,
 )
-from contrastive_meta._result import Diagnostics, EstimatorState, Status, make_diagnostics
+from contrastive_meta._result import Diagnostics, EstimatorState, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver, Solution
 
 Init = Params | Callable[[MetaParams, Task], Params]
@@ -205,12 +206,16 @@ def _pull_back(
         )
 
     asked = jnp.any(jnp.stack([jnp.any(v != 0) for v in jax.tree.leaves(cotangent)]))
-    failed = asked & (result.diagnostics.status > Status.APPROXIMATE)
+    # The cotangent belongs to the solution that was returned, not to a minimum that the adjoint found from there.
+    away = tree.norm(tree.subtract(result.params, solution.params)) > UNCONVERGED * tree.norm(solution.params)
+    status = worst(result.diagnostics.status, flag(away, Status.FREE_NOT_CONVERGED))
+    failed = asked & (status > Status.APPROXIMATE)
     grads = tree.where(asked, result.grad, tree.zeros_like(differentiated))
     if layer.on_failure == "nan":
         grads = jax.tree.map(lambda g: jnp.where(failed, jnp.nan, g), grads)
     elif callable(layer.on_failure):
-        jax.debug.callback(functools.partial(_tell, layer.on_failure), failed, result.diagnostics)
+        told = result.diagnostics._replace(status=status)
+        jax.debug.callback(functools.partial(_tell, layer.on_failure), failed, told)
     return list(grads)
 
 

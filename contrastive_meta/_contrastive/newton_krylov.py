@@ -163,7 +163,7 @@ def may_start(setup: PhaseSetup, line: Line, region: Region) -> jax.Array:
 def may_continue(setup: PhaseSetup, attempt: Attempt, max_steps: Any, max_passes: Any, leave_basin: bool) -> jax.Array:
     """Whether passes are left, and the way is one to follow."""
     region, passes = attempt.region, attempt.num_passes
-    within = (passes < max_passes) & jnp.all(attempt.num_steps < max_steps)
+    within: jax.Array = (passes < max_passes) & jnp.all(attempt.num_steps < max_steps)
     left, start = tree.norms(attempt.line.base.inner_grad, setup.start.inner_grad).astype(setup.dtype)
     wanders = left > start * 2.0 ** (1 - passes / _PASSES_TO_HALVE).astype(setup.dtype)
     within &= ~wanders | region.converged | (passes < _PASSES_TO_HALVE)

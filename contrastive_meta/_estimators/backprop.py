@@ -19,6 +19,7 @@ from contrastive_meta._problem import BilevelProblem, MetaParams, ModelState, Pa
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver, UnrolledLosses, final_status
+from contrastive_meta._symmetry import LARGEST_ASYMMETRY, asymmetry_of
 
 
 @strategy
@@ -93,7 +94,8 @@ class BackpropThroughLearning(MetaGradientEstimator):
         init = instance.problem.init(instance.meta_params, instance.task)
         first_loss, first_grad = tree.value_and_grad(instance.inner)(init)
         loss, inner_grad = tree.value_and_grad(instance.inner)(params)
-        residual = tree.norm(inner_grad)
+        residual, scale = tree.norm(inner_grad), tree.or_one(tree.norm(params)).astype(instance.dtype)
+        asymmetry = asymmetry_of(instance, params, jax.tree.map(jnp.ones_like, params), scale)
         num_steps = getattr(self.solver, "num_steps", None)
         truncated = self.truncate is not None and num_steps is not None and self.truncate < num_steps
         return MetaGradient(
@@ -110,6 +112,7 @@ class BackpropThroughLearning(MetaGradientEstimator):
                 status=worst(
                     final_status(first_loss, tree.norm(first_grad), params, loss, residual),
                     flag(jnp.asarray(truncated), Status.APPROXIMATE),
+                    flag(asymmetry > LARGEST_ASYMMETRY, Status.INCONSISTENT_GRADIENT),
                     flag(~tree.all_finite(grad), Status.NOT_FINITE),
                 ),
             ),

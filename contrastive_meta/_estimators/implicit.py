@@ -108,7 +108,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
                 nudged_residual=systems.adjoint.residual,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + 1 + 2 * self.estimate_error,
                 num_hvps=systems.num_hvps,
-                error_estimate=jnp.where(base.at_kink, jnp.inf, error) if self.estimate_error else error,
+                error_estimate=jnp.where(base.unfit, jnp.inf, error) if self.estimate_error else error,
                 status=worst(
                     free_status(base, systems.free),
                     _adjoint_status(systems.adjoint, systems.solved),
