@@ -118,3 +118,15 @@ def test_without_diagnostics_no_error_is_estimated():
     (_, grad), without = gradients_of(jax.jit(cm.value_and_meta_grad(problem, estimator)), theta, tasks, seen=seen)
     assert without < with_estimate
     np.testing.assert_allclose(grad, told, rtol=1e-9)
+
+
+def test_without_diagnostics_implicit_differentiation_solves_one_system_and_a_step():
+    """Its error takes two more systems: without has_aux the last one, and all but a step of the first, are gone."""
+    case = small_problem("ridge")
+    estimator = cm.ImplicitDifferentiation(cm.LBFGS())
+    tasks = jax.tree.map(lambda x: x[None], case.task)
+
+    def equations(has_aux):
+        return count_equations(cm.value_and_meta_grad(case.problem, estimator, has_aux=has_aux), case.meta_params, tasks)
+
+    assert equations(False) < equations(True)
