@@ -1,6 +1,7 @@
 """Control flow that several estimators share."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +19,13 @@ def cast_like(new: T, old: T) -> T:
 
     same: T = jax.tree.map(cast, new, old)
     return same
+
+
+@contextlib.contextmanager
+def usual_promotion() -> Iterator[None]:
+    """JAX's usual promotion of dtypes and ranks, whatever the user's switches: for optax, whose Adam mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def only_if(needed: jax.Array, compute: Callable[[T], T], otherwise: T) -> T:

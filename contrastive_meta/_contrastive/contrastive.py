@@ -273,7 +273,7 @@ class Contrastive(MetaGradientEstimator):
                 free_residual=jnp.minimum(convergence.free_residual, phases.norm(start.inner_grad)),
                 nudged_residual=convergence.nudged_residual,
                 displacement=convergence.displacement,
-                error_estimate=error,
+                error_estimate=error if self.estimate_error else None,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + last.num_gradients,
                 phases_by=phases.run_by(last),
                 status=worst(

@@ -73,7 +73,7 @@ class GradientDifference(NamedTuple):
 
             return cast_like(tree.add(total, jax.lax.map(needed, (active, directions))), total)
 
-        total = jax.lax.fori_loop(0, 1 + self.two_sided, add_side, tree.zeros_like(directions))
+        total = jax.lax.fori_loop(0, jnp.where(self.two_sided, 2, 1), add_side, tree.zeros_like(directions))
         return tree.scale(jnp.where(self.two_sided, 0.5, 1.0), total)
 
     @property

@@ -107,7 +107,7 @@ class Stencil(NamedTuple):
 def _along(weights: jax.Array, values: jax.Array) -> jax.Array:
     """Weights of phases, to be multiplied with values stacked along the leading axis, in their precision."""
     dtype = jnp.real(values).dtype
-    dtype = jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(weights) else dtype
+    dtype = tree.promoted(dtype, jnp.complex64) if jnp.iscomplexobj(weights) else dtype
     return weights.astype(dtype).reshape(-1, *[1] * (values.ndim - 1))
 
 
@@ -328,8 +328,8 @@ def on_line(base: Params, response: Params, nudges: jax.Array) -> Params:
     """Where phases end if learning is linear, base - beta_k u; in the precision of each leaf."""
 
     def end(at: jax.Array, u: jax.Array) -> jax.Array:
-        dtype = jnp.result_type(at, jnp.complex64) if jnp.iscomplexobj(nudges) else at.dtype
-        return at - nudges.astype(dtype).reshape(-1, *[1] * at.ndim) * u
+        dtype = tree.promoted(at, jnp.complex64) if jnp.iscomplexobj(nudges) else at.dtype
+        return at[None] - nudges.astype(dtype).reshape(-1, *[1] * at.ndim) * u[None]
 
     return jax.tree.map(end, base, response)
 

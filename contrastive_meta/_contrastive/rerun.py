@@ -132,8 +132,7 @@ class Rerun(NamedTuple):
         def line(at: Params) -> jax.Array:
             # Not `vdot`: it conjugates, and complex phases need a holomorphic line.
             products = jax.tree.map(lambda v, x, x0: jnp.sum(v * (x - x0)), pull, at, base)
-            total: jax.Array = sum(jax.tree.leaves(products), start=jnp.zeros(()))
-            return total
+            return tree.sum_of_leaves(products)
 
         def of_loss(at: Params, meta_params: MetaParams, task: Task) -> jax.Array:
             def loss(at: Params) -> jax.Array:

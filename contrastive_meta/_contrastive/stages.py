@@ -73,7 +73,7 @@ class Phases(Fallback):
             stage = jnp.where(go, jnp.int32(Stage.NEWTON), jnp.int32(Stage.MEASURE))
         linear = jnp.asarray(isinstance(setup.nudge, LinearNudge))
         ran = Ran(beta, linear, false, jnp.zeros((self.number,), jnp.int32), false, jnp.ones((), self.dtype), none)
-        infinite = jnp.full((), jnp.inf if setup.estimate_error else jnp.nan, self.dtype)
+        infinite = jnp.full((), jnp.inf, self.dtype)
         first = LoopState(
             stage, attempt, line, base, ran, false, false, false, false, none, jnp.zeros((2,), self.dtype), false,
             false, infinite, spent, jnp.asarray(True),

@@ -230,7 +230,7 @@ def measure(setup: PhaseSetup, plan: Plan, assess: Any, trial: Any) -> Ladder:
             return jnp.where(stays, window, moved)
 
         assessed, stay = assess(base)
-        number = last.number + ~retry
+        number = last.number + jnp.where(retry, 0, 1)
         return cast_like(
             Ladder(
                 base=base,
@@ -316,7 +316,7 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
         combined(w, ladder.statistics) for w in (chosen.grad, chosen.plain, chosen.correction, chosen.error_weights)
     )
     residual, residual_error = (combined(w, ladder.residuals) for w in (chosen.residual, chosen.error_weights))
-    marks = jax.tree.map(lambda xs: jnp.sum(jnp.where(chosen.plain > 0, xs, 0)), ladder.marks)
+    marks = jax.tree.map(lambda xs: jnp.sum(jnp.where(chosen.plain > 0, xs, jnp.zeros_like(xs))), ladder.marks)
     marks = marks._replace(downward=marks.downward > 0, finite=marks.finite > 0)
     size, error_norm = tree.norms(grad, error_weights).astype(dtype)
     expected = ladder.noise[0] / marks.beta

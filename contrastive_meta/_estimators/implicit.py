@@ -205,7 +205,7 @@ def _solve_systems(
     begin = _Carry(inner_grad, inner_grad, (base.outer_grad, base.outer_in_meta))
     end, (solutions, (cauchy, change, missing)) = jax.lax.scan(solve, begin, (jnp.arange(last + 1), stopping))
     newton, adjoint, *rest = tree.unstack(solutions, last + 1)
-    num_hvps = jnp.sum(solutions.num_hvps)
+    num_hvps = jnp.sum(solutions.num_hvps, dtype=jnp.int32)
     if first is not None:
         adjoint, num_hvps = first, num_hvps + first.num_hvps
     solved = (adjoint.residual <= _UNSOLVED_ADJOINT) & (missing[1] <= _UNSOLVED_ADJOINT)
@@ -257,8 +257,8 @@ def _adjoint_status(adjoint: LinearSolution, solved: jax.Array) -> jax.Array:
     return jnp.where(adjoint.status == Status.APPROXIMATE, adjoint.status, told)
 
 
-def _meta_gradient(instance: Instance, base: BasePoint, systems: _Systems) -> tuple[MetaParams, jax.Array]:
-    """The meta-gradient by the implicit function theorem, theory.md (4), and its estimated relative error.
+def _meta_gradient(instance: Instance, base: BasePoint, systems: _Systems) -> tuple[MetaParams, jax.Array | None]:
+    """The meta-gradient by the implicit function theorem, theory.md (4), and its estimated relative error, if any.
 
     The error is the difference to the meta-gradient after one step of Newton's method and of iterative refinement.
     """
@@ -274,7 +274,7 @@ def _meta_gradient(instance: Instance, base: BasePoint, systems: _Systems) -> tu
 
     here = base.params, systems.adjoint.solution, base.outer_in_meta
     if systems.refinement is None:
-        return gradient(here), jnp.asarray(jnp.nan, instance.dtype)
+        return gradient(here), None
     *ahead, unknown = systems.refinement
     # One after another: side by side the two would need twice the memory.
     grad, refined = tree.unstack(jax.lax.map(gradient, jax.tree.map(lambda *x: jnp.stack(x), here, tuple(ahead))), 2)

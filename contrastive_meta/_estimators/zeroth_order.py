@@ -73,7 +73,7 @@ class FiniteDifference(MetaGradientEstimator):
             return (pair.outer_loss[0] - pair.outer_loss[1]) / (ahead[index] - behind[index]), pair
 
         grad, pairs = jax.lax.map(difference, jnp.arange(flat.size), batch_size=min(self.batch_size, max(flat.size, 1)))
-        return _result(self.solver, instance, state, unravel(grad.astype(flat.dtype)), pairs, jnp.nan, Status.CONVERGED)
+        return _result(self.solver, instance, state, unravel(grad.astype(flat.dtype)), pairs, None, Status.CONVERGED)
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
         """Everything that learning or judging depends on."""
@@ -177,7 +177,7 @@ def _result(
         state,
         free,
         grad,
-        num_gradients=free.num_gradients + jnp.sum(learned.num_gradients),
+        num_gradients=free.num_gradients + jnp.sum(learned.num_gradients, dtype=jnp.int32),
         status=worst(status, learned.status),
         error=error,
     )

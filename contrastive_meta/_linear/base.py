@@ -201,4 +201,8 @@ def _power_of_two(x: jax.Array) -> jax.Array:
 
 def _rescale(vector: Params, operation: Callable[[jax.Array, jax.Array], jax.Array], unit: jax.Array) -> Params:
     # In the promoted dtype: a unit that float64 leaves need may underflow in a float32 leaf beside them.
-    return jax.tree.map(lambda x: operation(x, unit).astype(x.dtype), vector)
+    def rescaled(x: jax.Array) -> jax.Array:
+        dtype = tree.promoted(x, unit)
+        return operation(x.astype(dtype), unit.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(rescaled, vector)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import only_if
+from contrastive_meta._control import only_if, usual_promotion
 from contrastive_meta._problem import ModelState, Params
 from contrastive_meta._pytree import PyTree
 from contrastive_meta._solvers.base import InnerLoss, MovingLosses
@@ -90,8 +90,9 @@ def one_step(
 ) -> tuple[Params, PyTree]:
     """One optimiser step; the loss's value and function are offered to line searches and ignored by the rest."""
     extended = optax.with_extra_args_support(optimizer)
-    updates, state = extended.update(grads, state, params, value=value, grad=grads, value_fn=loss)
-    return optax.apply_updates(params, updates), state
+    with usual_promotion():
+        updates, state = extended.update(grads, state, params, value=value, grad=grads, value_fn=loss)
+        return optax.apply_updates(params, updates), state
 
 
 def steps_for_backprop(
@@ -211,7 +212,7 @@ def steps_to_tolerance(
         # A line search evaluates the loss: the last iteration must not begin one.
         to, spent = only_if(running, step, (at, jnp.int32(0)))
         first = tree.where(now.num_steps == 0, last, now.first)
-        return Descent(to, first, last, now.num_steps + running, now.num_gradients + spent, running)
+        return Descent(to, first, last, now.num_steps + running.astype(jnp.int32), now.num_gradients + spent, running)
 
     begin = Descent(start, Measured.nothing(), Measured.nothing(), jnp.int32(0), jnp.int32(1), jnp.asarray(True))
     return jax.lax.while_loop(lambda now: now.running, iterate, begin)

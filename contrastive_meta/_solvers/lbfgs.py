@@ -58,7 +58,7 @@ class Pairs(NamedTuple):
             return put_in
 
         return Pairs(
-            self.stored + keep,
+            self.stored + keep.astype(jnp.int32),
             jax.tree.map(put, self.params, params),
             jax.tree.map(put, self.grads, grads),
             put(self.weights, weight),
@@ -81,13 +81,15 @@ class Pairs(NamedTuple):
         def newest_first(age: jax.Array, carry: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
             vector, projections = carry
             slot, weight, params, grads = row(age)
-            projection = weight * tree.vdot(params, vector)
+            projection = weight * tree.vdot(params, vector).astype(weight.dtype)
             projections = jax.lax.dynamic_update_index_in_dim(projections, projection, slot, 0)
             return tree.add_scaled(vector, -projection, grads), projections
 
         def oldest_first(index: jax.Array, vector: Params) -> Params:
             slot, weight, params, grads = row(size - 1 - index)
-            return tree.add_scaled(vector, projections[slot] - weight * tree.vdot(grads, vector), params)
+            return tree.add_scaled(
+                vector, projections[slot] - weight * tree.vdot(grads, vector).astype(weight.dtype), params
+            )
 
         vector, projections = jax.lax.fori_loop(0, size, newest_first, (grads, jnp.zeros_like(self.weights)))
         # Before there is a pair, a step of length 1 at most, as in optax.
@@ -173,7 +175,7 @@ class LBFGS(InnerSolver):
         stop: Stop = Stop(),
     ) -> Solution:
         """See `InnerSolver.solve`."""
-        tol = jnp.asarray(self.tol, jnp.result_type(float)) if stop.tol is None else stop.tol
+        tol = jnp.asarray(self.tol if stop.tol is None else stop.tol, jnp.result_type(float))
         max_steps = self.max_steps if stop.max_steps is None else stop.max_steps
         flattening = Flattening.of(init)
 
@@ -198,7 +200,7 @@ class LBFGS(InnerSolver):
             moved = tree.subtract(params, now.params)
             pairs = now.pairs.push(moved, tree.subtract(grads, now.grads), write=~at_start, keep=taken)
             last = Measured.of(((value, ()), grads))
-            num_steps = now.num_steps + taken
+            num_steps = now.num_steps + taken.astype(jnp.int32)
             # A search that cannot move any more has come to the floor of the dtype.
             unfinished = (last.residual > tol) & (num_steps < max_steps) & (at_start | (tree.max_abs(moved) > 0))
             continued = any_of(stop.group, unfinished)
@@ -218,7 +220,7 @@ class LBFGS(InnerSolver):
                 tree.where(at_start, last, now.first),
                 last,
                 num_steps,
-                now.num_gradients + (step | ~ended),
+                now.num_gradients + (step | ~ended).astype(jnp.int32),
                 ~step | continued,
             )
 
