@@ -1,7 +1,7 @@
-"""Control flow that several estimators share."""
+"""Control flow that several estimators share; all of it runs inside `jax.shard_map` as well."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +21,73 @@ def cast_like(new: T, old: T) -> T:
     return same
 
 
+def axes_of_shard_map() -> frozenset[Any]:
+    """The axes of the mesh that a `jax.shard_map` around has cut; none elsewhere."""
+    get_mesh = getattr(jax.sharding, "get_abstract_mesh", None)
+    return frozenset() if get_mesh is None else frozenset(getattr(get_mesh(), "manual_axes", ()))
+
+
+def varying(values: T) -> T:
+    """The values, of types that allow them to differ between the devices of a `jax.shard_map` around.
+
+    A loop must return the types that it is given. Inside `jax.shard_map` these say along which axes of the mesh a value
+    may differ: a carry that starts from a constant would not, and what one iteration makes of a task does. Elsewhere
+    the values are returned as they are.
+    """
+    axes = axes_of_shard_map()
+    if not axes:
+        return values
+
+    def vary(x: Any) -> jax.Array:
+        array = jnp.asarray(x)
+        missing = tuple(sorted(axes - _varying_axes(array), key=str))
+        if not missing:
+            return array
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(array, missing, to="varying")
+        return jax.lax.pvary(array, missing)
+
+    same: T = jax.tree.map(vary, values)
+    return same
+
+
+def _varying_axes(array: jax.Array) -> frozenset[Any]:
+    """The axes of a `jax.shard_map` along which the type of an array allows it to differ."""
+    kind: Any = jax.typeof(array)
+    axes: frozenset[Any] = kind.mat.varying if hasattr(kind, "mat") else kind.vma
+    return axes
+
+
+def while_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], init: Any) -> Any:
+    """`jax.lax.while_loop`, of values that vary."""
+    return jax.lax.while_loop(condition, lambda carry: varying(body(carry)), varying(init))
+
+
+def fori_loop(begin: Any, end: Any, body: Callable[[Any, Any], Any], init: Any) -> Any:
+    """`jax.lax.fori_loop`, of values that vary."""
+    bounds = (begin, end) if isinstance(begin, int) and isinstance(end, int) else varying((begin, end))
+    return jax.lax.fori_loop(*bounds, lambda k, carry: varying(body(k, carry)), varying(init))
+
+
+def scan(body: Callable[[Any, Any], Any], init: Any, xs: Any = None, **options: Any) -> Any:
+    """`jax.lax.scan`, of values that vary."""
+    return jax.lax.scan(lambda carry, x: varying(body(carry, x)), varying(init), xs, **options)
+
+
+def cond(condition: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], *operands: Any) -> Any:
+    """`jax.lax.cond`, whose branches return values that vary."""
+    return jax.lax.cond(
+        condition, lambda *args: varying(if_true(*args)), lambda *args: varying(if_false(*args)), *operands
+    )
+
+
+def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+    """`jax.lax.switch`, whose branches return values that vary."""
+    return jax.lax.switch(
+        index, [lambda *args, branch=branch: varying(branch(*args)) for branch in branches], *operands
+    )
+
+
 @contextlib.contextmanager
 def usual_promotion() -> Iterator[None]:
     """JAX's usual promotion of dtypes and ranks, whatever the user's switches: for optax, whose Adam mixes dtypes."""
@@ -38,7 +105,7 @@ def only_if(needed: jax.Array, compute: Callable[[T], T], otherwise: T) -> T:
     def once(carry: Any) -> Any:
         return jnp.zeros_like(carry[0]), cast_like(compute(carry[1]), carry[1])
 
-    _, value = jax.lax.while_loop(lambda carry: carry[0], once, (jnp.asarray(needed), otherwise))
+    _, value = while_loop(lambda carry: carry[0], once, (jnp.asarray(needed), otherwise))
     result: T = value
     return result
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import varying
 from contrastive_meta._pytree import PyTree, static, strategy
 
 Params = PyTree
@@ -103,7 +104,9 @@ class BilevelProblem:
 
     def first_model_state(self, meta_params: MetaParams, task: Task) -> ModelState:
         """The model state with which learning starts, stripped of weak types; () without one."""
-        return () if self.init_model_state is None else strongly_typed(self.init_model_state(meta_params, task))
+        if self.init_model_state is None:
+            return ()
+        return varying(strongly_typed(self.init_model_state(meta_params, task)))
 
     def moved(
         self, params: Params, meta_params: MetaParams, task: Task, model_state: ModelState
@@ -136,7 +139,7 @@ class BilevelProblem:
 
     def init(self, meta_params: MetaParams, task: Task) -> Params:
         """The starting point, checked to be floating arrays and stripped of weak types."""
-        return as_float_arrays(self.init_params(meta_params, task), "params", "init_params must return")
+        return varying(as_float_arrays(self.init_params(meta_params, task), "params", "init_params must return"))
 
     def minibatch(self, key: jax.Array, task: Task, step: Any) -> Task:
         """The task that inner step `step` sees."""

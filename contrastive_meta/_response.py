@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import while_loop
 from contrastive_meta._problem import Params
 
 
@@ -121,5 +122,5 @@ def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:
         return x, residual, direction, new, count + 1, upward
 
     begin = (tree.zeros_like(unit), unit, unit, tree.vdot(unit, unit), jnp.int32(0), jnp.asarray(True))
-    x, _, _, _, count, _ = jax.lax.while_loop(unconverged, body, begin)
+    x, _, _, _, count, _ = while_loop(unconverged, body, begin)
     return tree.scale(probe.nudge_norm, x), count

@@ -15,6 +15,7 @@ from contrastive_meta._argmin.adjoints import Adjoint, ContrastiveAdjoint
 from contrastive_meta._argmin.captured import OpenLoss, hold_open
 from contrastive_meta._argmin.learned import AlreadyLearned
 from contrastive_meta._argmin.operands import Operands, Wanted, once, primal, wanted_of
+from contrastive_meta._control import varying
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
     BilevelProblem,
@@ -101,7 +102,7 @@ def argmin(
             check_same_structure(params, start, "`params`", "A warm start has the structure and dtypes of `init`.")
             start = params
         loss, values = hold_open(inner_loss, start, meta_params, task)
-        operands = Operands(start, meta_params, task, values)
+        operands = varying(Operands(start, meta_params, task, values))
         phi, diagnostics = _solve(_Layer(loss, on_failure), (solver, adjoint), operands)
         return (phi, jax.lax.stop_gradient(diagnostics)) if has_aux else phi
 

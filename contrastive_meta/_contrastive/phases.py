@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import BasePoint, OuterGradients, outer_gradients
-from contrastive_meta._control import cast_like, only_if
+from contrastive_meta._control import cast_like, cond, fori_loop, only_if
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import AutomaticStrength, LinearNudge, LossNudge, Nudge, NudgeScheme, NudgeStrength
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule, measured_by
@@ -267,9 +267,7 @@ class PhaseSetup(NamedTuple):
 
         if isinstance(nudge, LossNudge):
             # Not a nudge that branches: a rule cannot listen to a network within a branch of the loss.
-            statistics = jax.lax.cond(
-                linear, lambda: statistics_with(LinearNudge()), lambda: statistics_with(LossNudge())
-            )
+            statistics = cond(linear, lambda: statistics_with(LinearNudge()), lambda: statistics_with(LossNudge()))
         else:
             statistics = statistics_with(nudge)
         return Evaluated(residuals, statistics, outer, outer_grad)
@@ -301,7 +299,7 @@ class PhaseSetup(NamedTuple):
             values = self.outer_at(jax.tree.map(lambda xs: xs[k], ends))
             return jax.tree.map(lambda xs, x: xs.at[k].set(jnp.asarray(x, xs.dtype)), found, values)
 
-        found: tuple[OuterGradients, Params] = jax.lax.fori_loop(0, count, evaluate, known)
+        found: tuple[OuterGradients, Params] = fori_loop(0, count, evaluate, known)
         return found
 
     def _complex_outer(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import NOISE_FLOOR
 from contrastive_meta._contrastive.phases import Base, PhaseSetup, mean_of, on_line
-from contrastive_meta._control import cast_like, settle
+from contrastive_meta._control import cast_like, settle, while_loop
 from contrastive_meta._problem import MetaParams, Params
 
 # Neighbouring strengths are this factor apart where the strength is sought; a typed strength is compared with its
@@ -266,7 +266,7 @@ def measure(setup: PhaseSetup, plan: Plan, assess: Any, trial: Any) -> Ladder:
         num_evaluations=jnp.int32(0),
         running=~plan.known | (plan.most > 0),
     )
-    end: Ladder = jax.lax.while_loop(lambda ladder: ladder.running, climb, begin)
+    end: Ladder = while_loop(lambda ladder: ladder.running, climb, begin)
     return end
 
 

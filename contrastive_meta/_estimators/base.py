@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import varying
 from contrastive_meta._dependence import leaf_names
 from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
 from contrastive_meta._instance import Instance
@@ -169,6 +170,8 @@ def _estimate(
     state: EstimatorState | None,
     key: jax.Array,
 ) -> MetaGradient:
+    # In `jax.shard_map` each device has a meta-gradient of its own, where JAX would add up those of all.
+    meta_params, task, state, key = varying((meta_params, task, state, key))
     # The estimate is the derivative: nothing is differentiated through the phases by accident.
     held = jax.lax.stop_gradient((meta_params, task, state))
     instance, start = _prepared(estimator, problem, *held, key)
@@ -191,6 +194,7 @@ def _estimate_batch(
         result = _estimate(estimator, problem, meta_params, task, state, key)
         lonely: MetaGradient = jax.tree.map(lambda x: x[None], result)
         return lonely
+    meta_params, tasks, states, keys = varying((meta_params, tasks, states, keys))
     held_meta, held_tasks, held_states = jax.lax.stop_gradient((meta_params, tasks, states))
     unseen: list[str] = []
 

@@ -17,6 +17,7 @@ from contrastive_meta._base_point import (
     outer_gradients,
     survey,
 )
+from contrastive_meta._control import cond, scan
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._instance import Instance
 from contrastive_meta._linear import (
@@ -195,7 +196,7 @@ def _solve_systems(
         cauchy = cauchy_length(length, found.first_curvature, instance.dtype)
         cauchy_step = tree.scale(cauchy / tree.or_one(length), inner_grad)
         ahead = tree.subtract(base.params, tree.where(k == 0, cauchy_step, carry.step))
-        outer_grads = jax.lax.cond(k < last, lambda: outer_gradients(instance, ahead)[2:], lambda: carry.outer_grads)
+        outer_grads = cond(k < last, lambda: outer_gradients(instance, ahead)[2:], lambda: carry.outer_grads)
         change = tree.subtract(outer_grads[0], base.outer_grad)
 
         right_side = tree.where(k == 0, base.outer_grad, tree.add(found.residual, change))
@@ -203,7 +204,7 @@ def _solve_systems(
         return _Carry(right_side, step, outer_grads), (solution, (cauchy, tree.norm(change), found.missing))
 
     begin = _Carry(inner_grad, inner_grad, (base.outer_grad, base.outer_in_meta))
-    end, (solutions, (cauchy, change, missing)) = jax.lax.scan(solve, begin, (jnp.arange(last + 1), stopping))
+    end, (solutions, (cauchy, change, missing)) = scan(solve, begin, (jnp.arange(last + 1), stopping))
     newton, adjoint, *rest = tree.unstack(solutions, last + 1)
     num_hvps = jnp.sum(solutions.num_hvps, dtype=jnp.int32)
     if first is not None:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import varying
 from contrastive_meta._problem import Params, as_float_arrays, check_same_structure
 from contrastive_meta._result import Status, flag, worst
 
@@ -170,6 +171,7 @@ def map_products(
     system: System, rows: jax.Array, unravel: Callable[[jax.Array], Params], batch: int | None
 ) -> jax.Array:
     """H times each of `rows`, flat: all at once, or `batch` rows at a time."""
+    rows = varying(rows)
 
     def flat_product(row: jax.Array) -> jax.Array:
         return ravel_pytree(system.product(unravel(row)))[0]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import only_if
+from contrastive_meta._control import fori_loop, only_if, while_loop
 from contrastive_meta._problem import Params
 from contrastive_meta._pytree import Flattening, PyTree, static, strategy
 from contrastive_meta._result import Status, flag, worst
@@ -91,10 +91,10 @@ class Pairs(NamedTuple):
                 vector, projections[slot] - weight * tree.vdot(grads, vector).astype(weight.dtype), params
             )
 
-        vector, projections = jax.lax.fori_loop(0, size, newest_first, (grads, jnp.zeros_like(self.weights)))
+        vector, projections = fori_loop(0, size, newest_first, (grads, jnp.zeros_like(self.weights)))
         # Before there is a pair, a step of length 1 at most, as in optax.
         scale = jnp.where(self.stored > 0, self.scale, jnp.minimum(1, 1 / residual))
-        return jax.lax.fori_loop(0, size, oldest_first, tree.scale(scale, vector))
+        return fori_loop(0, size, oldest_first, tree.scale(scale, vector))
 
     def _slot(self, number: jax.Array) -> jax.Array:
         return jax.lax.rem(number, jnp.int32(self.weights.size))
@@ -231,7 +231,7 @@ class LBFGS(InnerSolver):
         pairs = memory if jax.tree.leaves(memory) else self._no_pairs(start)
         count = jnp.int32(0)
         begin = Iteration(start, zero, zero, search, pairs, nothing, nothing, count, count, jnp.asarray(True))
-        end = jax.lax.while_loop(lambda now: now.running, iterate, begin)
+        end = while_loop(lambda now: now.running, iterate, begin)
 
         params = flattening.unflatten(end.params)
         unfinished = flag(~(end.last.residual <= tol), Status.FREE_NOT_CONVERGED)
