@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from contrastive_meta import _pytree as tree
+
 T = TypeVar("T")
 
 
@@ -43,9 +45,10 @@ def varying(values: T) -> T:
         missing = tuple(sorted(axes - _varying_axes(array), key=str))
         if not missing:
             return array
-        if hasattr(jax.lax, "pcast"):
-            return jax.lax.pcast(array, missing, to="varying")
-        return jax.lax.pvary(array, missing)
+        cast: Any = getattr(jax.lax, "pcast", None)
+        older: Any = getattr(jax.lax, "pvary", None)
+        varied: jax.Array = cast(array, missing, to="varying") if cast is not None else older(array, missing)
+        return varied
 
     same: T = jax.tree.map(vary, values)
     return same
@@ -58,15 +61,17 @@ def _varying_axes(array: jax.Array) -> frozenset[Any]:
     return axes
 
 
-def while_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], init: Any) -> Any:
+def while_loop(condition: Callable[[T], Any], body: Callable[[T], T], init: T) -> T:
     """`jax.lax.while_loop`, of values that vary."""
-    return jax.lax.while_loop(condition, lambda carry: varying(body(carry)), varying(init))
+    end: T = jax.lax.while_loop(condition, lambda carry: varying(body(carry)), varying(init))
+    return end
 
 
 def fori_loop(begin: Any, end: Any, body: Callable[[Any, Any], Any], init: Any) -> Any:
     """`jax.lax.fori_loop`, of values that vary."""
-    bounds = (begin, end) if isinstance(begin, int) and isinstance(end, int) else varying((begin, end))
-    return jax.lax.fori_loop(*bounds, lambda k, carry: varying(body(k, carry)), varying(init))
+    if not (isinstance(begin, int) and isinstance(end, int)):
+        begin, end = varying((begin, end))
+    return jax.lax.fori_loop(begin, end, lambda k, carry: varying(body(k, carry)), varying(init))
 
 
 def scan(body: Callable[[Any, Any], Any], init: Any, xs: Any = None, **options: Any) -> Any:
@@ -75,17 +80,33 @@ def scan(body: Callable[[Any, Any], Any], init: Any, xs: Any = None, **options: 
 
 
 def cond(condition: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], *operands: Any) -> Any:
-    """`jax.lax.cond`, whose branches return values that vary."""
-    return jax.lax.cond(
-        condition, lambda *args: varying(if_true(*args)), lambda *args: varying(if_false(*args)), *operands
-    )
+    """`jax.lax.cond`; inside `jax.shard_map` both branches are computed, as under `jax.vmap`."""
+    if not axes_of_shard_map():
+        return jax.lax.cond(condition, if_true, if_false, *operands)
+    return _selected(condition, [if_false, if_true], operands)
 
 
 def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
-    """`jax.lax.switch`, whose branches return values that vary."""
-    return jax.lax.switch(
-        index, [lambda *args, branch=branch: varying(branch(*args)) for branch in branches], *operands
-    )
+    """`jax.lax.switch`; inside `jax.shard_map` all branches are computed, as under `jax.vmap`."""
+    if not axes_of_shard_map():
+        return jax.lax.switch(index, branches, *operands)
+    return _selected(index, branches, operands)
+
+
+def _selected(index: Any, branches: Sequence[Callable[..., Any]], operands: Any) -> Any:
+    """What one of several branches returns.
+
+    Under `jax.vmap` inside `jax.shard_map` JAX (0.10.2) fails to map a branch that closes over a constant: the mapped
+    constant varies, and the branch was traced for one that does not.
+    """
+    chosen = None
+    for number, branch in enumerate(branches):
+        taken = jnp.asarray(index).astype(jnp.int32) == number
+        # No derivative, which may be NaN, comes from a branch that is not taken.
+        held = jax.tree.map(lambda x, taken=taken: jnp.where(taken, x, jax.lax.stop_gradient(x)), operands)
+        found = branch(*held)
+        chosen = found if chosen is None else tree.where(taken, found, chosen)
+    return chosen
 
 
 @contextlib.contextmanager
