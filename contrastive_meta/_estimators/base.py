@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import varying
 from contrastive_meta._dependence import leaf_names
+from contrastive_meta._estimators._derivative import guarded, with_derivative
 from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
@@ -68,8 +69,9 @@ class MetaGradientEstimator(abc.ABC):
 
         Returns:
           The meta-gradient, with the free-phase solution and diagnostics. `jax.grad` of `result.outer_loss` in
-          `meta_params` gives `result.grad`. That is the only derivative: those of `result.grad` and `result.params`,
-          second ones, and those in `task` or in values the losses close over are zero.
+          `meta_params` gives `result.grad`. That is the only derivative. Those of `result.grad`, `result.params` and
+          `result.aux`, second ones, and those in `task` or in values the losses close over raise TypeError in reverse
+          mode, and are NaN in forward mode. `result.state` and `result.diagnostics` count as constants.
 
         Raises:
           TypeError: a loss is not a floating scalar; params or meta-parameters are not floating arrays; an argument
@@ -176,7 +178,7 @@ def _estimate(
     held = jax.lax.stop_gradient((meta_params, task, state))
     instance, start = _prepared(estimator, problem, *held, key)
     unseen = _unseen(estimator, problem, start.params, instance.meta_params, instance.task)
-    return _finished(estimator._estimate(instance, start), unseen, meta_params)
+    return _finished(estimator._estimate(instance, start), unseen, meta_params, task)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -209,7 +211,9 @@ def _estimate_batch(
     inputs = held_tasks, held_states, keys
     jax.eval_shape(find_unseen, *jax.tree.map(lambda xs: xs[0], inputs))
     results = estimator._estimate_each(prepare, inputs)
-    finished: MetaGradient = jax.vmap(lambda result: _finished(result, tuple(unseen), meta_params))(results)
+    finished: MetaGradient = jax.vmap(lambda result, task: _finished(result, tuple(unseen), meta_params, task))(
+        results, tasks
+    )
     return finished
 
 
@@ -248,7 +252,7 @@ def _prepared(
     return Instance(problem, meta_params, task, key, dtype), state
 
 
-def _finished(result: MetaGradient, unseen: tuple[str, ...], meta_params: MetaParams) -> MetaGradient:
+def _finished(result: MetaGradient, unseen: tuple[str, ...], meta_params: MetaParams, task: Task) -> MetaGradient:
     """The result as users get it."""
     check_same_structure(
         result.grad, meta_params, "The meta-gradient", "A rule's `statistic` must return a pytree like `meta_params`; "
@@ -259,28 +263,16 @@ def _finished(result: MetaGradient, unseen: tuple[str, ...], meta_params: MetaPa
     grad = jax.tree.unflatten(
         jax.tree.structure(meta_params), [jnp.zeros_like(leaf) if name in unseen else leaf for name, leaf in leaves]
     )
+    held = jax.lax.stop_gradient(grad)
     return MetaGradient(
-        grad=grad,
-        outer_loss=_differentiable(result.outer_loss, grad, meta_params),
-        params=result.params,
-        state=strongly_typed(result.state),
-        diagnostics=result.diagnostics,
-        aux=result.aux,
+        grad=guarded(grad, (meta_params, task)),
+        outer_loss=with_derivative(guarded(result.outer_loss, task), held, meta_params),
+        params=guarded(result.params, (meta_params, task)),
+        state=jax.lax.stop_gradient(strongly_typed(result.state)),
+        diagnostics=jax.lax.stop_gradient(result.diagnostics),
+        aux=guarded(result.aux, (meta_params, task)),
         unseen=unseen,
     )
-
-
-@jax.custom_jvp
-def _differentiable(outer_loss: jax.Array, grad: MetaParams, meta_params: MetaParams) -> jax.Array:
-    """The outer loss, with the estimate as its derivative in `meta_params`."""
-    return outer_loss
-
-
-@_differentiable.defjvp
-def _differentiable_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    outer_loss, grad, _ = primals
-    products = jax.tree.map(lambda g, t: jnp.sum(g * t), grad, tangents[2])
-    return outer_loss, jnp.asarray(sum(jax.tree.leaves(products)), outer_loss.dtype)
 
 
 def _unseen(
