@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._arity import require_function
 from contrastive_meta._control import varying
 from contrastive_meta._pytree import PyTree, static, strategy
 
@@ -44,6 +45,9 @@ class BilevelProblem:
         are `inner_loss(params, meta_params, task, model_state) -> (scalar, new_model_state)`, whatever `has_aux`, and
         `outer_loss(params, meta_params, task, model_state) -> scalar`, or `(scalar, aux)` with `has_aux`.
 
+    Raises:
+      TypeError: an argument is no function, or none of the arguments that it will be called with.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
@@ -74,6 +78,20 @@ class BilevelProblem:
     has_aux: bool = static(default=False)
     sample: Callable[[jax.Array, Task, jax.Array], Task] | None = static(default=None)
     init_model_state: Callable[[MetaParams, Task], ModelState] | None = static(default=None)
+
+    def __post_init__(self) -> None:
+        """Check that all are functions of what they will be called with."""
+        of_loss, of_task = "params, meta_params, task", "meta_params, task"
+        scalar = "scalar" if not self.has_aux else "(scalar, aux)"
+        has_state = self.init_model_state is not None
+        of_loss += ", model_state" if has_state else ""
+        require_function(self.inner_loss, "inner_loss", of_loss, "(scalar, new_model_state)" if has_state else scalar)
+        require_function(self.outer_loss, "outer_loss", of_loss, scalar)
+        require_function(self.init_params, "init_params", of_task, "params")
+        if self.sample is not None:
+            require_function(self.sample, "sample", "key, task, step", "task")
+        if self.init_model_state is not None:
+            require_function(self.init_model_state, "init_model_state", of_task, "model_state")
 
     def at(self, model_state: ModelState) -> "BilevelProblem":
         """The problem with its model state held fixed: an ordinary problem, without one.

@@ -22,6 +22,7 @@ PACKAGE = "contrastive_meta"
 ORDER = (
     "_pytree",
     "_control",
+    "_arity",
     "_tracing",
     "_holomorphic",
     "_problem",

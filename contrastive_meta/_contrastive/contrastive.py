@@ -98,6 +98,7 @@ class Contrastive(MetaGradientEstimator):
 
     def __post_init__(self) -> None:
         """Check what is asked for."""
+        super().__post_init__()
         if self.target_error is not None and not self.estimate_error:
             raise ValueError("`target_error` needs the error estimate: leave out `estimate_error=False`.")
         if self.target_error is not None and is_concrete(self.target_error) and not self.target_error > 0:

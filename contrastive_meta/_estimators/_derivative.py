@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 _REASON = (
     "An estimate cannot be differentiated like this: its only derivative is that of `result.outer_loss` in "
-    "`meta_params`, once. Those of `result.grad` and `result.params`, second ones, and those in `task` or in values that "
-    "the losses close over, would be derivatives of the iterations, which mean nothing. Use `argmin` to differentiate "
-    "through learning, or stop derivatives before: `estimate(problem, jax.lax.stop_gradient(meta_params), task)`."
+    "`meta_params`, once. Those of `result.grad` and `result.params`, second ones, and those in `task` or in values "
+    "that the losses close over, would be derivatives of the iterations, which mean nothing. Use `argmin` to "
+    "differentiate through learning; or stop derivatives before, by `jax.lax.stop_gradient(meta_params)`."
 )
 
 

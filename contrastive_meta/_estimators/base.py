@@ -8,12 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import varying
 from contrastive_meta._dependence import leaf_names
 from contrastive_meta._estimators._derivative import guarded, with_derivative
-from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
+from contrastive_meta._estimators._visibility import (
+    any_of,
+    gradient_reaches_params,
+    seen_in_inner_loss,
+    seen_in_outer_loss,
+)
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
     BilevelProblem,
@@ -44,6 +50,13 @@ class MetaGradientEstimator(abc.ABC):
     """
 
     solver: InnerSolver
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a part. What JAX puts in the place of parts, when it handles trees, passes."""
+        for field, kind in self._parts().items():
+            part = getattr(self, field, None)
+            if isinstance(part, optax.GradientTransformation | optax.MultiSteps | type):
+                raise self._wrong_part(field, kind, part)
 
     def estimate(
         self,
@@ -118,7 +131,6 @@ class MetaGradientEstimator(abc.ABC):
 
     def _check_parts(self, problem: Any) -> None:
         """Raise TypeError where the problem or a part of the estimator is something else."""
-        name = type(self).__name__
         if not isinstance(problem, BilevelProblem):
             raise TypeError(
                 f"The first argument of `estimate` is the problem: expected a BilevelProblem, got {_kind(problem)}. "
@@ -127,15 +139,23 @@ class MetaGradientEstimator(abc.ABC):
         for field, kind in self._parts().items():
             part = getattr(self, field)
             if not isinstance(part, kind):
-                wanted = " or ".join(cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,)))
-                raise TypeError(
-                    f"`{name}.{field}` must be an instance of {wanted}; got {_kind(part)}. Call a class or a function "
-                    "to make one; an optax optimiser becomes a solver by `OptaxDescent(optimizer, num_steps=...)`."
-                )
+                raise self._wrong_part(field, kind, part)
+
+    def _wrong_part(self, field: str, kind: Any, part: Any) -> TypeError:
+        wanted = " or ".join(cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,)))
+        return TypeError(
+            f"`{type(self).__name__}.{field}` must be an instance of {wanted}; got {_kind(part)}. Call a class or a "
+            "function to make one; an optax optimiser becomes a solver by `OptaxDescent(optimizer, num_steps=...)`."
+        )
 
     def _parts(self) -> dict[str, Any]:
         """What each field that holds a strategy must be an instance of."""
         return {"solver": InnerSolver}
+
+    @property
+    def _pulls_outer_loss_back(self) -> bool:
+        """Whether the gradient of the outer loss in `params` is how this estimator sees what was learned."""
+        return True
 
     @abc.abstractmethod
     def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
@@ -290,6 +310,15 @@ def _unseen(
         raise ValueError(
             f"{name} sees none of the meta-parameters: nothing it looks at depends on {', '.join(unseen)}, so the "
             f"meta-gradient would be identically zero. {remedy}"
+        )
+    if estimator._pulls_outer_loss_back and not gradient_reaches_params(problem, params, meta_params, task):
+        warnings.warn(
+            f"No gradient of the outer loss reaches `params`, so {name} finds nothing that is learned through them: "
+            "its meta-gradient is how the outer loss depends on the meta-parameters directly, and zero where it does not. "
+            "An error rate, a rounding or `stop_gradient` has no gradient: judge by a smooth loss, such as a "
+            "cross-entropy, or use `FiniteDifference` or `EvolutionStrategies`, which compare values.",
+            UserWarning,
+            stacklevel=4,
         )
     if unseen:
         warnings.warn(

@@ -60,6 +60,11 @@ class FiniteDifference(MetaGradientEstimator):
     step: float | jax.Array | None = None
     batch_size: int = static(default=16)
 
+    @property
+    def _pulls_outer_loss_back(self) -> bool:
+        """It compares values."""
+        return False
+
     def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         flat, unravel = ravel_pytree(instance.meta_params)
         relative_step = jnp.finfo(flat.dtype).eps ** (1 / 3) if self.step is None else self.step
@@ -119,8 +124,14 @@ class EvolutionStrategies(MetaGradientEstimator):
 
     def __post_init__(self) -> None:
         """Check the number of pairs: a standard error needs two."""
+        super().__post_init__()
         if self.num_pairs < 2:
             raise ValueError(f"EvolutionStrategies needs num_pairs >= 2; got {self.num_pairs}.")
+
+    @property
+    def _pulls_outer_loss_back(self) -> bool:
+        """It compares values."""
+        return False
 
     def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         flat, unravel = ravel_pytree(instance.meta_params)
