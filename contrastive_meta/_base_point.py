@@ -85,7 +85,7 @@ class BasePoint(NamedTuple):
 
     def without_constants(self) -> "BasePoint":
         """What a mapped program can return."""
-        return self._replace(eps=jnp.nan)
+        return self._replace(eps=0.0)
 
 
 def outer_gradients(instance: Instance, params: Params) -> OuterGradients:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import scan
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task
 from contrastive_meta._pytree import PyTree
@@ -151,7 +152,7 @@ def sum_over_tasks(
 
     first = jax.eval_shape(lambda: batch(column(0)))[0]
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    total, kept = jax.lax.scan(lambda total, k: accumulate(total, column(k)), zero, jnp.arange(num_batches))
+    total, kept = scan(lambda total, k: accumulate(total, column(k)), zero, jnp.arange(num_batches))
     kept = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(whole, *x.shape[2:]), kept)
     if whole < num_tasks:
         total, rest = accumulate(total, jax.tree.map(lambda x: x[whole:], inputs))

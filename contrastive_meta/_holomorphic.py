@@ -28,7 +28,7 @@ _ELEMENTWISE = """
 _LINEAR = """
     dot_general conv_general_dilated fft psum reduce_sum cumsum reduce_window_sum broadcast_in_dim reshape transpose
     squeeze slice dynamic_slice dynamic_update_slice gather scatter scatter-add scatter-sub concatenate split pad rev
-    tile select_n copy convert_element_type stop_gradient name sharding_constraint
+    tile select_n copy convert_element_type stop_gradient name sharding_constraint pvary pcast
 """
 _ALGEBRAIC = "reduce_prod cumprod scatter-mul triangular_solve tridiagonal_solve lu"
 _HOLOMORPHIC = frozenset(f"{_ELEMENTWISE} {_LINEAR} {_ALGEBRAIC}".split())

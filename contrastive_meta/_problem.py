@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._arity import require_function
+from contrastive_meta._control import varying
 from contrastive_meta._pytree import PyTree, static, strategy
 
 Params = PyTree
@@ -43,6 +45,9 @@ class BilevelProblem:
         are `inner_loss(params, meta_params, task, model_state) -> (scalar, new_model_state)`, whatever `has_aux`, and
         `outer_loss(params, meta_params, task, model_state) -> scalar`, or `(scalar, aux)` with `has_aux`.
 
+    Raises:
+      TypeError: an argument is no function, or none of the arguments that it will be called with.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
@@ -74,6 +79,20 @@ class BilevelProblem:
     sample: Callable[[jax.Array, Task, jax.Array], Task] | None = static(default=None)
     init_model_state: Callable[[MetaParams, Task], ModelState] | None = static(default=None)
 
+    def __post_init__(self) -> None:
+        """Check that all are functions of what they will be called with."""
+        of_loss, of_task = "params, meta_params, task", "meta_params, task"
+        scalar = "scalar" if not self.has_aux else "(scalar, aux)"
+        has_state = self.init_model_state is not None
+        of_loss += ", model_state" if has_state else ""
+        require_function(self.inner_loss, "inner_loss", of_loss, "(scalar, new_model_state)" if has_state else scalar)
+        require_function(self.outer_loss, "outer_loss", of_loss, scalar)
+        require_function(self.init_params, "init_params", of_task, "params")
+        if self.sample is not None:
+            require_function(self.sample, "sample", "key, task, step", "task")
+        if self.init_model_state is not None:
+            require_function(self.init_model_state, "init_model_state", of_task, "model_state")
+
     def at(self, model_state: ModelState) -> "BilevelProblem":
         """The problem with its model state held fixed: an ordinary problem, without one.
 
@@ -103,7 +122,9 @@ class BilevelProblem:
 
     def first_model_state(self, meta_params: MetaParams, task: Task) -> ModelState:
         """The model state with which learning starts, stripped of weak types; () without one."""
-        return () if self.init_model_state is None else strongly_typed(self.init_model_state(meta_params, task))
+        if self.init_model_state is None:
+            return ()
+        return varying(strongly_typed(self.init_model_state(meta_params, task)))
 
     def moved(
         self, params: Params, meta_params: MetaParams, task: Task, model_state: ModelState
@@ -136,7 +157,7 @@ class BilevelProblem:
 
     def init(self, meta_params: MetaParams, task: Task) -> Params:
         """The starting point, checked to be floating arrays and stripped of weak types."""
-        return as_float_arrays(self.init_params(meta_params, task), "params", "init_params must return")
+        return varying(as_float_arrays(self.init_params(meta_params, task), "params", "init_params must return"))
 
     def minibatch(self, key: jax.Array, task: Task, step: Any) -> Task:
         """The task that inner step `step` sees."""

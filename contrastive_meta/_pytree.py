@@ -107,7 +107,7 @@ def add_scaled(a: PyTree, factor: Any, b: PyTree) -> PyTree:
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """The real inner product over all leaves; for complex leaves the real part of `conj(a) . b`."""
     products = jax.tree.map(lambda x, y: jnp.real(jnp.vdot(x, y)), a, b)
-    return _sum(products)
+    return sum_of_leaves(products)
 
 
 def norm(a: PyTree) -> jax.Array:
@@ -129,7 +129,7 @@ def norms(*trees: PyTree) -> jax.Array:
       A vector in the finest dtype of all leaves, float32 at least.
     """
     columns = list(zip(*(jax.tree.leaves(jax.lax.stop_gradient(a)) for a in trees), strict=True))
-    fine = jnp.promote_types(float_dtype([x for column in columns for x in column]), jnp.float32)
+    fine = promoted(float_dtype([x for column in columns for x in column]), jnp.float32)
     if not columns:
         return jnp.zeros((len(trees),), fine)
     stacks = [jnp.stack([jnp.abs(x).astype(fine) for x in column]) for column in columns]
@@ -141,14 +141,15 @@ def norms(*trees: PyTree) -> jax.Array:
     def sums(stack: jax.Array, axis: tuple[int, ...]) -> jax.Array:
         return jnp.sum(jnp.square(stack / unit.reshape(-1, *[1] * len(axis))), axis=axis)
 
-    total = _sum([sums(stack, axis) for stack, axis in zip(stacks, axes, strict=True)])
+    total = sum_of_leaves([sums(stack, axis) for stack, axis in zip(stacks, axes, strict=True)])
     return unit * jnp.sqrt(total)
 
 
 def max_abs(a: PyTree) -> jax.Array:
     """The largest absolute entry of any leaf; 0 for a tree without entries."""
     leaves = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(a)]
-    return jnp.max(jnp.stack([jnp.asarray(x) for x in leaves])) if leaves else jnp.zeros(())
+    dtype = promoted(*leaves) if leaves else None
+    return jnp.max(jnp.stack([x.astype(dtype) for x in leaves])) if leaves else jnp.zeros(())
 
 
 def zeros_like(a: PyTree) -> PyTree:
@@ -185,8 +186,14 @@ def floating(a: PyTree) -> list[jax.Array]:
 def float_dtype(a: PyTree) -> Any:
     """The real floating dtype that the leaves of `a` promote to."""
     leaves = jax.tree.leaves(a)
-    dtype = jnp.result_type(*leaves) if leaves else jnp.result_type(float)
+    dtype = promoted(*leaves) if leaves else jnp.result_type(float)
     return jnp.finfo(dtype).dtype
+
+
+def promoted(*values: Any) -> Any:
+    """The dtype that arrays and dtypes promote to, also where the user forbids operations to promote."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*values)
 
 
 def coarsest_eps(dtype: Any, a: PyTree) -> float:
@@ -219,18 +226,20 @@ def is_complex(a: PyTree) -> bool:
 
 def at_least(a: PyTree, dtype: Any) -> PyTree:
     """The leaves in their own precision, or that of `dtype` where it is finer."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), a)
+    return jax.tree.map(lambda x: x.astype(promoted(x.dtype, dtype)), a)
 
 
 def to_complex(a: PyTree) -> PyTree:
     """The leaves in the complex dtype of their own precision."""
-    return jax.tree.map(lambda x: x.astype(jnp.result_type(x, jnp.complex64)), a)
+    return jax.tree.map(lambda x: x.astype(promoted(x, jnp.complex64)), a)
 
 
 def _in_dtype_of(factor: Any, x: jax.Array) -> Any:
     return factor if jnp.iscomplexobj(factor) else jnp.asarray(factor, dtype=jnp.real(x).dtype)
 
 
-def _sum(tree: PyTree) -> jax.Array:
-    leaves = jax.tree.leaves(tree)
-    return jnp.asarray(sum(leaves)) if leaves else jnp.zeros(())
+def sum_of_leaves(a: PyTree) -> jax.Array:
+    """The sum of the leaves, arrays of one shape, in the dtype that they promote to."""
+    leaves = jax.tree.leaves(a)
+    dtype = promoted(*leaves) if leaves else None
+    return jnp.asarray(sum(x.astype(dtype) for x in leaves)) if leaves else jnp.zeros(())

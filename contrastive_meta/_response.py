@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import while_loop
 from contrastive_meta._problem import Params
 
 # A second difference this many times the smallest of three is a jump. Of three norms of random vectors of one entry the
@@ -99,7 +100,7 @@ def measure_noise(
     values = jax.lax.map(function, points)
     here = jax.tree.map(lambda xs: xs[1], values)
     # Taken from `here`, nearly equal numbers are subtracted exactly.
-    away = jax.tree.map(lambda xs: xs - xs[1], values)
+    away = jax.tree.map(lambda xs: xs - xs[1:2], values)
     seconds = jax.tree.map(lambda xs: xs[:-2] - 2 * xs[1:-1] + xs[2:], away)
     firsts = jax.tree.map(lambda xs: xs[2:] - xs[:-2], away)
     second, first = (jnp.stack(tree.norms(*tree.unstack(of, 3))).astype(scale.dtype) for of in (seconds, firsts))
@@ -153,5 +154,5 @@ def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:
         return x, residual, direction, new, count + 1, upward
 
     begin = (tree.zeros_like(unit), unit, unit, tree.vdot(unit, unit), jnp.int32(0), jnp.asarray(True))
-    x, _, _, _, count, _ = jax.lax.while_loop(unconverged, body, begin)
+    x, _, _, _, count, _ = while_loop(unconverged, body, begin)
     return tree.scale(probe.nudge_norm, x), count

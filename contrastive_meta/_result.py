@@ -137,7 +137,8 @@ class PhasesBy(enum.IntEnum):
 class Diagnostics(NamedTuple):
     """How far a meta-gradient can be trusted: scalars of the same structure for every estimator.
 
-    What an estimator has no notion of is NaN (floats) or 0 (counts).
+    What an estimator has no notion of is infinite where it would measure an error, and else 0. It is never NaN, which
+    is left to losses and data, and which `jax_debug_nans` stops at.
 
     Attributes:
       beta: nudging strength used, in units of `inner_loss` over those of `outer_loss`; the modulus for complex nudges.
@@ -148,7 +149,7 @@ class Diagnostics(NamedTuple):
       num_gradients: gradients of the inner (or nudged) loss evaluated, all phases together.
       num_hvps: Hessian-vector products evaluated.
       error_estimate: estimate of ||grad - exact|| / ||exact||; infinite where what was measured says nothing of it,
-        NaN where no estimate is made. Above 0.1 the status is at least `APPROXIMATE`.
+        and where no estimate is made. An estimate above 0.1 makes the status at least `APPROXIMATE`.
       status: value of a `Status`; the most severe wins.
       phases_by: value of a `PhasesBy`: who ran the nudged phases.
 
@@ -170,12 +171,19 @@ class Diagnostics(NamedTuple):
 
 
 def make_diagnostics(dtype: Any, **known: Any) -> Diagnostics:
-    """Diagnostics in one dtype, with NaN or 0 for what is not among `known`; a large estimated error is a status."""
+    """Diagnostics in one dtype; a large estimated error is a status.
+
+    Args:
+      dtype: of what is no count.
+      **known: fields; None, or left out, for what is not known.
+    """
     counts = dict.fromkeys(("num_gradients", "num_hvps", "status", "phases_by"), jnp.int32)
-    missing = {name: 0 if name in counts else jnp.nan for name in Diagnostics._fields}
-    values = missing | known
+    errors = ("free_residual", "nudged_residual", "error_estimate")
+    values = {name: jnp.inf if name in errors else 0 for name in Diagnostics._fields}
+    values |= {name: value for name, value in known.items() if value is not None}
     told = Diagnostics(**{name: jnp.asarray(value, counts.get(name, dtype)) for name, value in values.items()})
-    inaccurate = flag(told.error_estimate > LARGEST_ACCURATE_ERROR, Status.APPROXIMATE)
+    estimated = known.get("error_estimate") is not None
+    inaccurate = flag(estimated & (told.error_estimate > LARGEST_ACCURATE_ERROR), Status.APPROXIMATE)
     return told._replace(status=jnp.maximum(told.status, inaccurate))
 
 

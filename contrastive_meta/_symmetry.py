@@ -9,6 +9,7 @@ import optax
 from jax.extend import core
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import scan, varying
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._tracing import open_jaxpr, trace
@@ -100,10 +101,10 @@ def asymmetry_of(instance: Instance, params: Params, direction: Params, scale: j
         def at(sign: jax.Array) -> Any:
             return gradients(*tree.add_scaled((params, meta_params), sign * step, along))
 
-        both = jax.lax.map(at, jnp.array([1.0, -1.0], dtype))
+        both = jax.lax.map(at, varying(jnp.array([1.0, -1.0], dtype)))
         return jax.tree.map(lambda xs: (xs[0] - xs[1]) / (2 * step).astype(xs.dtype), both)
 
-    def turn(carry: Any, k: jax.Array) -> Any:
+    def check(carry: Any, k: jax.Array) -> Any:
         along, changes = carry
         step = jnp.where(k == 1, meta_step, relative * scale)
         change = measure(along, step)
@@ -118,7 +119,7 @@ def asymmetry_of(instance: Instance, params: Params, direction: Params, scale: j
         off = jnp.maximum(jnp.abs(back - wanted) - rounding, 0) / tree.or_one(jnp.maximum(jnp.abs(back), wanted))
         return (following, changes), jnp.where(k == 0, 0, off)
 
-    _, off = jax.lax.scan(turn, (first, nothing), jnp.arange(3))
+    _, off = scan(check, (first, nothing), jnp.arange(3))
     return jnp.max(jnp.where(jnp.isfinite(off), off, 0)).astype(dtype)
 
 

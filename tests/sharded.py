@@ -1,9 +1,12 @@
 """What `test_sharding` runs in processes of its own, whose devices are counted before JAX starts: prints JSON."""
 
+import contextlib
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -127,6 +130,116 @@ def training() -> Iterator[dict[str, Any]]:
         }
 
 
+def in_shard_map() -> Iterator[dict[str, Any]]:
+    """Each device with its own tasks, by `jax.shard_map` with its default checks, against all tasks on one device."""
+    problem, meta_params, tasks = tasks_from(0, NUM_TASKS)
+    short = cm.OptaxDescent(optax.sgd(0.5, momentum=0.9), num_steps=60)
+    solve = cm.argmin(problem.inner_loss, short, init=problem.init_params)
+
+    def layered(meta_params: Any, tasks: Any) -> Any:
+        def mean(at: Any) -> Any:
+            losses = jax.vmap(lambda task: problem.outer_loss(solve(at, task), at, task))(tasks)
+            return losses.mean()
+
+        return jax.value_and_grad(mean)(meta_params)
+
+    ways = {
+        name: cm.value_and_meta_grad(problem, estimator)
+        for name, estimator in {
+            "default": cm.Contrastive(short),
+            "to a tolerance": cm.Contrastive(cm.LBFGS(tol=1e-9), cm.LBFGS(), cm.central_difference(1e-2)),
+            "implicit": cm.ImplicitDifferentiation(short),
+            "backprop": cm.BackpropThroughLearning(short),
+        }.items()
+    } | {"argmin": layered}
+    mesh = jax.make_mesh((NUM_DEVICES,), ("tasks",), axis_types=(jax.sharding.AxisType.Auto,))
+    for name, way in ways.items():
+
+        def local(meta_params: Any, tasks: Any, name: str = name, way: Any = way) -> Any:
+            value, grad = way(meta_params, tasks)
+            # What is differentiated by `jax.grad` was the same on all devices: JAX has added up already.
+            summed = jax.tree.map(lambda x: x / NUM_DEVICES, grad) if name == "argmin" else jax.lax.pmean(grad, "tasks")
+            return jax.lax.pmean(value, "tasks"), summed
+
+        specs = PartitionSpec(), PartitionSpec("tasks")
+        mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec()))
+        wanted = jax.tree.map(np.asarray, jax.jit(way)(meta_params, tasks))
+        yield {"case": name, "error": relative_error(mapped(meta_params, tasks), wanted)}
+
+
+def traced_in_shard_map() -> list[str]:
+    """The learners and estimators whose programs have the right types there; the first that has not raises."""
+    problem, meta_params, tasks = tasks_from(0, NUM_DEVICES)
+    descent = cm.OptaxDescent(optax.sgd(0.5), num_steps=3)
+    to_tolerance = cm.OptaxDescent(optax.adam(0.1), tol=1e-3, max_steps=3)
+    estimators = {
+        "target": cm.Contrastive(cm.LBFGS(), target_error=1e-2),
+        "published": cm.Contrastive(descent, descent, cm.forward_difference(0.1)),
+        "together": cm.Contrastive(to_tolerance, to_tolerance),
+        "in turn": cm.Contrastive(descent, scheme=cm.relative(cm.four_point), sequential=True),
+        "complex": cm.Contrastive(descent, descent, cm.relative(cm.complex_step)),
+        "dense": cm.ImplicitDifferentiation(descent, cm.DenseInverse()),
+        "Neumann": cm.ImplicitDifferentiation(descent, cm.NeumannSeries(0.1)),
+        "Nystrom": cm.ImplicitDifferentiation(descent, cm.Nystrom(3, damping=0.1)),
+        "T1-T2": cm.ImplicitDifferentiation(descent, cm.IdentityHessian()),
+        "checkpoints": cm.BackpropThroughLearning(descent, checkpoint=True),
+        "forward": cm.BackpropThroughLearning(descent, forward_mode=True),
+        "finite differences": cm.FiniteDifference(descent),
+        "evolution": cm.EvolutionStrategies(descent, num_pairs=2),
+    }
+    mesh = jax.make_mesh((NUM_DEVICES,), ("tasks",), axis_types=(jax.sharding.AxisType.Auto,))
+    along = PartitionSpec("tasks")
+    for estimator in estimators.values():
+
+        def local(tasks: Any, estimator: Any = estimator) -> Any:
+            # Meta-parameters that are captured, and differ from no device to another.
+            grad = estimator.estimate(problem, meta_params, jax.tree.map(lambda x: x[0], tasks)).grad
+            return jax.tree.map(lambda x: x[None], grad)
+
+        jax.eval_shape(jax.shard_map(local, mesh=mesh, in_specs=along, out_specs=along), tasks)
+    return list(estimators)
+
+
+def resuming() -> dict[str, Any]:
+    """Meta-learning on a mesh, saved and resumed as docs/scaling.md says, against going on."""
+    problem, meta_params, tasks = tasks_from(0, NUM_DEVICES)
+    learner = cm.OptaxDescent(optax.sgd(0.5), num_steps=5)
+    everywhere, along = on_mesh("Auto", "replicated", meta_params, tasks)
+    estimator = cm.Contrastive(learner, learner, cm.central_difference(1e-2))
+    tx = cm.meta_optimizer(optax.adam(1e-2), problem, estimator)
+    copied = jax.tree.leaves(everywhere)[0].sharding
+
+    @jax.jit
+    def step(meta_params: Any, state: Any) -> Any:
+        updates, state = tx.update(None, state, meta_params, tasks=along)
+        return optax.apply_updates(meta_params, updates), state
+
+    def fresh() -> Any:
+        return everywhere, jax.device_put(tx.init(everywhere), copied)
+
+    saved = step(*fresh())
+    wanted = jax.tree.map(np.asarray, step(*saved))
+
+    def agrees(restored: Any) -> bool:
+        leaves = zip(jax.tree.leaves(step(*restored)), jax.tree.leaves(wanted), strict=True)
+        return all(np.array_equal(a, b) for a, b in leaves)
+
+    arrays = jax.tree.map(np.asarray, saved)
+    found = {
+        "numpy": agrees(jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), arrays, fresh())),
+        "devices": sorted({len(leaf.sharding.device_set) for leaf in jax.tree.leaves(fresh())}),
+    }
+    with contextlib.suppress(ImportError):
+        import orbax.checkpoint as ocp
+
+        path = Path(tempfile.mkdtemp()) / "checkpoint"
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, saved)
+            checkpointer.wait_until_finished()
+            found["orbax"] = agrees(checkpointer.restore(path, fresh()))
+    return found
+
+
 def process(rank: int, address: str, num_processes: int) -> dict[str, Any]:
     """One of several processes, each of which has its part of the tasks and nothing else."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -155,5 +268,11 @@ if __name__ == "__main__":
     if sys.argv[1] == "devices":
         assert jax.device_count() == NUM_DEVICES
         print(json.dumps({"estimates": list(estimates()), "training": list(training())}))
+    elif sys.argv[1] == "shard_map":
+        assert jax.device_count() == NUM_DEVICES
+        print(json.dumps({"mapped": list(in_shard_map()), "traced": traced_in_shard_map()}))
+    elif sys.argv[1] == "resume":
+        assert jax.device_count() == NUM_DEVICES
+        print(json.dumps(resuming()))
     else:
         print(json.dumps(process(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))))

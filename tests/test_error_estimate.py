@@ -140,7 +140,7 @@ def test_switched_off_it_changes_no_number_and_costs_nothing():
     on, off = (
         cm.Contrastive(STILL, ALONE, estimate_error=flag).estimate(problem, *case[2:4]) for flag in (True, False)
     )
-    assert jnp.isnan(off.diagnostics.error_estimate)
+    assert jnp.isposinf(off.diagnostics.error_estimate)
     # Two phases at twice the distance, their statistics and once more those; and few steps of conjugate gradients.
     assert 6 <= on.diagnostics.num_gradients - off.diagnostics.num_gradients <= 20
     # Another program, so other rounding.

@@ -22,6 +22,7 @@ PACKAGE = "contrastive_meta"
 ORDER = (
     "_pytree",
     "_control",
+    "_arity",
     "_tracing",
     "_holomorphic",
     "_problem",
@@ -192,6 +193,23 @@ def public_names() -> Iterator[tuple[str, Any]]:
                 for alias in node.names:
                     name = alias.asname or alias.name
                     yield prefix + name, getattr(module, name)
+
+
+# Whose control flow `jax.shard_map` must be able to type. Problems and local learners are what users write.
+TYPED_LOOPS = set(ORDER) - {"_control", "problems", "architectures", "local_learners"}
+CONTROL_FLOW = {"cond", "fori_loop", "scan", "switch", "while_loop"}
+
+
+def test_control_flow_is_called_through_control() -> None:
+    """A carry that starts from a constant has the wrong type in `jax.shard_map`; `_control` gives it another."""
+    offenders = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in package_files()
+        if unit(module_name(path)) in TYPED_LOOPS
+        for node in ast.walk(syntax_of(path))
+        if isinstance(node, ast.Attribute) and node.attr in CONTROL_FLOW and ast.unparse(node.value) == "jax.lax"
+    ]
+    assert not offenders, listed("`jax.lax` where `contrastive_meta._control` has the same", offenders)
 
 
 def wrong_way(module: str, imported: str) -> bool:

@@ -127,6 +127,8 @@ def test_without_diagnostics_implicit_differentiation_solves_one_system_and_a_st
     tasks = jax.tree.map(lambda x: x[None], case.task)
 
     def equations(has_aux):
-        return count_equations(cm.value_and_meta_grad(case.problem, estimator, has_aux=has_aux), case.meta_params, tasks)
+        return count_equations(
+            cm.value_and_meta_grad(case.problem, estimator, has_aux=has_aux), case.meta_params, tasks
+        )
 
     assert equations(False) < equations(True)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -83,6 +84,23 @@ def test_the_optimizer_and_its_warm_start(on_eight_devices: Any) -> None:
         assert found["moved"] > 1e-3
         assert found["tasks_on_a_device"] == [2] * 8, "solutions stay with their tasks"
         assert found["devices_of_meta_params"] == (8 if found["case"][1] == "sharded" else 1)
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="types do not say along which axes values vary")
+def test_each_device_on_its_own_in_shard_map() -> None:
+    """With the default checks: a loop's carry that starts from a constant has another type there than one of a task."""
+    found = answer(start("shard_map", devices=8))
+    assert [each["case"] for each in found["mapped"]] == ["default", "to a tolerance", "implicit", "backprop", "argmin"]
+    for each in found["mapped"]:
+        # As above: tolerances of solvers are met on noise.
+        assert each["error"] < (1e-9 if each["case"] in ("default", "argmin", "to a tolerance") else 1e-11), each
+    assert len(found["traced"]) == 13
+
+
+def test_what_is_resumed_on_a_mesh_goes_on_the_same() -> None:
+    found = answer(start("resume", devices=8))
+    assert found["devices"] == [8], "every leaf that is restored into lies on all devices"
+    assert found["numpy"] and found.get("orbax", True)
 
 
 def test_two_processes_each_with_its_part_of_the_tasks(on_eight_devices: Any) -> None:

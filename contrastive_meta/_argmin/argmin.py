@@ -15,7 +15,9 @@ from contrastive_meta._argmin.adjoints import Adjoint, ContrastiveAdjoint
 from contrastive_meta._argmin.captured import OpenLoss, hold_open
 from contrastive_meta._argmin.learned import AlreadyLearned
 from contrastive_meta._argmin.operands import Operands, Wanted, once, primal, wanted_of
+from contrastive_meta._arity import require_function
 from contrastive_meta._base_point import UNCONVERGED
+from contrastive_meta._control import varying
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
     BilevelProblem,
@@ -85,13 +87,15 @@ def argmin(
       >>> round(float(phi[0]), 3), round(float(grad), 3)
       (2.0, -1.0)
     """
-    _require(inner_loss, "inner_loss", callable(inner_loss), "a function (params, meta_params, task) -> scalar")
+    require_function(inner_loss, "inner_loss", "params, meta_params, task", "scalar")
     _require(solver, "solver", isinstance(solver, InnerSolver), "an instance of InnerSolver, such as LBFGS()")
     _require(adjoint, "adjoint", isinstance(adjoint, Adjoint), "an instance of Adjoint, such as ContrastiveAdjoint()")
     if on_failure not in ("nan", "keep") and (isinstance(on_failure, str) or not callable(on_failure)):
         raise ValueError(f'`on_failure` must be "nan", "keep" or a function (diagnostics) -> None; got {on_failure!r}.')
     adjoint.estimator(solver)._check_parts(_Layer(OpenLoss(inner_loss), on_failure).problem(()))
     is_function = callable(init) and jax.tree.leaves(init) == [init]
+    if is_function:
+        require_function(init, "init", "meta_params, task", "params")
 
     def solve(meta_params: MetaParams, task: Task, *, params: Params | None = None) -> Any:
         meta_params = as_float_arrays(meta_params, "meta_params", "meta_params must be")
@@ -102,7 +106,7 @@ def argmin(
             check_same_structure(params, start, "`params`", "A warm start has the structure and dtypes of `init`.")
             start = params
         loss, values = hold_open(inner_loss, start, meta_params, task)
-        operands = Operands(start, meta_params, task, values)
+        operands = varying(Operands(start, meta_params, task, values))
         phi, diagnostics = _solve(_Layer(loss, on_failure), (solver, adjoint), operands)
         return (phi, jax.lax.stop_gradient(diagnostics)) if has_aux else phi
 

@@ -81,7 +81,7 @@ def hold_open(loss: Loss, params: Params, meta_params: MetaParams, task: Task) -
 
 
 def _at_least(x: jax.Array, dtype: Any) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return x.astype(tree.promoted(x.dtype, dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _in_dtype(x: jax.Array, dtype: Any) -> jax.Array:

@@ -13,6 +13,7 @@ from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
 from contrastive_meta._contrastive.phases import PhaseSetup, Stencil
 from contrastive_meta._contrastive.rerun import Rerun, require_complex_capable
 from contrastive_meta._contrastive.stages import Phases
+from contrastive_meta._control import axes_of_shard_map, while_loop
 from contrastive_meta._estimators.base import MetaGradientEstimator, Prepare
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStrength, automatic, is_concrete
@@ -97,6 +98,7 @@ class Contrastive(MetaGradientEstimator):
 
     def __post_init__(self) -> None:
         """Check what is asked for."""
+        super().__post_init__()
         if self.target_error is not None and not self.estimate_error:
             raise ValueError("`target_error` needs the error estimate: leave out `estimate_error=False`.")
         if self.target_error is not None and is_concrete(self.target_error) and not self.target_error > 0:
@@ -151,7 +153,7 @@ class Contrastive(MetaGradientEstimator):
             last = resume(of_one, found)
             return failed.at[k].set(False), jax.tree.map(lambda xs, x: xs.at[k].set(x), conjugations, last)
 
-        _, lasts = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), rescue, (lasts.missed, lasts))
+        _, lasts = while_loop(lambda carry: jnp.any(carry[0]), rescue, (lasts.missed, lasts))
         results: MetaGradient = jax.vmap(conclude)(*inputs, (frees, starts, lasts))
         return results
 
@@ -236,7 +238,9 @@ class Contrastive(MetaGradientEstimator):
         if first and is_complex:
             solver.check_holomorphic(start)
         may_linearise = first and self.nudge is None and not is_complex
-        return Rerun(solver, memory, may_linearise, first and not self.sequential)
+        # In `jax.shard_map` nothing can be reduced over a mapped axis (an assertion in jax 0.10.2).
+        together = first and not self.sequential and not axes_of_shard_map()
+        return Rerun(solver, memory, may_linearise, together)
 
     def _result(
         self, instance: Instance, state: EstimatorState, free: Solution, phases: Phases, last: LoopState
@@ -272,7 +276,7 @@ class Contrastive(MetaGradientEstimator):
                 free_residual=jnp.minimum(convergence.free_residual, phases.norm(start.inner_grad)),
                 nudged_residual=convergence.nudged_residual,
                 displacement=convergence.displacement,
-                error_estimate=error,
+                error_estimate=error if self.estimate_error else None,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + last.num_gradients,
                 phases_by=phases.run_by(last),
                 status=worst(

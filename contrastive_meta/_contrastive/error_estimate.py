@@ -116,7 +116,7 @@ class ErrorEstimate(StageSystems):
             budget = self.strategy.rerun.solver.step_budget
             most = _MOST_ROUNDS * budget if self.strategy.max_steps is None else self.strategy.max_steps
             rounds = 1 - jnp.log10(ran.share)
-            within = ran.num_steps * (1 + 1 / rounds) <= most
+            within = ran.num_steps.astype(self.dtype) * (1 + 1 / rounds) <= jnp.asarray(most, self.dtype)
             again = missed & now.by_solver & (after.error < _STALLED * now.error) & within
             ran = ran._replace(share=jnp.where(again, 0.1 * ran.share, ran.share))
         tol = jnp.where(more, jnp.maximum(0.1 * attempt.tol, self.tol), attempt.tol)

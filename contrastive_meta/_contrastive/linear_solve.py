@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import cast_like
+from contrastive_meta._control import cast_like, cond, fori_loop, while_loop
 from contrastive_meta._problem import Params
 
 # A first direction is worth trying if its cosine with the right-hand side is above this.
@@ -69,11 +69,11 @@ class GradientDifference(NamedTuple):
                 return cast_like(tree.add(total, jax.vmap(lambda d: one_sided(d, step))(directions)), total)
 
             def needed(of: tuple[jax.Array, Params]) -> Params:
-                return jax.lax.cond(of[0], lambda d: cast_like(one_sided(d, step), d), tree.zeros_like, of[1])
+                return cond(of[0], lambda d: cast_like(one_sided(d, step), d), tree.zeros_like, of[1])
 
             return cast_like(tree.add(total, jax.lax.map(needed, (active, directions))), total)
 
-        total = jax.lax.fori_loop(0, 1 + self.two_sided, add_side, tree.zeros_like(directions))
+        total = fori_loop(0, jnp.where(self.two_sided, 2, 1), add_side, tree.zeros_like(directions))
         return tree.scale(jnp.where(self.two_sided, 0.5, 1.0), total)
 
     @property
@@ -144,9 +144,7 @@ def solve(
     def iterate(s: Solution) -> Solution:
         return _iterate(difference, limits, jnp.where(both & ~_given_up(delay, s), forcing, 0), delay, s)
 
-    solved: Solution = jax.lax.while_loop(
-        lambda s: jnp.any(s.active), iterate, _begin(difference, rhs, guess, active, limits)
-    )
+    solved: Solution = while_loop(lambda s: jnp.any(s.active), iterate, _begin(difference, rhs, guess, active, limits))
     return solved, both & _given_up(delay, solved)
 
 

@@ -206,7 +206,7 @@ def solve_systems(setup: PhaseSetup, base: Base, region: Region, systems: System
         flat=found.flat[1],
         given_up=given_up,
         num_steps=found.num_steps,
-        num_gradients=(1 + region.two_sided) * jnp.sum(found.num_steps),
+        num_gradients=jnp.where(region.two_sided, 2, 1) * jnp.sum(found.num_steps, dtype=jnp.int32),
     )
 
 

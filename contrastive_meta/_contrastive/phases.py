@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import BasePoint, OuterGradients, outer_gradients
-from contrastive_meta._control import cast_like, only_if
+from contrastive_meta._control import cast_like, cond, fori_loop, only_if
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import AutomaticStrength, LinearNudge, LossNudge, Nudge, NudgeScheme, NudgeStrength
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule, measured_by
@@ -107,7 +107,7 @@ class Stencil(NamedTuple):
 def _along(weights: jax.Array, values: jax.Array) -> jax.Array:
     """Weights of phases, to be multiplied with values stacked along the leading axis, in their precision."""
     dtype = jnp.real(values).dtype
-    dtype = jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(weights) else dtype
+    dtype = tree.promoted(dtype, jnp.complex64) if jnp.iscomplexobj(weights) else dtype
     return weights.astype(dtype).reshape(-1, *[1] * (values.ndim - 1))
 
 
@@ -265,9 +265,7 @@ class PhaseSetup(NamedTuple):
 
         if isinstance(nudge, LossNudge):
             # Not a nudge that branches: a rule cannot listen to a network within a branch of the loss.
-            statistics = jax.lax.cond(
-                linear, lambda: statistics_with(LinearNudge()), lambda: statistics_with(LossNudge())
-            )
+            statistics = cond(linear, lambda: statistics_with(LinearNudge()), lambda: statistics_with(LossNudge()))
         else:
             statistics = statistics_with(nudge)
         return Evaluated(residuals, statistics, outer, outer_grad)
@@ -299,7 +297,7 @@ class PhaseSetup(NamedTuple):
             values = self.outer_at(jax.tree.map(lambda xs: xs[k], ends))
             return jax.tree.map(lambda xs, x: xs.at[k].set(jnp.asarray(x, xs.dtype)), found, values)
 
-        found: tuple[OuterGradients, Params] = jax.lax.fori_loop(0, count, evaluate, known)
+        found: tuple[OuterGradients, Params] = fori_loop(0, count, evaluate, known)
         return found
 
     def _complex_outer(
@@ -326,8 +324,8 @@ def on_line(base: Params, response: Params, nudges: jax.Array) -> Params:
     """Where phases end if learning is linear, base - beta_k u; in the precision of each leaf."""
 
     def end(at: jax.Array, u: jax.Array) -> jax.Array:
-        dtype = jnp.result_type(at, jnp.complex64) if jnp.iscomplexobj(nudges) else at.dtype
-        return at - nudges.astype(dtype).reshape(-1, *[1] * at.ndim) * u
+        dtype = tree.promoted(at, jnp.complex64) if jnp.iscomplexobj(nudges) else at.dtype
+        return at[None] - nudges.astype(dtype).reshape(-1, *[1] * at.ndim) * u[None]
 
     return jax.tree.map(end, base, response)
 

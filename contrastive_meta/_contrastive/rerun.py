@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._contrastive.phases import Base, PhaseSetup
-from contrastive_meta._control import cast_like
+from contrastive_meta._control import cast_like, cond, fori_loop
 from contrastive_meta._holomorphic import require_holomorphic
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge, LossNudge, NudgeScheme
@@ -112,7 +112,7 @@ class Rerun(NamedTuple):
             return cast_like(after, runs)
 
         begin = starts, none, residual, jnp.int32(0), jnp.int32(0)
-        ends, status, residual, num_steps, num_gradients = jax.lax.fori_loop(0, count, run, begin)
+        ends, status, residual, num_steps, num_gradients = fori_loop(0, count, run, begin)
         return Runs(jax.vmap(setup.flattening.flatten)(ends), status, residual, num_steps, num_gradients)
 
     def _runs(self, setup: PhaseSetup, solutions: Solution, residual: jax.Array) -> Runs:
@@ -132,15 +132,14 @@ class Rerun(NamedTuple):
         def line(at: Params) -> jax.Array:
             # Not `vdot`: it conjugates, and complex phases need a holomorphic line.
             products = jax.tree.map(lambda v, x, x0: jnp.sum(v * (x - x0)), pull, at, base)
-            total: jax.Array = sum(jax.tree.leaves(products), start=jnp.zeros(()))
-            return total
+            return tree.sum_of_leaves(products)
 
         def of_loss(at: Params, meta_params: MetaParams, task: Task) -> jax.Array:
             def loss(at: Params) -> jax.Array:
                 return instance.problem.outer(at, meta_params, task).astype(instance.dtype)
 
             # Not `where`, whose derivative has the NaN of either.
-            value: jax.Array = jax.lax.cond(linear, lambda x: line(x).astype(instance.dtype), loss, at)
+            value: jax.Array = cond(linear, lambda x: line(x).astype(instance.dtype), loss, at)
             return value
 
         pulls: Callable[[Params, MetaParams, Task], jax.Array]

@@ -39,7 +39,7 @@ from contrastive_meta._contrastive.newton_step import (
 )
 from contrastive_meta._contrastive.phases import Base, PhaseSetup
 from contrastive_meta._contrastive.step_size import measure, select
-from contrastive_meta._control import cast_like
+from contrastive_meta._control import cast_like, switch, while_loop
 from contrastive_meta._nudging import LinearNudge, LossNudge
 from contrastive_meta._problem import Params
 from contrastive_meta._result import PhasesBy, Status, flag, worst
@@ -50,7 +50,7 @@ class Phases(Fallback):
 
     def run(self, first: LoopState) -> LoopState:
         """Iterations until the phases are found, and their error is estimated."""
-        last: LoopState = jax.lax.while_loop(lambda state: state.running, self.iterate, first)
+        last: LoopState = while_loop(lambda state: state.running, self.iterate, first)
         return last
 
     def first(self) -> LoopState:
@@ -73,7 +73,7 @@ class Phases(Fallback):
             stage = jnp.where(go, jnp.int32(Stage.NEWTON), jnp.int32(Stage.MEASURE))
         linear = jnp.asarray(isinstance(setup.nudge, LinearNudge))
         ran = Ran(beta, linear, false, jnp.zeros((self.number,), jnp.int32), false, jnp.ones((), self.dtype), none)
-        infinite = jnp.full((), jnp.inf if setup.estimate_error else jnp.nan, self.dtype)
+        infinite = jnp.full((), jnp.inf, self.dtype)
         first = LoopState(
             stage, attempt, line, base, ran, false, false, false, false, none, jnp.zeros((2,), self.dtype), false,
             false, infinite, spent, jnp.asarray(True),
@@ -126,7 +126,7 @@ class Phases(Fallback):
                 table[stage] = len(branches)
                 branches.append(functools.partial(call, method))
         in_precision = [functools.partial(lambda branch: cast_like(branch(), like), branch) for branch in branches]
-        return jax.lax.switch(jnp.asarray(table, jnp.int32)[now.stage], in_precision)
+        return switch(jnp.asarray(table, jnp.int32)[now.stage], in_precision)
 
     def _first_strength(self, base: Base) -> tuple[jax.Array, jax.Array]:
         """A strength to begin with, and the gradients spent on finding it."""

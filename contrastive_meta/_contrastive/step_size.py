@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import NOISE_FLOOR
 from contrastive_meta._contrastive.phases import Base, PhaseSetup, mean_of, on_line
-from contrastive_meta._control import cast_like, settle
+from contrastive_meta._control import cast_like, settle, while_loop
 from contrastive_meta._problem import MetaParams, Params
 
 # Neighbouring strengths are this factor apart where the strength is sought; a typed strength is compared with its
@@ -230,7 +230,7 @@ def measure(setup: PhaseSetup, plan: Plan, assess: Any, trial: Any) -> Ladder:
             return jnp.where(stays, window, moved)
 
         assessed, stay = assess(base)
-        number = last.number + ~retry
+        number = last.number + jnp.where(retry, 0, 1)
         return cast_like(
             Ladder(
                 base=base,
@@ -266,7 +266,7 @@ def measure(setup: PhaseSetup, plan: Plan, assess: Any, trial: Any) -> Ladder:
         num_evaluations=jnp.int32(0),
         running=~plan.known | (plan.most > 0),
     )
-    end: Ladder = jax.lax.while_loop(lambda ladder: ladder.running, climb, begin)
+    end: Ladder = while_loop(lambda ladder: ladder.running, climb, begin)
     return end
 
 
@@ -316,7 +316,7 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
         combined(w, ladder.statistics) for w in (chosen.grad, chosen.plain, chosen.correction, chosen.error_weights)
     )
     residual, residual_error = (combined(w, ladder.residuals) for w in (chosen.residual, chosen.error_weights))
-    marks = jax.tree.map(lambda xs: jnp.sum(jnp.where(chosen.plain > 0, xs, 0)), ladder.marks)
+    marks = jax.tree.map(lambda xs: jnp.sum(jnp.where(chosen.plain > 0, xs, jnp.zeros_like(xs))), ladder.marks)
     marks = marks._replace(downward=marks.downward > 0, finite=marks.finite > 0)
     size, error_norm = tree.norms(grad, error_weights).astype(dtype)
     expected = ladder.noise[0] / marks.beta

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._instance import Instance
@@ -20,7 +19,7 @@ def result_of_learning(
     *,
     num_gradients: jax.Array,
     status: Any,
-    error: Any = jnp.nan,
+    error: Any = None,
 ) -> MetaGradient:
     """A meta-gradient judged by the free phase's own report, and by whether its numbers are finite.
 
@@ -31,7 +30,7 @@ def result_of_learning(
       grad: the estimate.
       num_gradients: gradients spent, those of `free` included.
       status: what the estimator knows besides.
-      error: estimated relative error.
+      error: estimated relative error, or None.
     """
     outer_loss, aux = instance.problem.outer_with_aux(free.params, instance.meta_params, instance.task)
     return MetaGradient(

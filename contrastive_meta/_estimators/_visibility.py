@@ -1,6 +1,7 @@
 """Which meta-parameters an estimator can see: what the losses, the start of learning and the learner depend on."""
 
 import jax
+import jax.numpy as jnp
 
 from contrastive_meta._dependence import used_leaves
 from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
@@ -40,6 +41,19 @@ def seen_in_model_state(problem: BilevelProblem, params: Params, meta_params: Me
 def seen_in_settings(solver: InnerSolver, params: Params, meta_params: MetaParams) -> list[bool]:
     """For each leaf, whether the learner's settings depend on it."""
     return used_leaves(lambda meta: solver.bind(meta).one_update(params), meta_params)
+
+
+def gradient_reaches_params(problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> bool:
+    """Whether the gradient of the outer loss in `params` may be other than zero: whether any operation carries it."""
+    held = problem.at_start(meta_params, task)
+
+    def pull_back(cotangent: jax.Array) -> Params:
+        pulled: Params = jax.vjp(lambda at: held.outer(at, meta_params, task), params)[1](cotangent)
+        return pulled
+
+    value = jax.eval_shape(lambda at: held.outer(at, meta_params, task), params)
+    # Where nothing carries it, the pull-back is a constant, whatever the cotangent.
+    return any(used_leaves(pull_back, jnp.ones(value.shape, value.dtype)))
 
 
 def any_of(*seen: list[bool]) -> list[bool]:

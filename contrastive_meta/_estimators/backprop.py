@@ -71,10 +71,16 @@ class BackpropThroughLearning(MetaGradientEstimator):
 
     def __post_init__(self) -> None:
         """Check that the options go together."""
+        super().__post_init__()
         if self.forward_mode and (self.truncate is not None or self.checkpoint):
             raise ValueError("`forward_mode` stores no trajectory: leave out `truncate` and `checkpoint`.")
         if self.truncate is not None and self.truncate < 1:
             raise ValueError(f"`truncate` must be at least 1 step; got {self.truncate}.")
+
+    @property
+    def _pulls_outer_loss_back(self) -> bool:
+        """In forward mode a loss need not be one that reverse mode differentiates."""
+        return not self.forward_mode
 
     def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         def learned(meta_params: MetaParams) -> tuple[jax.Array, tuple[Params, ModelState, Any]]:

@@ -8,10 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import varying
 from contrastive_meta._dependence import leaf_names
-from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
+from contrastive_meta._estimators._derivative import guarded, with_derivative
+from contrastive_meta._estimators._visibility import (
+    any_of,
+    gradient_reaches_params,
+    seen_in_inner_loss,
+    seen_in_outer_loss,
+)
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
     BilevelProblem,
@@ -43,6 +51,13 @@ class MetaGradientEstimator(abc.ABC):
 
     solver: InnerSolver
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a part. What JAX puts in the place of parts, when it handles trees, passes."""
+        for field, kind in self._parts().items():
+            part = getattr(self, field, None)
+            if isinstance(part, optax.GradientTransformation | optax.MultiSteps | type):
+                raise self._wrong_part(field, kind, part)
+
     def estimate(
         self,
         problem: BilevelProblem,
@@ -67,8 +82,9 @@ class MetaGradientEstimator(abc.ABC):
 
         Returns:
           The meta-gradient, with the free-phase solution and diagnostics. `jax.grad` of `result.outer_loss` in
-          `meta_params` gives `result.grad`. That is the only derivative: those of `result.grad` and `result.params`,
-          second ones, and those in `task` or in values the losses close over are zero.
+          `meta_params` gives `result.grad`. That is the only derivative. Those of `result.grad`, `result.params` and
+          `result.aux`, second ones, and those in `task` or in values the losses close over raise TypeError in reverse
+          mode, and are NaN in forward mode. `result.state` and `result.diagnostics` count as constants.
 
         Raises:
           TypeError: a loss is not a floating scalar; params or meta-parameters are not floating arrays; an argument
@@ -115,7 +131,6 @@ class MetaGradientEstimator(abc.ABC):
 
     def _check_parts(self, problem: Any) -> None:
         """Raise TypeError where the problem or a part of the estimator is something else."""
-        name = type(self).__name__
         if not isinstance(problem, BilevelProblem):
             raise TypeError(
                 f"The first argument of `estimate` is the problem: expected a BilevelProblem, got {_kind(problem)}. "
@@ -124,15 +139,23 @@ class MetaGradientEstimator(abc.ABC):
         for field, kind in self._parts().items():
             part = getattr(self, field)
             if not isinstance(part, kind):
-                wanted = " or ".join(cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,)))
-                raise TypeError(
-                    f"`{name}.{field}` must be an instance of {wanted}; got {_kind(part)}. Call a class or a function "
-                    "to make one; an optax optimiser becomes a solver by `OptaxDescent(optimizer, num_steps=...)`."
-                )
+                raise self._wrong_part(field, kind, part)
+
+    def _wrong_part(self, field: str, kind: Any, part: Any) -> TypeError:
+        wanted = " or ".join(cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,)))
+        return TypeError(
+            f"`{type(self).__name__}.{field}` must be an instance of {wanted}; got {_kind(part)}. Call a class or a "
+            "function to make one; an optax optimiser becomes a solver by `OptaxDescent(optimizer, num_steps=...)`."
+        )
 
     def _parts(self) -> dict[str, Any]:
         """What each field that holds a strategy must be an instance of."""
         return {"solver": InnerSolver}
+
+    @property
+    def _pulls_outer_loss_back(self) -> bool:
+        """Whether the gradient of the outer loss in `params` is how this estimator sees what was learned."""
+        return True
 
     @abc.abstractmethod
     def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
@@ -169,11 +192,13 @@ def _estimate(
     state: EstimatorState | None,
     key: jax.Array,
 ) -> MetaGradient:
+    # In `jax.shard_map` each device has a meta-gradient of its own, where JAX would add up those of all.
+    meta_params, task, state, key = varying((meta_params, task, state, key))
     # The estimate is the derivative: nothing is differentiated through the phases by accident.
     held = jax.lax.stop_gradient((meta_params, task, state))
     instance, start = _prepared(estimator, problem, *held, key)
     unseen = _unseen(estimator, problem, start.params, instance.meta_params, instance.task)
-    return _finished(estimator._estimate(instance, start), unseen, meta_params)
+    return _finished(estimator._estimate(instance, start), unseen, meta_params, task)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -191,6 +216,7 @@ def _estimate_batch(
         result = _estimate(estimator, problem, meta_params, task, state, key)
         lonely: MetaGradient = jax.tree.map(lambda x: x[None], result)
         return lonely
+    meta_params, tasks, states, keys = varying((meta_params, tasks, states, keys))
     held_meta, held_tasks, held_states = jax.lax.stop_gradient((meta_params, tasks, states))
     unseen: list[str] = []
 
@@ -205,7 +231,9 @@ def _estimate_batch(
     inputs = held_tasks, held_states, keys
     jax.eval_shape(find_unseen, *jax.tree.map(lambda xs: xs[0], inputs))
     results = estimator._estimate_each(prepare, inputs)
-    finished: MetaGradient = jax.vmap(lambda result: _finished(result, tuple(unseen), meta_params))(results)
+    finished: MetaGradient = jax.vmap(lambda result, task: _finished(result, tuple(unseen), meta_params, task))(
+        results, tasks
+    )
     return finished
 
 
@@ -244,7 +272,7 @@ def _prepared(
     return Instance(problem, meta_params, task, key, dtype), state
 
 
-def _finished(result: MetaGradient, unseen: tuple[str, ...], meta_params: MetaParams) -> MetaGradient:
+def _finished(result: MetaGradient, unseen: tuple[str, ...], meta_params: MetaParams, task: Task) -> MetaGradient:
     """The result as users get it."""
     check_same_structure(
         result.grad, meta_params, "The meta-gradient", "A rule's `statistic` must return a pytree like `meta_params`; "
@@ -255,28 +283,16 @@ def _finished(result: MetaGradient, unseen: tuple[str, ...], meta_params: MetaPa
     grad = jax.tree.unflatten(
         jax.tree.structure(meta_params), [jnp.zeros_like(leaf) if name in unseen else leaf for name, leaf in leaves]
     )
+    held = jax.lax.stop_gradient(grad)
     return MetaGradient(
-        grad=grad,
-        outer_loss=_differentiable(result.outer_loss, grad, meta_params),
-        params=result.params,
-        state=strongly_typed(result.state),
-        diagnostics=result.diagnostics,
-        aux=result.aux,
+        grad=guarded(grad, (meta_params, task)),
+        outer_loss=with_derivative(guarded(result.outer_loss, task), held, meta_params),
+        params=guarded(result.params, (meta_params, task)),
+        state=jax.lax.stop_gradient(strongly_typed(result.state)),
+        diagnostics=jax.lax.stop_gradient(result.diagnostics),
+        aux=guarded(result.aux, (meta_params, task)),
         unseen=unseen,
     )
-
-
-@jax.custom_jvp
-def _differentiable(outer_loss: jax.Array, grad: MetaParams, meta_params: MetaParams) -> jax.Array:
-    """The outer loss, with the estimate as its derivative in `meta_params`."""
-    return outer_loss
-
-
-@_differentiable.defjvp
-def _differentiable_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    outer_loss, grad, _ = primals
-    products = jax.tree.map(lambda g, t: jnp.sum(g * t), grad, tangents[2])
-    return outer_loss, jnp.asarray(sum(jax.tree.leaves(products)), outer_loss.dtype)
 
 
 def _unseen(
@@ -294,6 +310,15 @@ def _unseen(
         raise ValueError(
             f"{name} sees none of the meta-parameters: nothing it looks at depends on {', '.join(unseen)}, so the "
             f"meta-gradient would be identically zero. {remedy}"
+        )
+    if estimator._pulls_outer_loss_back and not gradient_reaches_params(problem, params, meta_params, task):
+        warnings.warn(
+            f"No gradient of the outer loss reaches `params`, so {name} finds nothing that is learned through them: "
+            "its meta-gradient is how the outer loss depends on meta-parameters directly, and zero where it does not. "
+            "An error rate, a rounding or `stop_gradient` has no gradient: judge by a smooth loss, such as a "
+            "cross-entropy, or use `FiniteDifference` or `EvolutionStrategies`, which compare values.",
+            UserWarning,
+            stacklevel=4,
         )
     if unseen:
         warnings.warn(

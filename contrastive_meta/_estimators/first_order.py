@@ -96,6 +96,11 @@ class Reptile(MetaGradientEstimator):
     solver: InnerSolver
     scale: float | jax.Array = 1.0
 
+    @property
+    def _pulls_outer_loss_back(self) -> bool:
+        """It does not look at the outer loss."""
+        return False
+
     def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         init, init_vjp, free = _learn_from_start(self.solver, instance, state)
         (grad,) = init_vjp(tree.scale(self.scale, tree.subtract(init, free.params)))

@@ -18,6 +18,7 @@ from contrastive_meta._base_point import (
     outer_gradients,
     survey,
 )
+from contrastive_meta._control import cond, scan
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._instance import Instance
 from contrastive_meta._linear import (
@@ -113,7 +114,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
                 nudged_residual=systems.adjoint.residual,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + 1 + 2 * self.estimate_error,
                 num_hvps=systems.num_hvps,
-                error_estimate=jnp.where(base.unfit, jnp.inf, error) if self.estimate_error else error,
+                error_estimate=None if error is None else jnp.where(base.unfit, jnp.inf, error),
                 status=worst(
                     free_status(base, systems.free),
                     _adjoint_status(systems.adjoint, systems.solved),
@@ -200,7 +201,7 @@ def _solve_systems(
         cauchy = cauchy_length(length, found.first_curvature, instance.dtype)
         cauchy_step = tree.scale(cauchy / tree.or_one(length), inner_grad)
         ahead = tree.subtract(base.params, tree.where(k == 0, cauchy_step, carry.step))
-        outer_grads = jax.lax.cond(k < last, lambda: outer_gradients(instance, ahead)[2:], lambda: carry.outer_grads)
+        outer_grads = cond(k < last, lambda: outer_gradients(instance, ahead)[2:], lambda: carry.outer_grads)
         change = tree.subtract(outer_grads[0], base.outer_grad)
 
         right_side = tree.where(k == 0, base.outer_grad, tree.add(found.residual, change))
@@ -208,9 +209,9 @@ def _solve_systems(
         return _Carry(right_side, step, outer_grads), (solution, (cauchy, tree.norm(change), found.missing))
 
     begin = _Carry(inner_grad, inner_grad, (base.outer_grad, base.outer_in_meta))
-    end, (solutions, (cauchy, change, missing)) = jax.lax.scan(solve, begin, (jnp.arange(last + 1), stopping))
+    end, (solutions, (cauchy, change, missing)) = scan(solve, begin, (jnp.arange(last + 1), stopping))
     newton, adjoint, *rest = tree.unstack(solutions, last + 1)
-    num_hvps = jnp.sum(solutions.num_hvps)
+    num_hvps = jnp.sum(solutions.num_hvps, dtype=jnp.int32)
     if first is not None:
         adjoint, num_hvps = first, num_hvps + first.num_hvps
     solved = (adjoint.residual <= _UNSOLVED_ADJOINT) & (missing[1] <= _UNSOLVED_ADJOINT)
@@ -262,8 +263,8 @@ def _adjoint_status(adjoint: LinearSolution, solved: jax.Array) -> jax.Array:
     return jnp.where(adjoint.status == Status.APPROXIMATE, adjoint.status, told)
 
 
-def _meta_gradient(instance: Instance, base: BasePoint, systems: _Systems) -> tuple[MetaParams, jax.Array]:
-    """The meta-gradient by the implicit function theorem, theory.md (4), and its estimated relative error.
+def _meta_gradient(instance: Instance, base: BasePoint, systems: _Systems) -> tuple[MetaParams, jax.Array | None]:
+    """The meta-gradient by the implicit function theorem, theory.md (4), and its estimated relative error, if any.
 
     The error is the difference to the meta-gradient after one step of Newton's method and of iterative refinement.
     """
@@ -279,7 +280,7 @@ def _meta_gradient(instance: Instance, base: BasePoint, systems: _Systems) -> tu
 
     here = base.params, systems.adjoint.solution, base.outer_in_meta
     if systems.refinement is None:
-        return gradient(here), jnp.asarray(jnp.nan, instance.dtype)
+        return gradient(here), None
     *ahead, unknown = systems.refinement
     # One after another: side by side the two would need twice the memory.
     grad, refined = tree.unstack(jax.lax.map(gradient, jax.tree.map(lambda *x: jnp.stack(x), here, tuple(ahead))), 2)

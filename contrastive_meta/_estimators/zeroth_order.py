@@ -60,6 +60,11 @@ class FiniteDifference(MetaGradientEstimator):
     step: float | jax.Array | None = None
     batch_size: int = static(default=16)
 
+    @property
+    def _pulls_outer_loss_back(self) -> bool:
+        """It compares values."""
+        return False
+
     def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         flat, unravel = ravel_pytree(instance.meta_params)
         relative_step = jnp.finfo(flat.dtype).eps ** (1 / 3) if self.step is None else self.step
@@ -73,7 +78,7 @@ class FiniteDifference(MetaGradientEstimator):
             return (pair.outer_loss[0] - pair.outer_loss[1]) / (ahead[index] - behind[index]), pair
 
         grad, pairs = jax.lax.map(difference, jnp.arange(flat.size), batch_size=min(self.batch_size, max(flat.size, 1)))
-        return _result(self.solver, instance, state, unravel(grad.astype(flat.dtype)), pairs, jnp.nan, Status.CONVERGED)
+        return _result(self.solver, instance, state, unravel(grad.astype(flat.dtype)), pairs, None, Status.CONVERGED)
 
     def _sees(self, problem: BilevelProblem, params: Params, meta_params: MetaParams, task: Task) -> list[bool]:
         """Everything that learning or judging depends on."""
@@ -119,8 +124,14 @@ class EvolutionStrategies(MetaGradientEstimator):
 
     def __post_init__(self) -> None:
         """Check the number of pairs: a standard error needs two."""
+        super().__post_init__()
         if self.num_pairs < 2:
             raise ValueError(f"EvolutionStrategies needs num_pairs >= 2; got {self.num_pairs}.")
+
+    @property
+    def _pulls_outer_loss_back(self) -> bool:
+        """It compares values."""
+        return False
 
     def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         flat, unravel = ravel_pytree(instance.meta_params)
@@ -177,7 +188,7 @@ def _result(
         state,
         free,
         grad,
-        num_gradients=free.num_gradients + jnp.sum(learned.num_gradients),
+        num_gradients=free.num_gradients + jnp.sum(learned.num_gradients, dtype=jnp.int32),
         status=worst(status, learned.status),
         error=error,
     )

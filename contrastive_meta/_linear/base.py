@@ -11,6 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import varying
 from contrastive_meta._problem import Params, as_float_arrays, check_same_structure
 from contrastive_meta._result import Status, flag, worst
 
@@ -170,6 +171,7 @@ def map_products(
     system: System, rows: jax.Array, unravel: Callable[[jax.Array], Params], batch: int | None
 ) -> jax.Array:
     """H times each of `rows`, flat: all at once, or `batch` rows at a time."""
+    rows = varying(rows)
 
     def flat_product(row: jax.Array) -> jax.Array:
         return ravel_pytree(system.product(unravel(row)))[0]
@@ -201,4 +203,8 @@ def _power_of_two(x: jax.Array) -> jax.Array:
 
 def _rescale(vector: Params, operation: Callable[[jax.Array, jax.Array], jax.Array], unit: jax.Array) -> Params:
     # In the promoted dtype: a unit that float64 leaves need may underflow in a float32 leaf beside them.
-    return jax.tree.map(lambda x: operation(x, unit).astype(x.dtype), vector)
+    def rescaled(x: jax.Array) -> jax.Array:
+        dtype = tree.promoted(x, unit)
+        return operation(x.astype(dtype), unit.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(rescaled, vector)

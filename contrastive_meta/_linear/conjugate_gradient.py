@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import while_loop
 from contrastive_meta._linear.base import (
     HessianProduct,
     InverseHessian,
@@ -119,9 +120,7 @@ def conjugate_gradient(
       Hestenes & Stiefel (1952); for the restarts van der Vorst & Ye (2000).
     """
     start = _start(right_side, norm, guess, skip)
-    search = jax.lax.while_loop(
-        lambda s: s.action != _DONE, lambda s: _iterate(product, right_side, norm, stopping, s), start
-    )
+    search = while_loop(lambda s: s.action != _DONE, lambda s: _iterate(product, right_side, norm, stopping, s), start)
     residual = tree.add_scaled(search.kept_residual, stopping.damping, search.kept)
     length = jnp.sqrt(_vdot(residual, residual, norm.dtype))
     relative = jnp.where(jnp.isnan(length), jnp.inf, length / norm)

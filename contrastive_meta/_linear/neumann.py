@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import fori_loop
 from contrastive_meta._linear.base import (
     HessianProduct,
     InverseHessian,
@@ -73,7 +74,7 @@ class NeumannSeries(InverseHessian):
             return total, tree.where(last, tree.subtract(system.vector, product), ahead), indefinite
 
         start = (tree.zeros_like(system.vector), system.vector, jnp.asarray(False))
-        total, residual, indefinite = jax.lax.fori_loop(0, num_terms, add_term, start)
+        total, residual, indefinite = fori_loop(0, num_terms, add_term, start)
         solution = tree.scale(self.step_size, total)
         relative = system.relative_norm(residual)
         norm_of_hessian = 1 / jnp.asarray(self.step_size, system.dtype)

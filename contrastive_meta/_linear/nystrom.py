@@ -124,7 +124,7 @@ def _approximate(directions: jax.Array, products: jax.Array) -> _Sketch:
     values, vectors = jnp.linalg.eigh(0.5 * (core + core.T))
     present = values > 0.5 * shift
     inverse_root = jnp.where(present, jax.lax.rsqrt(jnp.where(present, values, 1.0)), 0.0)
-    root = _matmul(shifted, vectors * inverse_root)
+    root = _matmul(shifted, vectors * inverse_root[None])
     basis, singular, _ = jnp.linalg.svd(root, full_matrices=False)
     eigenvalues = jnp.maximum(jnp.square(singular) - shift, 0.0)
     return _Sketch(basis, eigenvalues, values[0] < 0)

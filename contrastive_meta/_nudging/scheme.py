@@ -131,7 +131,7 @@ class NudgeScheme(NudgeStrength):
 
     def arrays(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """Nudges and weights as vectors, in the precision of `dtype`."""
-        target = jnp.result_type(dtype, jnp.complex64) if self.is_complex else dtype
+        target = tree.promoted(dtype, jnp.complex64) if self.is_complex else dtype
         return (
             jnp.stack([jnp.asarray(beta, target) for beta in self.nudges]),
             jnp.stack([jnp.asarray(weight, target) for weight in self.weights]),

@@ -78,8 +78,8 @@ def required(value: Any, name: str, remedy: str) -> Any:
 
 
 def no_diagnostics(*trees: PyTree) -> Diagnostics:
-    """Diagnostics before there is anything to report: NaN and 0, in the coarsest dtype that suits all trees."""
-    return make_diagnostics(jnp.promote_types(tree.float_dtype(trees), jnp.float32))
+    """Diagnostics before there is anything to report, in the coarsest dtype that suits all trees."""
+    return make_diagnostics(tree.promoted(tree.float_dtype(trees), jnp.float32))
 
 
 def summary(diagnostics: Diagnostics, like: Diagnostics) -> Diagnostics:

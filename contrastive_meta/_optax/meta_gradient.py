@@ -25,7 +25,7 @@ class MetaGradientState(NamedTuple):
       num_updates: updates made, int32; the PRNG key of an update follows from it.
       inner: `EstimatorState` of each task along a leading axis (solution, learner's memory, response, nudging
         strength, model state), where the next update starts; () without `warm_start`.
-      outer_loss: mean outer loss of the last update; NaN before the first.
+      outer_loss: mean outer loss of the last update; infinite before the first, and where all tasks were left out.
       diagnostics: of the last update over all tasks: gradients and products added up, of everything else the largest.
       num_failed: tasks of the last update whose status is neither `CONVERGED` nor allowed, int32.
 
@@ -145,7 +145,7 @@ class _Batch:
         """Nothing learned, nothing to report."""
         meta_params = as_float_arrays(meta_params, "meta_params", "meta_params must be")
         diagnostics = no_diagnostics(meta_params)
-        nothing = jnp.full_like(diagnostics.beta, jnp.nan)
+        nothing = jnp.full_like(diagnostics.beta, jnp.inf)
         inner: EstimatorState | tuple[()] = ()
         if self.is_warm:
             if hides(meta_params):
@@ -203,7 +203,7 @@ def _over_tasks(
     share = 1 / jnp.maximum(num_left, 1) if batch.drops_failed else 1 / num_tasks
     outer_loss, grad = tree.scale(share, total)
     if batch.drops_failed:
-        outer_loss = jnp.where(num_left > 0, outer_loss, jnp.nan)
+        outer_loss = jnp.where(num_left > 0, outer_loss, jnp.inf)
     new = MetaGradientState(
         num_updates=state.num_updates + 1,
         inner=inner,

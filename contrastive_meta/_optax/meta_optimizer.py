@@ -6,7 +6,7 @@ import jax
 import optax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import only_if
+from contrastive_meta._control import only_if, usual_promotion
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._optax._interop import USABLE, as_transformation
 from contrastive_meta._optax.meta_gradient import MetaGradientState, meta_gradient
@@ -112,7 +112,8 @@ def meta_optimizer(
         offered = {"value": of_gradient.outer_loss, "grad": grad, **extra}
 
         def step(skipped: tuple[MetaParams, PyTree]) -> tuple[MetaParams, PyTree]:
-            new: tuple[MetaParams, PyTree] = optimizer.update(grad, skipped[1], params, **offered)
+            with usual_promotion():
+                new: tuple[MetaParams, PyTree] = optimizer.update(grad, skipped[1], params, **offered)
             return new
 
         skipped = tree.zeros_like(grad), state.optimizer

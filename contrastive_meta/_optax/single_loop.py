@@ -100,7 +100,7 @@ class SingleLoop(TuningMode):
         _, running = self._phases(1.0)
         # New buffers: the parameters must not be donated twice.
         stacked = jax.tree.map(lambda x: jnp.stack([x] * len(running)), params)
-        nothing = jnp.zeros((), jnp.promote_types(tree.float_dtype(params), jnp.float32))
+        nothing = jnp.zeros((), tree.promoted(tree.float_dtype(params), jnp.float32))
         return NudgedIterates(stacked, jax.vmap(own.init)(stacked), nothing, jnp.zeros_like(nothing))
 
     def follow(

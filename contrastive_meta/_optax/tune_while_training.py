@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import cast_like, only_if
+from contrastive_meta._control import cast_like, only_if, usual_promotion
 from contrastive_meta._optax._interop import (
     USABLE,
     as_transformation,
@@ -46,7 +46,7 @@ class TuneState(NamedTuple):
       optimizer: state of the wrapped optimiser.
       meta_optimizer: state of the meta-parameters' optimiser.
       memory: what the mode keeps: () or `SingleLoop`'s nudged iterates.
-      outer_loss: outer loss on the batch of the last meta-step; NaN before the first.
+      outer_loss: outer loss on the batch of the last meta-step; infinite before the first.
       diagnostics: of the last meta-step; `num_gradients` does not count the gradients passed in.
       num_gradients: gradients spent on tuning so far, int32.
       num_failed: meta-steps so far whose status was neither `CONVERGED` nor allowed, int32.
@@ -177,7 +177,8 @@ def tune_while_training(
         due = state.waited + 1 >= (every(state.step) if callable(every) else every)
         # The state as it was is what the phases start from.
         tuned = _meta_step(tuner, mode.at(state.step), due, updates, state, batch)
-        moved, opt_state = tuner.optimizer.update(updates, state.optimizer, params, **extra)
+        with usual_promotion():
+            moved, opt_state = tuner.optimizer.update(updates, state.optimizer, params, **extra)
         return moved, tuned._replace(optimizer=opt_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -243,7 +244,7 @@ class _Tuner:
             optimizer=self.optimizer.init(params),
             meta_optimizer=self.meta_optimizer.init(meta_params),
             memory=mode.init(self.optimizer, params),
-            outer_loss=jnp.full_like(diagnostics.beta, jnp.nan),
+            outer_loss=jnp.full_like(diagnostics.beta, jnp.inf),
             diagnostics=diagnostics,
             num_gradients=jnp.zeros_like(zero),
             num_failed=jnp.zeros_like(zero),
@@ -263,8 +264,9 @@ def _meta_step(
 
     def step(still: tuple[MetaParams, PyTree]) -> tuple[MetaParams, PyTree]:
         offered = {"value": measured.outer_loss, "grad": measured.grad}
-        updates, opt_state = tuner.meta_optimizer.update(measured.grad, still[1], still[0], **offered)
-        return optax.apply_updates(still[0], updates), opt_state
+        with usual_promotion():
+            updates, opt_state = tuner.meta_optimizer.update(measured.grad, still[1], still[0], **offered)
+            return optax.apply_updates(still[0], updates), opt_state
 
     moves = due & ~bad if tuner.skips_failed else due
     meta_params, meta_state = only_if(moves, step, (state.meta_params, state.meta_optimizer))
@@ -278,6 +280,6 @@ def _meta_step(
         outer_loss=measured.outer_loss,
         diagnostics=measured.diagnostics,
         num_gradients=state.num_gradients + spent,
-        num_failed=state.num_failed + bad,
+        num_failed=state.num_failed + bad.astype(jnp.int32),
     )
     return cast_like(new, state)

@@ -40,7 +40,8 @@ class LocalityReport:
       >>> import jax.numpy as jnp
       >>> import contrastive_meta as cm
       >>> rule = cm.AnchoredSynapse()
-      >>> problem = cm.BilevelProblem(rule.energy, lambda w, meta: 0.0, lambda meta, task: meta["anchor"])
+      >>> energy = lambda w, meta, task: rule.energy(w, meta)
+      >>> problem = cm.BilevelProblem(energy, lambda w, meta, task: 0.0, lambda meta, task: meta["anchor"])
       >>> print(cm.check_local(rule, problem, jnp.ones(3), {"anchor": jnp.zeros(3)}, None))
       ['anchor'] <- meta_params['anchor'], params
     """
@@ -118,7 +119,8 @@ def check_local(
       >>> import jax.numpy as jnp
       >>> import contrastive_meta as cm
       >>> rule = cm.AnchoredSynapse()
-      >>> problem = cm.BilevelProblem(rule.energy, lambda w, meta, task: jnp.sum(w), lambda meta, task: jnp.zeros(3))
+      >>> energy = lambda w, meta, task: rule.energy(w, meta)
+      >>> problem = cm.BilevelProblem(energy, lambda w, meta, task: jnp.sum(w), lambda meta, task: jnp.zeros(3))
       >>> report = cm.check_local(rule, problem, jnp.ones(3), {"log_strength": jnp.zeros(3)}, None)
       >>> cm.check_local(rule, problem, jnp.ones(3), {"log_strength": jnp.zeros(())}, None)  # shared
       Traceback (most recent call last):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import only_if
+from contrastive_meta._control import cond, only_if, scan, usual_promotion, while_loop
 from contrastive_meta._problem import ModelState, Params
 from contrastive_meta._pytree import PyTree
 from contrastive_meta._solvers.base import InnerLoss, MovingLosses
@@ -90,8 +90,9 @@ def one_step(
 ) -> tuple[Params, PyTree]:
     """One optimiser step; the loss's value and function are offered to line searches and ignored by the rest."""
     extended = optax.with_extra_args_support(optimizer)
-    updates, state = extended.update(grads, state, params, value=value, grad=grads, value_fn=loss)
-    return optax.apply_updates(params, updates), state
+    with usual_promotion():
+        updates, state = extended.update(grads, state, params, value=value, grad=grads, value_fn=loss)
+        return optax.apply_updates(params, updates), state
 
 
 def steps_for_backprop(
@@ -124,14 +125,14 @@ def steps_for_backprop(
     def steps(carry: tuple[jax.Array, Position], number: int) -> tuple[jax.Array, Position]:
         # A scan without iterations would still have a copy of the loss in the program.
         # The index travels in the carry: a list of indices would be the one thing that grows with the length.
-        return jax.lax.scan(step, carry, None, length=number, unroll=unroll)[0] if number else carry
+        return scan(step, carry, None, length=number, unroll=unroll)[0] if number else carry
 
     carry, rest = (jnp.int32(first_step), start), num_steps
     if checkpoint:
         length = max(1, math.isqrt(num_steps))
         segments, rest = divmod(num_steps, length)
         segment = jax.checkpoint(lambda carry, _: (steps(carry, length), None))
-        carry, _ = jax.lax.scan(segment, carry, None, length=segments)
+        carry, _ = scan(segment, carry, None, length=segments)
     return steps(carry, rest)[1]
 
 
@@ -156,19 +157,19 @@ def fixed_steps(
         evaluated = evaluate(at.params, at.model_state, index)
         # Only the ends pay for the norm.
         at_an_end = (index == 0) | (index == num_steps)
-        last = jax.lax.cond(at_an_end, lambda: Measured.of(evaluated), lambda: last)
+        last = cond(at_an_end, lambda: Measured.of(evaluated), lambda: last)
         first = tree.where(index == 0, last, first)
 
         def step() -> tuple[Position, jax.Array]:
             to = _next_position(optimizer, losses, at, index, evaluated)
             return to, searched + line_search_evaluations(to.opt_state)
 
-        at, searched = jax.lax.cond(index < num_steps, step, lambda: (at, searched)) if ends_in_scan else step()
+        at, searched = cond(index < num_steps, step, lambda: (at, searched)) if ends_in_scan else step()
         return (index + 1, at, first, last, searched), None
 
     carry = (jnp.int32(0), start, Measured.nothing(), Measured.nothing(), jnp.int32(0))
     num_iterations = num_steps + 1 if ends_in_scan else num_steps
-    _, at, first, last, searched = jax.lax.scan(iterate, carry, None, length=num_iterations, unroll=unroll)[0]
+    _, at, first, last, searched = scan(iterate, carry, None, length=num_iterations, unroll=unroll)[0]
     if not ends_in_scan:
         # It only measures, and must not enter a derivative of the run.
         end = jax.lax.stop_gradient(at)
@@ -211,10 +212,10 @@ def steps_to_tolerance(
         # A line search evaluates the loss: the last iteration must not begin one.
         to, spent = only_if(running, step, (at, jnp.int32(0)))
         first = tree.where(now.num_steps == 0, last, now.first)
-        return Descent(to, first, last, now.num_steps + running, now.num_gradients + spent, running)
+        return Descent(to, first, last, now.num_steps + running.astype(jnp.int32), now.num_gradients + spent, running)
 
     begin = Descent(start, Measured.nothing(), Measured.nothing(), jnp.int32(0), jnp.int32(1), jnp.asarray(True))
-    return jax.lax.while_loop(lambda now: now.running, iterate, begin)
+    return while_loop(lambda now: now.running, iterate, begin)
 
 
 def any_of(group: str | None, condition: jax.Array) -> jax.Array:

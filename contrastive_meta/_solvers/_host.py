@@ -17,6 +17,7 @@ from jax.custom_batching import custom_vmap
 from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import while_loop
 from contrastive_meta._problem import Params
 from contrastive_meta._solvers._host_sessions import Learner, Office, Reply, Told
 from contrastive_meta._solvers.base import InnerLoss
@@ -97,7 +98,7 @@ def learn_on_host(
     opening = Reply(jnp.int32(0), jnp.asarray(False), start)
     first_value, first_gradient = evaluate(start)
     begin = _State(opening, first_value, first_gradient, jnp.int32(0))
-    end = jax.lax.while_loop(lambda at: ~at.reply.finished, body, begin)
+    end = while_loop(lambda at: ~at.reply.finished, body, begin)
     # A finished session's point is evaluated by the loop like any other: that is the measurement of the solution.
     value, gradient = (end.value, end.gradient) if needs_gradient else evaluate(end.reply.point)
     return HostSolution(

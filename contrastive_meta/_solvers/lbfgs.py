@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._control import only_if
+from contrastive_meta._control import fori_loop, only_if, while_loop
 from contrastive_meta._problem import Params
 from contrastive_meta._pytree import Flattening, PyTree, static, strategy
 from contrastive_meta._result import Status, flag, worst
@@ -58,7 +58,7 @@ class Pairs(NamedTuple):
             return put_in
 
         return Pairs(
-            self.stored + keep,
+            self.stored + keep.astype(jnp.int32),
             jax.tree.map(put, self.params, params),
             jax.tree.map(put, self.grads, grads),
             put(self.weights, weight),
@@ -81,18 +81,20 @@ class Pairs(NamedTuple):
         def newest_first(age: jax.Array, carry: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
             vector, projections = carry
             slot, weight, params, grads = row(age)
-            projection = weight * tree.vdot(params, vector)
+            projection = weight * tree.vdot(params, vector).astype(weight.dtype)
             projections = jax.lax.dynamic_update_index_in_dim(projections, projection, slot, 0)
             return tree.add_scaled(vector, -projection, grads), projections
 
         def oldest_first(index: jax.Array, vector: Params) -> Params:
             slot, weight, params, grads = row(size - 1 - index)
-            return tree.add_scaled(vector, projections[slot] - weight * tree.vdot(grads, vector), params)
+            return tree.add_scaled(
+                vector, projections[slot] - weight * tree.vdot(grads, vector).astype(weight.dtype), params
+            )
 
-        vector, projections = jax.lax.fori_loop(0, size, newest_first, (grads, jnp.zeros_like(self.weights)))
+        vector, projections = fori_loop(0, size, newest_first, (grads, jnp.zeros_like(self.weights)))
         # Before there is a pair, a step of length 1 at most, as in optax.
         scale = jnp.where(self.stored > 0, self.scale, jnp.minimum(1, 1 / residual))
-        return jax.lax.fori_loop(0, size, oldest_first, tree.scale(scale, vector))
+        return fori_loop(0, size, oldest_first, tree.scale(scale, vector))
 
     def _slot(self, number: jax.Array) -> jax.Array:
         return jax.lax.rem(number, jnp.int32(self.weights.size))
@@ -173,7 +175,7 @@ class LBFGS(InnerSolver):
         stop: Stop = Stop(),
     ) -> Solution:
         """See `InnerSolver.solve`."""
-        tol = jnp.asarray(self.tol, jnp.result_type(float)) if stop.tol is None else stop.tol
+        tol = jnp.asarray(self.tol if stop.tol is None else stop.tol, jnp.result_type(float))
         max_steps = self.max_steps if stop.max_steps is None else stop.max_steps
         flattening = Flattening.of(init)
 
@@ -198,7 +200,7 @@ class LBFGS(InnerSolver):
             moved = tree.subtract(params, now.params)
             pairs = now.pairs.push(moved, tree.subtract(grads, now.grads), write=~at_start, keep=taken)
             last = Measured.of(((value, ()), grads))
-            num_steps = now.num_steps + taken
+            num_steps = now.num_steps + taken.astype(jnp.int32)
             # A search that cannot move any more has come to the floor of the dtype.
             unfinished = (last.residual > tol) & (num_steps < max_steps) & (at_start | (tree.max_abs(moved) > 0))
             continued = any_of(stop.group, unfinished)
@@ -218,7 +220,7 @@ class LBFGS(InnerSolver):
                 tree.where(at_start, last, now.first),
                 last,
                 num_steps,
-                now.num_gradients + (step | ~ended),
+                now.num_gradients + (step | ~ended).astype(jnp.int32),
                 ~step | continued,
             )
 
@@ -229,7 +231,7 @@ class LBFGS(InnerSolver):
         pairs = memory if jax.tree.leaves(memory) else self._no_pairs(start)
         count = jnp.int32(0)
         begin = Iteration(start, zero, zero, search, pairs, nothing, nothing, count, count, jnp.asarray(True))
-        end = jax.lax.while_loop(lambda now: now.running, iterate, begin)
+        end = while_loop(lambda now: now.running, iterate, begin)
 
         params = flattening.unflatten(end.params)
         unfinished = flag(~(end.last.residual <= tol), Status.FREE_NOT_CONVERGED)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import usual_promotion
 from contrastive_meta._holomorphic import require_holomorphic
 from contrastive_meta._problem import MetaParams, ModelState, Params
 from contrastive_meta._pytree import PyTree, static, strategy
@@ -120,12 +121,14 @@ class OptaxDescent(InnerSolver):
         def update(grads: Params) -> Params:
             state = optimizer.init(params)
             extra = {"value": zero, "grad": grads, "value_fn": lambda at: zero}
-            updates: Params = optimizer.update(grads, state, params, **extra)[0]
+            with usual_promotion():
+                updates: Params = optimizer.update(grads, state, params, **extra)[0]
             return updates
 
         # A projection's update is a rounding error where there is nothing to project; a small step may be lost in
         # rounding, but is one.
-        stayed = optax.apply_updates(params, update(tree.zeros_like(params)))
+        with usual_promotion():
+            stayed = optax.apply_updates(params, update(tree.zeros_like(params)))
         stays = tree.max_abs(tree.subtract(stayed, params)) == 0
         moves = [jnp.any(x != 0) for x in jax.tree.leaves(update(gradient))]
         wanted = [jnp.any(x != 0) for x in jax.tree.leaves(gradient)]
@@ -158,7 +161,7 @@ class OptaxDescent(InnerSolver):
         opt_state = memory if jax.tree.leaves(memory) else optimizer.init(init)
         start = Position(init, opt_state, model_state)
         if self.num_steps is None:
-            tol = jnp.asarray(self.tol, jnp.result_type(float)) if stop.tol is None else stop.tol
+            tol = jnp.asarray(self.tol if stop.tol is None else stop.tol, jnp.result_type(float))
             end = self._run_to_tolerance(optimizer, losses, start, tol, stop)
             unfinished = flag(~(end.last.residual <= tol), Status.FREE_NOT_CONVERGED)
         else:
@@ -184,7 +187,7 @@ class OptaxDescent(InnerSolver):
         optimizer = self._bound_optimizer()
 
         def loss(at: Params) -> jax.Array:
-            return jnp.asarray(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(at)))
+            return tree.sum_of_leaves(jax.tree.map(jnp.sum, at))
 
         value, grads = tree.value_and_grad(loss)(params)
         return one_step(optimizer, loss, value, grads, params, optimizer.init(params))[0]

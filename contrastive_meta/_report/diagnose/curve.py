@@ -29,7 +29,7 @@ class Curve(NamedTuple):
     Attributes:
       strengths: the smallest |beta| of the scheme's phases, ascending, in units of the inner over the outer loss.
       errors: relative errors of the contrasts; NaN where one is not finite.
-      estimates: the estimate that each reports, `diagnostics.error_estimate`.
+      estimates: the estimate that each reports, `diagnostics.error_estimate`; NaN where none is made.
       statuses: what each reported.
       regions: what dominates each error, by the slope of the curve: `"noise"` (what is divided by beta: rounding, and
         whatever phases left unfinished that does not cancel), `"truncation"` or `"neither"`.

@@ -170,7 +170,7 @@ def _measure_curve(subject: _Subject, result: MetaGradient, reference: Any) -> C
     points = Points(
         strengths,
         [flatten(each.grad) for each in found],
-        [float(each.diagnostics.error_estimate) for each in found],
+        [float(each.diagnostics.error_estimate) if subject.estimator.estimate_error else np.nan for each in found],
         [status_of(each) for each in found],
     )
     against, text = _resolve(subject, reference)

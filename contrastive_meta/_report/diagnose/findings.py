@@ -150,7 +150,8 @@ class Findings:
     @property
     def told(self) -> float:
         """Relative error as the estimator itself says; NaN where it does not."""
-        return float(self.result.diagnostics.error_estimate)
+        made = not np.all(np.isnan(self.curve.estimates))
+        return float(self.result.diagnostics.error_estimate) if made else float("nan")
 
     @property
     def error(self) -> float:
