@@ -43,8 +43,9 @@ def found(rows: int, columns: int) -> dict[str, Any]:
     )
     value, grad = jax.jit(step)(zero, pair)
     # Not before: as most users have it, float32 is all there is.
-    with jax.enable_x64(True):
-        double = jax.jit(learned)(jnp.zeros((columns, 10)), data(rows, columns, jnp.float64))
+    jax.config.update("jax_enable_x64", True)
+    double = jax.jit(learned)(jnp.zeros((columns, 10)), data(rows, columns, jnp.float64))
+    jax.config.update("jax_enable_x64", False)
     return {
         "float32": [float(captured), float(passed), *map(float, mapped), float(value)],
         "grad": float(grad),
