@@ -31,6 +31,7 @@ ORDER = (
     "_response",
     "_solvers",
     "_instance",
+    "_symmetry",
     "_base_point",
     "_nudging",
     "_plasticity",
