@@ -30,10 +30,11 @@ class Status(enum.IntEnum):
     NUDGED_NOT_CONVERGED = 5
     LOST_IN_NOISE = 6
     INDEFINITE_CURVATURE = 7
-    UNBOUNDED_NUDGE = 8
-    DIVERGED = 9
-    NOT_FINITE = 10
-    INVALID_SCHEME = 11
+    KINK = 8
+    UNBOUNDED_NUDGE = 9
+    DIVERGED = 10
+    NOT_FINITE = 11
+    INVALID_SCHEME = 12
 
     def describe(self) -> str:
         """What the status means and what to do about it, in one sentence each."""
@@ -75,6 +76,11 @@ _DESCRIPTIONS = {
     Status.INDEFINITE_CURVATURE: (
         "The inner loss curves downwards in the direction of the response, so this is no minimum. "
         "Learn for longer, regularise the inner loss, or add damping to the linear solver."
+    ),
+    Status.KINK: (
+        "The solution lies at the edge of a kink or a bound: nudged phases, or rounding, lead through it, and the "
+        "meta-gradient may differ on both sides. Change the meta-parameters a little, learn to a tighter tolerance, "
+        "lower beta, or use float64, whose nudges are smaller."
     ),
     Status.UNBOUNDED_NUDGE: (
         "A nudged phase ran away: the nudged loss has no minimum near the free one. "

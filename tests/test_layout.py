@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import contrastive_meta as cm
-from contrastive_meta import architectures, local_learners, problems
+from contrastive_meta import architectures, local_learners, problems, prox
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "contrastive_meta"
@@ -29,7 +29,9 @@ ORDER = (
     "_dependence",
     "_response",
     "_solvers",
+    "prox",
     "_instance",
+    "_walls",
     "_base_point",
     "_nudging",
     "_plasticity",

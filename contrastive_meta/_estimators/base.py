@@ -11,7 +11,12 @@ import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._dependence import leaf_names
-from contrastive_meta._estimators._visibility import any_of, seen_in_inner_loss, seen_in_outer_loss
+from contrastive_meta._estimators._visibility import (
+    any_of,
+    seen_in_inner_loss,
+    seen_in_outer_loss,
+    seen_in_penalty,
+)
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
     BilevelProblem,
@@ -157,6 +162,7 @@ class MetaGradientEstimator(abc.ABC):
         return any_of(
             seen_in_inner_loss(problem, params, meta_params, task),
             seen_in_outer_loss(problem, params, meta_params, task),
+            seen_in_penalty(self.solver, params, meta_params),
         )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._dependence import used_leaves
 from contrastive_meta._holomorphic import require_holomorphic
 from contrastive_meta._problem import MetaParams, ModelState, Params
 from contrastive_meta._pytree import PyTree, static, strategy
@@ -22,6 +23,7 @@ from contrastive_meta._solvers._descend import (
     steps_to_tolerance,
 )
 from contrastive_meta._solvers.base import (
+    Held,
     InnerLoss,
     InnerSolver,
     MinibatchLoss,
@@ -31,6 +33,11 @@ from contrastive_meta._solvers.base import (
     UnrolledLosses,
     final_status,
 )
+
+# An update that is zero but for rounding is smaller than this many roundings of what it is made of.
+_ROUNDINGS = 1e3
+# Updates are linear in the gradient if twice the gradient gives twice the update up to this fraction.
+_LINEAR = 1e-3
 
 
 @strategy
@@ -112,16 +119,81 @@ class OptaxDescent(InnerSolver):
         """As far as its updates follow the gradient: see `rests_at`."""
         return True
 
+    def held_at(self, params: Params, gradient: Params) -> Held | None:
+        """By probing updates; None for optimisers whose updates do not depend on `params`, which have no walls.
+
+        An entry is held if the update down its gradient leaves it in place, and the opposite one would not: it is at a
+        bound. Decay is what an update does without a gradient, in units of what it does with one; it is known where
+        updates are linear in the gradient, as those of descent and momentum.
+        """
+        update = self._first_update(params)
+        if not any(used_leaves(lambda at: update(gradient, at), params)):
+            return None
+        size = tree.or_one(tree.max_abs(gradient))
+        down = jax.tree.map(lambda g: jnp.sign(g) * size.astype(jnp.real(g).dtype), gradient)
+        follows, opposes = update(down, params), update(tree.scale(-1.0, down), params)
+
+        def moves(x: jax.Array, u: jax.Array) -> jax.Array:
+            return x + u.astype(x.dtype) != x
+
+        held = jax.tree.map(
+            lambda x, g, u, o: (g != 0) & ~moves(x, u) & moves(x, o), params, gradient, follows, opposes
+        )
+        decay, known = self._decay(params, update)
+        # With the gradient at which it rests, nothing moves that is free. Frozen leaves are not described.
+        still = update(jax.tree.map(lambda c, x: -c.astype(x.dtype) * x, decay, params), params)
+        eps = tree.coarsest_eps(tree.float_dtype(params), params)
+
+        def rests(fixed: jax.Array, x: jax.Array, u: jax.Array) -> jax.Array:
+            return jnp.all(fixed | (jnp.abs(u) <= _ROUNDINGS * eps * jnp.maximum(jnp.abs(x), jnp.abs(x + u))))
+
+        def free(g: jax.Array, x: jax.Array, u: jax.Array, o: jax.Array) -> jax.Array:
+            return jnp.any(moves(x, u) | moves(x, o)) | ~jnp.any(g != 0)
+
+        stays = jax.tree.leaves(jax.tree.map(rests, held, params, still))
+        movable = jax.tree.leaves(jax.tree.map(free, gradient, params, follows, opposes))
+        return Held(held, decay, known & jnp.all(jnp.stack(stays)) & jnp.all(jnp.stack(movable)))
+
+    def _decay(self, params: Params, update: Callable[[Params, Params], Params]) -> tuple[Params, jax.Array]:
+        """Factors of weight decay, and whether updates are linear in the gradient where there are any."""
+        ones, nothing = jax.tree.map(jnp.ones_like, params), tree.zeros_like(params)
+        # Small beside the parameters, so that no bound is met on the way.
+        unit = 0.1
+        none, single, double = (update(tree.scale(k * unit, ones), ones) for k in (0.0, 1.0, 2.0))
+        eps = tree.coarsest_eps(tree.float_dtype(params), params)
+        drift = jax.tree.map(lambda x, u: jnp.any(jnp.abs(u) > 4 * eps * jnp.abs(x)), params, update(nothing, params))
+        decays = jnp.any(jnp.stack(jax.tree.leaves(drift)))
+
+        def factor(without: jax.Array, of_one: jax.Array) -> jax.Array:
+            rate = jnp.real(without - of_one) / unit
+            found = -jnp.real(without) / jnp.where(rate > 0, rate, jnp.inf)
+            return jnp.where(decays & (without != 0), found, jnp.zeros_like(found))
+
+        def linear(without: jax.Array, of_one: jax.Array, of_two: jax.Array) -> jax.Array:
+            curved = jnp.abs(of_two - 2 * of_one + without) > _LINEAR * jnp.abs(of_one - without)
+            return ~jnp.any((without != 0) & (curved | (of_one == without)))
+
+        checks = jax.tree.leaves(jax.tree.map(linear, none, single, double))
+        return jax.tree.map(factor, none, single), jnp.all(jnp.stack(checks)) | ~decays
+
+    def _first_update(self, like: Params) -> Callable[[Params, Params], Params]:
+        """`(gradient, params) -> updates` of an optimiser that begins at `params`."""
+        optimizer = optax.with_extra_args_support(self._bound_optimizer())
+        zero = jnp.zeros((), tree.float_dtype(like))
+
+        def update(grads: Params, params: Params) -> Params:
+            extra = {"value": zero, "grad": grads, "value_fn": lambda at: zero}
+            updates: Params = optimizer.update(grads, optimizer.init(params), params, **extra)[0]
+            return updates
+
+        return update
+
     def rests_at(self, params: Params, gradient: Params) -> jax.Array:
         """One update without a gradient must do nothing, and one with it must move every leaf or none."""
-        optimizer = optax.with_extra_args_support(self._bound_optimizer())
-        zero = jnp.zeros((), tree.float_dtype(params))
+        first_update = self._first_update(params)
 
         def update(grads: Params) -> Params:
-            state = optimizer.init(params)
-            extra = {"value": zero, "grad": grads, "value_fn": lambda at: zero}
-            updates: Params = optimizer.update(grads, state, params, **extra)[0]
-            return updates
+            return first_update(grads, params)
 
         # A projection's update is a rounding error where there is nothing to project; a small step may be lost in
         # rounding, but is one.
