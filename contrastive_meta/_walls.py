@@ -84,6 +84,20 @@ class Walls(NamedTuple):
             BilevelProblem(inner, outer, problem.init_params, has_aux=problem.has_aux, sample=problem.sample)
         )
 
+    def completed(self, hvp: Callable[[Params], Params], curvature: jax.Array) -> Callable[[Params], Params]:
+        """Products with a Hessian that is not singular for want of entries that walls hold: those curve by themselves.
+
+        Args:
+          hvp: products with the Hessian of the loss in coordinates, which has nothing there.
+          curvature: of these entries.
+        """
+        slopes = self.slopes(self.at)
+
+        def complete(slope: jax.Array, x: jax.Array, product: jax.Array) -> jax.Array:
+            return jnp.where(slope == 0, curvature.astype(jnp.real(x).dtype) * x, product)
+
+        return lambda x: jax.tree.map(complete, slopes, x, hvp(x))
+
     def is_certain(self, instance: Instance, x: Params, residual: jax.Array) -> jax.Array:
         """Whether the learner stays at x, and is held by the same walls wherever rounding and residuals may have it.
 
@@ -269,7 +283,5 @@ def _directions(like: Params, function: Callable[[jax.Array], jax.Array]) -> Par
     """Fixed random numbers in the shapes of a tree."""
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-    drawn = [
-        function(jax.random.normal(key, x.shape, jnp.real(x).dtype)) for key, x in zip(keys, leaves, strict=False)
-    ]
+    drawn = [function(jax.random.normal(key, x.shape, jnp.real(x).dtype)) for key, x in zip(keys, leaves, strict=False)]
     return jax.tree.unflatten(structure, drawn)

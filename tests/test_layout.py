@@ -187,6 +187,7 @@ def public_names() -> Iterator[tuple[str, Any]]:
         ("problems.", problems),
         ("architectures.", architectures),
         ("local_learners.", local_learners),
+        ("prox.", prox),
     ):
         syntax = ast.parse(Path(inspect.getfile(module)).read_text())
         for node in ast.walk(syntax):

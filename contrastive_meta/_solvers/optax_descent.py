@@ -17,6 +17,7 @@ from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._descend import (
     Descent,
     Position,
+    ResidualOf,
     fixed_steps,
     one_step,
     steps_for_backprop,
@@ -154,6 +155,18 @@ class OptaxDescent(InnerSolver):
         movable = jax.tree.leaves(jax.tree.map(free, gradient, params, follows, opposes))
         return Held(held, decay, known & jnp.all(jnp.stack(stays)) & jnp.all(jnp.stack(movable)))
 
+    def _residual_of(self, like: Params) -> ResidualOf | None:
+        """What vanishes where the optimiser rests; None where that is the gradient."""
+        if self.held_at(like, like) is None:
+            return None
+
+        def residual(params: Params, gradient: Params) -> Params:
+            held = self.held_at(params, gradient)
+            assert held is not None
+            return tree.where(held.known, held.residual(params, gradient), gradient)
+
+        return residual
+
     def _decay(self, params: Params, update: Callable[[Params, Params], Params]) -> tuple[Params, jax.Array]:
         """Factors of weight decay, and whether updates are linear in the gradient where there are any."""
         ones, nothing = jax.tree.map(jnp.ones_like, params), tree.zeros_like(params)
@@ -234,7 +247,14 @@ class OptaxDescent(InnerSolver):
             end = self._run_to_tolerance(optimizer, losses, start, tol, stop)
             unfinished = flag(~(end.last.residual <= tol), Status.FREE_NOT_CONVERGED)
         else:
-            end = fixed_steps(optimizer, losses, start, num_steps=self.num_steps, unroll=self.unroll)
+            end = fixed_steps(
+                optimizer,
+                losses,
+                start,
+                num_steps=self.num_steps,
+                unroll=self.unroll,
+                residual_of=self._residual_of(init),
+            )
             unfinished = flag(False, Status.FREE_NOT_CONVERGED)
         health = final_status(*end.first, end.at.params, *end.last)
         return Solution(
@@ -337,4 +357,7 @@ class OptaxDescent(InnerSolver):
                 "go to zero, so it cannot say when to stop. Use `OptaxDescent(optimizer, num_steps=...)`."
             )
         max_steps = self.max_steps if stop.max_steps is None else stop.max_steps
-        return steps_to_tolerance(optimizer, losses, start, tol=tol, max_steps=max_steps, group=stop.group)
+        return steps_to_tolerance(
+            optimizer, losses, start, tol=tol, max_steps=max_steps, group=stop.group,
+            residual_of=self._residual_of(start.params),
+        )  # fmt: skip

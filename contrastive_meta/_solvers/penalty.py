@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
 
@@ -35,7 +37,7 @@ class Penalty(abc.ABC):
         """
 
     def value(self, params: Params, meta_params: MetaParams) -> Any:
-        """h itself, a scalar that can be differentiated in `meta_params`; None where it is not known.
+        """The penalty itself, a scalar that can be differentiated in `meta_params`; None where it is not known.
 
         0 on the set of a projection.
 
@@ -93,5 +95,47 @@ class Setting:
         """The number for each leaf of `params`, in its dtype: one for all, or a pytree like `params`."""
         value = self.at(meta_params)
         if jax.tree.structure(value) == jax.tree.structure(0):
-            return jax.tree.map(lambda x: jax.numpy.asarray(value, jax.numpy.real(x).dtype), params)
-        return jax.tree.map(lambda v, x: jax.numpy.asarray(v, jax.numpy.real(x).dtype), value, params)
+            return jax.tree.map(lambda x: jnp.asarray(value, jnp.real(x).dtype), params)
+        return jax.tree.map(lambda v, x: jnp.asarray(v, jnp.real(x).dtype), value, params)
+
+
+@strategy
+class Box(Penalty):
+    """The constraint lower <= w <= upper; see `prox.box`."""
+
+    lower: Setting
+    upper: Setting
+
+    def bounds(self, params: Params, meta_params: MetaParams) -> tuple[Params, Params]:
+        """Both bounds of every entry."""
+
+        def full(value: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(value, x.shape)
+
+        lower, upper = self.lower.like(meta_params, params), self.upper.like(meta_params, params)
+        return jax.tree.map(full, lower, params), jax.tree.map(full, upper, params)
+
+    def prox(self, params: Params, meta_params: MetaParams, step: Any) -> Params:
+        """The nearest point of the box."""
+        bounds = self.bounds(params, meta_params)
+        return jax.tree.map(lambda x, low, high: jnp.minimum(jnp.maximum(x, low), high), params, *bounds)
+
+    def value(self, params: Params, meta_params: MetaParams) -> Any:
+        """0, as of any set."""
+        return jnp.zeros((), tree.float_dtype(params))
+
+
+def fixed_point_residual(
+    walls: BoundPenalty, params: Params, gradient: Params, other: Params, other_gradient: Params
+) -> jax.Array:
+    """Norm of (w - prox(w - s gradient)) / s at one point, s being an inverse curvature between it and another.
+
+    It is the gradient norm where there are no walls, and of the order of the distance to the fixed point times the
+    curvature otherwise (Parikh & Boyd, 2014, section 4.2).
+    """
+    way = tree.norm(tree.subtract(params, other))
+    change = tree.norm(tree.subtract(gradient, other_gradient))
+    known = (way > 0) & (change > 0) & jnp.isfinite(change)
+    step = jnp.where(known, way / tree.or_one(change), 1.0)
+    moved = walls.prox(tree.add_scaled(params, -step, gradient), step)
+    return tree.norm(tree.subtract(params, moved)) / step

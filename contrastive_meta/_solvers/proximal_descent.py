@@ -116,7 +116,7 @@ class ProximalDescent(InnerSolver):
 
         def iterate(now: _Descent) -> _Descent:
             value, gradient = evaluate(now.at)
-            value, gradient = jnp.asarray(value, now.value.dtype), gradient
+            value = jnp.asarray(value, now.value.dtype)
             moved, turned = tree.subtract(now.at, now.last_at), tree.subtract(gradient, now.last_gradient)
             way, change, size = tree.norms(moved, turned, gradient).astype(dtype)
             told = change > _ROUNDING * jnp.finfo(dtype).eps * size

@@ -10,7 +10,7 @@ import optax
 from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
-from contrastive_meta._solvers.penalty import Penalty, Setting
+from contrastive_meta._solvers.penalty import Box, Penalty, Setting
 
 Strength = Any
 
@@ -107,7 +107,7 @@ def non_negative() -> Penalty:
       >>> cm.prox.non_negative().prox(jnp.array([0.5, -2.0]), None, 1.0).tolist()
       [0.5, 0.0]
     """
-    return _Box(Setting(0.0), Setting(jnp.inf))
+    return Box(Setting(0.0), Setting(jnp.inf))
 
 
 def box(lower: Strength, upper: Strength) -> Penalty:
@@ -123,7 +123,7 @@ def box(lower: Strength, upper: Strength) -> Penalty:
       >>> cm.prox.box(-1.0, 1.0).prox(jnp.array([0.5, -2.0]), None, 1.0).tolist()
       [0.5, -1.0]
     """
-    return _Box(Setting.of(lower), Setting.of(upper))
+    return Box(Setting.of(lower), Setting.of(upper))
 
 
 def simplex(total: Strength = 1.0) -> Penalty:
@@ -210,19 +210,6 @@ class _Group(Penalty):
             return jnp.sum(strength * _lengths(x, self.axis))
 
         return sum(jax.tree.leaves(jax.tree.map(penalty, params, self.strength.like(meta_params, params))))
-
-
-@strategy
-class _Box(Penalty):
-    lower: Setting
-    upper: Setting
-
-    def prox(self, params: Params, meta_params: MetaParams, step: Any) -> Params:
-        bounds = self.lower.like(meta_params, params), self.upper.like(meta_params, params)
-        return jax.tree.map(lambda x, low, high: jnp.minimum(jnp.maximum(x, low), high), params, *bounds)
-
-    def value(self, params: Params, meta_params: MetaParams) -> Any:
-        return jnp.zeros((), tree.float_dtype(params))
 
 
 @strategy
