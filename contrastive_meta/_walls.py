@@ -51,6 +51,7 @@ class Walls(NamedTuple):
       rests_at: `(x, w, gradient) -> bool`, whether the learner stays at w, held by the walls that hold x.
       around: signs, in which directions the edge of a piece is looked for.
       unit: of coordinates over gradients.
+      known: whether it is known where the learner rests.
     """
 
     at: Params
@@ -62,6 +63,7 @@ class Walls(NamedTuple):
     rests_at: Callable[[Params, Params, Params], jax.Array]
     around: Params
     unit: jax.Array
+    known: jax.Array
 
     def seen_by_estimators(self, instance: Instance) -> Instance:
         """The problem in coordinates x."""
@@ -118,7 +120,7 @@ class Walls(NamedTuple):
             away = tree.add_scaled(found, sign * reach, self.around)
             to = tree.add_scaled(gradient, sign * reach / self.unit, _directions(found, jnp.sign))
             certain &= self.same_piece(found, away) & self.rests_at(x, params, to)
-        return certain
+        return certain | ~self.known
 
 
 def walls_of(solver: InnerSolver, instance: Instance, params: Params) -> Walls | None:
@@ -139,7 +141,10 @@ def walls_of(solver: InnerSolver, instance: Instance, params: Params) -> Walls |
         return None
     gradient = tree.grad(instance.inner)(params)
     held = bound.held_at(params, gradient)
-    return None if held is None else _held(bound, held, params)
+    assert held is not None
+    # Where the learner rests is not known: the parameters as they are, at which it is then found not to.
+    nothing = Held(jax.tree.map(jnp.zeros_like, held.entries), tree.zeros_like(held.decay), held.known)
+    return _held(bound, tree.where(held.known, held, nothing), params)
 
 
 def _normal_map(solver: InnerSolver, instance: Instance, params: Params) -> Walls:
@@ -190,7 +195,7 @@ def _normal_map(solver: InnerSolver, instance: Instance, params: Params) -> Wall
 
     value_of = _value_of(solver, instance, prox_at, coordinates(params, here), step)
     at, around = coordinates(params, here), _directions(params, jnp.sign)
-    return Walls(at, params_of, value_of, coordinates, same_piece, slopes, rests_at, around, step)
+    return Walls(at, params_of, value_of, coordinates, same_piece, slopes, rests_at, around, step, jnp.asarray(True))
 
 
 def _value_of(
@@ -269,14 +274,16 @@ def _held(bound: InnerSolver, held: Held, params: Params) -> Walls:
             resting = jax.tree.map(lambda c, w: -c.astype(w.dtype) * w, held.decay, at)
             return held_at(at, resting).known & jnp.all(jnp.stack(jax.tree.leaves(kept)))
 
-        return inside(a) & inside(b)
+        return (inside(a) & inside(b)) | ~held.known
 
     def slopes(x: Params) -> Params:
         return jax.tree.map(lambda fixed, at: jnp.where(fixed, 0, jnp.ones_like(at)), held.entries, x)
 
     one = jnp.ones((), tree.float_dtype(params))
     around = jax.tree.map(lambda slope, sign: slope * sign, slopes(params), _directions(params, jnp.sign))
-    return Walls(params, params_of, value_of, lambda at, gradient: at, same_piece, slopes, rests_at, around, one)
+    return Walls(
+        params, params_of, value_of, lambda at, gradient: at, same_piece, slopes, rests_at, around, one, held.known
+    )
 
 
 def _directions(like: Params, function: Callable[[jax.Array], jax.Array]) -> Params:

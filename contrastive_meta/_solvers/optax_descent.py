@@ -130,19 +130,19 @@ class OptaxDescent(InnerSolver):
         update = self._first_update(params)
         if not any(used_leaves(lambda at: update(gradient, at), params)):
             return None
-        size = tree.or_one(tree.max_abs(gradient))
-        down = jax.tree.map(lambda g: jnp.sign(g) * size.astype(jnp.real(g).dtype), gradient)
-        follows, opposes = update(down, params), update(tree.scale(-1.0, down), params)
+        decay, known = self._decay(params, update)
+        resting = jax.tree.map(lambda c, x: -c.astype(x.dtype) * x, decay, params)
+        beyond = tree.subtract(gradient, resting)
+        size = tree.or_one(jnp.maximum(tree.max_abs(beyond), tree.max_abs(gradient)))
+        down = jax.tree.map(lambda g: jnp.sign(g) * size.astype(jnp.real(g).dtype), beyond)
+        follows, opposes = (update(tree.add_scaled(resting, sign, down), params) for sign in (1.0, -1.0))
 
         def moves(x: jax.Array, u: jax.Array) -> jax.Array:
             return x + u.astype(x.dtype) != x
 
-        held = jax.tree.map(
-            lambda x, g, u, o: (g != 0) & ~moves(x, u) & moves(x, o), params, gradient, follows, opposes
-        )
-        decay, known = self._decay(params, update)
+        held = jax.tree.map(lambda x, g, u, o: (g != 0) & ~moves(x, u) & moves(x, o), params, beyond, follows, opposes)
         # With the gradient at which it rests, nothing moves that is free. Frozen leaves are not described.
-        still = update(jax.tree.map(lambda c, x: -c.astype(x.dtype) * x, decay, params), params)
+        still = update(resting, params)
         eps = tree.coarsest_eps(tree.float_dtype(params), params)
 
         def rests(fixed: jax.Array, x: jax.Array, u: jax.Array) -> jax.Array:
@@ -152,7 +152,7 @@ class OptaxDescent(InnerSolver):
             return jnp.any(moves(x, u) | moves(x, o)) | ~jnp.any(g != 0)
 
         stays = jax.tree.leaves(jax.tree.map(rests, held, params, still))
-        movable = jax.tree.leaves(jax.tree.map(free, gradient, params, follows, opposes))
+        movable = jax.tree.leaves(jax.tree.map(free, beyond, params, follows, opposes))
         return Held(held, decay, known & jnp.all(jnp.stack(stays)) & jnp.all(jnp.stack(movable)))
 
     def _residual_of(self, like: Params) -> ResidualOf | None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._control import cast_like
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
 
@@ -65,7 +66,8 @@ class BoundPenalty(NamedTuple):
         if penalty is None:
             return None
         return cls(
-            lambda params, step: penalty.prox(params, meta_params, step),
+            # Projections of optax promote dtypes, and so may a user's step.
+            lambda params, step: cast_like(penalty.prox(params, meta_params, step), params),
             lambda params: penalty.value(params, meta_params),
         )
 
