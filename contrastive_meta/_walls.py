@@ -193,8 +193,11 @@ def _normal_map(solver: InnerSolver, instance: Instance, params: Params) -> Wall
     def rests_at(x: Params, at: Params, gradient: Params) -> jax.Array:
         return same_piece(x, coordinates(at, gradient))
 
+    bound = solver.bind(instance.meta_params).walls
+    assert bound is not None
     value_of = _value_of(solver, instance, prox_at, coordinates(params, here), step)
     at, around = coordinates(params, here), _directions(params, jnp.sign)
+    value_of = _pinned(bound.unfelt, at, step, value_of)
     return Walls(at, params_of, value_of, coordinates, same_piece, slopes, rests_at, around, step, jnp.asarray(True))
 
 
@@ -223,6 +226,22 @@ def _value_of(
         )
     prox = jax.tree_util.Partial(lambda at: prox_at(at, instance.meta_params, step))
     return lambda x, params, meta_params: _with_slope_of_penalty(prox, step, x)
+
+
+def _pinned(unfelt: Callable[[Params], Any], at: Params, step: jax.Array, value_of: Any) -> Any:
+    """The value with (unfelt(x) - unfelt(x0))^2 / (2 step) added.
+
+    Every point of the wall is the end of a step from some x with the number of x0. So no minimum changes, nor does the
+    derivative of one.
+    """
+    if unfelt(at) is None:
+        return value_of
+
+    def pinned(x: Params, params: Params, meta_params: MetaParams) -> Any:
+        spring = (unfelt(x) - unfelt(at)) ** 2 / (2 * step)
+        return spring if value_of is None else spring + value_of(x, params, meta_params)
+
+    return pinned
 
 
 @jax.custom_vjp

@@ -54,7 +54,7 @@ PENALTIES = {
     "box": cm.prox.box(lambda s: -jnp.exp(s[0]), lambda s: 2 * jnp.exp(s[0])),
     "simplex": cm.prox.simplex(lambda s: 5 * jnp.exp(s[0])),
     "ball": cm.prox.l2_ball(lambda s: 2 * jnp.exp(s[0])),
-    "typed": cm.prox.of(soft, lambda w, s: jnp.exp(s[0]) * jnp.sum(jnp.abs(w))),
+    "of functions": cm.prox.of(soft, lambda w, s: jnp.exp(s[0]) * jnp.sum(jnp.abs(w))),
 }
 
 
@@ -96,8 +96,11 @@ def error_of(grad: Any, exact: Any) -> float:
 # --- Penalties and constraints, the default strength ---
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", PENALTIES)
+FLOATS = [(name, jnp.float64) for name in PENALTIES]
+FLOATS += [(name, jnp.float32) for name in ("lasso", "elastic net", "non-negative", "box", "simplex", "ball")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), FLOATS, ids=lambda x: x if isinstance(x, str) else jnp.dtype(x).name)
 def test_the_default_is_right_on_ten_seeds(name: str, dtype: Any) -> None:
     # Where phases need no other learner, it need not be compiled.
     estimator = cm.Contrastive(learner(name, dtype), nudged_solver=None if name == "lasso" else ALONE)
@@ -111,8 +114,11 @@ def test_the_default_is_right_on_ten_seeds(name: str, dtype: Any) -> None:
         assert result.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", ["lasso", "elastic net", "box", "ball"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("lasso", jnp.float64), ("lasso", jnp.float32), ("box", jnp.float64), ("ball", jnp.float64)],
+    ids=lambda x: x if isinstance(x, str) else jnp.dtype(x).name,
+)
 def test_phases_that_the_learner_runs_are_right(name: str, dtype: Any) -> None:
     solver = learner(name, dtype)
     estimator = cm.Contrastive(solver, nudged_solver=solver)
@@ -126,7 +132,7 @@ def test_phases_that_the_learner_runs_are_right(name: str, dtype: Any) -> None:
 
 def test_tasks_of_a_batch_have_walls_of_their_own() -> None:
     tasks = jax.tree.map(lambda *xs: jnp.stack(xs), *(regression(seed) for seed in range(4)))
-    step = jax.jit(cm.value_and_meta_grad(PROBLEM, cm.Contrastive(learner("lasso", jnp.float64)), has_aux=True))
+    step = jax.jit(cm.value_and_meta_grad(PROBLEM, cm.Contrastive(learner("lasso", jnp.float64), ALONE), has_aux=True))
     (_, told), grad = step(LOG_STRENGTHS, tasks)
     assert error_of(grad, np.mean([exactly("lasso", seed) for seed in range(4)], axis=0)) < 1e-6
     assert told.status.tolist() == [cm.Status.CONVERGED] * 4
@@ -137,7 +143,7 @@ def test_lasso_in_one_dimension() -> None:
     problem = cm.BilevelProblem(
         lambda w, s, y: 0.5 * jnp.sum((w - y) ** 2), lambda w, s, y: jnp.sum(w), lambda s, y: jnp.zeros_like(y)
     )
-    estimator = cm.Contrastive(cm.ProximalDescent(cm.prox.l1(jnp.exp)))
+    estimator = cm.Contrastive(cm.ProximalDescent(cm.prox.l1(jnp.exp)), ALONE)
     result = estimator.estimate(problem, jnp.log(0.5), jnp.array([3.0, 0.2, -2.0, 1.5]))
     # Two entries end above 0 and one below.
     assert result.grad == pytest.approx(-0.5, rel=1e-9)
@@ -156,7 +162,7 @@ def test_implicit_differentiation_is_right_too(name: str, inverse: cm.InverseHes
 
 
 def test_a_layer_of_the_lasso() -> None:
-    solve = cm.argmin(inner, learner("lasso", jnp.float64), init=begin)
+    solve = cm.argmin(inner, learner("lasso", jnp.float64), init=begin, adjoint=cm.ContrastiveAdjoint(ALONE))
     grad = jax.grad(lambda s: outer(solve(s, regression(0)), s, regression(0)))(LOG_STRENGTHS)
     assert error_of(grad, exactly("lasso", 0)) < 1e-6
 
@@ -168,10 +174,10 @@ def test_a_proximal_step_without_a_value() -> None:
     """Right for projections, which do not depend on the step, and for strengths that are numbers; else it raises."""
     task = regression(0)
     capped = cm.prox.of(lambda w, s, step: jnp.clip(w, -jnp.exp(s[0]), 2 * jnp.exp(s[0])))
-    found = cm.Contrastive(cm.ProximalDescent(capped, tol=1e-12)).estimate(PROBLEM, LOG_STRENGTHS, task)
+    found = cm.Contrastive(cm.ProximalDescent(capped, tol=1e-12), ALONE).estimate(PROBLEM, LOG_STRENGTHS, task)
     assert error_of(found.grad, exactly("box", 0)) < 1e-6
     fixed = cm.prox.of(lambda w, s, step: soft(w, LOG_STRENGTHS, step))
-    found = cm.Contrastive(cm.ProximalDescent(fixed, tol=1e-12)).estimate(PROBLEM, LOG_STRENGTHS, task)
+    found = cm.Contrastive(cm.ProximalDescent(fixed, tol=1e-12), ALONE).estimate(PROBLEM, LOG_STRENGTHS, task)
     assert found.grad[0] == 0
     assert found.grad[1] == pytest.approx(exactly("lasso", 0)[1], rel=1e-6)
     with pytest.raises(ValueError, match="its penalty has no value"):
@@ -249,7 +255,7 @@ def case_of_a_user() -> tuple[cm.BilevelProblem, Any]:
 def test_positive_weights(options: dict[str, Any], own: bool) -> None:
     problem, optimizer = case_of_a_user()
     solver = cm.OptaxDescent(optimizer, **options)
-    result = cm.Contrastive(solver, nudged_solver=solver if own else None).estimate(problem, 0.3, None)
+    result = cm.Contrastive(solver, nudged_solver=solver if own else ALONE).estimate(problem, 0.3, None)
     assert result.grad == pytest.approx(0.29310587, abs=5e-9)
     assert result.diagnostics.status == cm.Status.CONVERGED
     assert result.diagnostics.error_estimate < 1e-6
@@ -274,7 +280,7 @@ def test_weight_decay_in_the_optimiser(momentum: float | None) -> None:
         return outer(jnp.linalg.solve(hessian, task["x"].T @ task["y"] / 30), s, task)
 
     optimizer = optax.chain(optax.add_decayed_weights(0.2), optax.sgd(0.1, momentum=momentum))
-    result = cm.Contrastive(cm.OptaxDescent(optimizer, num_steps=1500)).estimate(PROBLEM, LOG_STRENGTHS, task)
+    result = cm.Contrastive(cm.OptaxDescent(optimizer, num_steps=1500), ALONE).estimate(PROBLEM, LOG_STRENGTHS, task)
     assert error_of(result.grad, np.asarray(jax.grad(after_learning)(LOG_STRENGTHS))) < 1e-8
     assert result.diagnostics.status == cm.Status.CONVERGED
 
@@ -291,7 +297,7 @@ def test_a_solution_at_the_edge_of_a_kink_is_flagged(own: bool) -> None:
         lambda s, y: jnp.zeros_like(y),
     )
     solver = cm.ProximalDescent(cm.prox.l1(lambda s: s), tol=1e-10)
-    estimator = cm.Contrastive(solver, nudged_solver=solver if own else None)
+    estimator = cm.Contrastive(solver, nudged_solver=solver if own else ALONE)
     estimate = jax.jit(lambda y: estimator.estimate(problem, jnp.array(0.5), y).diagnostics)
     at_edge = estimate(jnp.array([2.0, 0.5 + 1e-15]))
     assert at_edge.status == cm.Status.KINK

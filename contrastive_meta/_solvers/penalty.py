@@ -48,6 +48,18 @@ class Penalty(abc.ABC):
         """
         return None
 
+    def unfelt(self, params: Params, meta_params: MetaParams) -> Any:
+        """A number that changes along a way on which the proximal step ends at the same point; None for no such number.
+
+        Only needed where such ways are not parallel, as at the surface of a ball: without it the way is a direction of
+        no curvature, which estimators cannot tell from one of little.
+
+        Args:
+          params: from where the step is taken.
+          meta_params: of the problem.
+        """
+        return None
+
 
 class BoundPenalty(NamedTuple):
     """A penalty at its meta-parameters.
@@ -55,10 +67,12 @@ class BoundPenalty(NamedTuple):
     Attributes:
       prox: `(params, step) -> params`.
       value: `params -> scalar`, or None where it is not known.
+      unfelt: `params -> scalar`, see `Penalty.unfelt`; or None.
     """
 
     prox: Callable[[Params, Any], Params]
     value: Callable[[Params], Any]
+    unfelt: Callable[[Params], Any]
 
     @classmethod
     def of(cls, penalty: Penalty | None, meta_params: MetaParams) -> "BoundPenalty | None":
@@ -69,6 +83,7 @@ class BoundPenalty(NamedTuple):
             # Projections of optax promote dtypes, and so may a user's step.
             lambda params, step: cast_like(penalty.prox(params, meta_params, step), params),
             lambda params: penalty.value(params, meta_params),
+            lambda params: penalty.unfelt(params, meta_params),
         )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.flatten_util import ravel_pytree
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import MetaParams, Params
@@ -133,7 +133,7 @@ def simplex(total: Strength = 1.0) -> Penalty:
       total: a positive number, or a function from the meta-parameters to one.
 
     Reference:
-      `optax.projections.projection_simplex`.
+      Duchi, Shalev-Shwartz, Singer & Chandra (2008), Efficient projections onto the l1-ball, figure 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -217,7 +217,18 @@ class _Simplex(Penalty):
     total: Setting
 
     def prox(self, params: Params, meta_params: MetaParams, step: Any) -> Params:
-        return optax.projections.projection_simplex(params, self.total.at(meta_params))
+        flat, unravel = ravel_pytree(params)
+        total = jnp.asarray(self.total.at(meta_params), flat.dtype)
+        # How many of the largest entries stay, and what is taken from each of them. Not `optax.projections`, whose
+        # derivative fails in float32 where float64 is switched on (optax 0.2.8).
+        sorted_down = -jnp.sort(-jax.lax.stop_gradient(flat))
+        number = jnp.arange(1, flat.size + 1, dtype=flat.dtype)
+        stays = sorted_down * number > jnp.cumsum(sorted_down) - total
+        least = jnp.min(jnp.where(stays, sorted_down, jnp.inf))
+        kept = flat >= least
+        taken = (jnp.sum(jnp.where(kept, flat, 0)) - total) / jnp.sum(kept)
+        projected: Params = unravel(jnp.where(kept, flat - taken, 0))
+        return projected
 
     def value(self, params: Params, meta_params: MetaParams) -> Any:
         return jnp.zeros((), tree.float_dtype(params))
@@ -231,9 +242,15 @@ class _L2Ball(Penalty):
         radius = self.radius.at(meta_params)
         squared = sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
         outside = squared > radius**2
-        # Not `where` alone: the derivative of a root at 0 is infinite.
         length = jnp.sqrt(jnp.where(outside, squared, 1.0))
         return jax.tree.map(lambda x: x * jnp.where(outside, radius / length, 1.0).astype(x.dtype), params)
+
+    def unfelt(self, params: Params, meta_params: MetaParams) -> Any:
+        """The distance from the centre, of points that are outside."""
+        squared = sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+        outside = squared > self.radius.at(meta_params) ** 2
+        # Not `where` alone: the derivative of a root at 0 is infinite.
+        return jnp.where(outside, jnp.sqrt(jnp.where(outside, squared, 1.0)), 0.0)
 
     def value(self, params: Params, meta_params: MetaParams) -> Any:
         return jnp.zeros((), tree.float_dtype(params))
