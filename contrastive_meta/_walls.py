@@ -46,6 +46,7 @@ class Walls(NamedTuple):
       params_of: `(x, meta_params) -> w`.
       value_of: `(x, w, meta_params) -> scalar`, what the learner's objective has beside the loss; or None.
       coordinates: `(w, gradient) -> x`, from the gradient of a loss to which w is the learner's solution.
+      aligned: `(w, x) -> x`, of the points from which a step ends at w that which has the numbers of `at`.
       same_piece: `(x, x) -> bool`, whether the coordinates are smooth between both.
       slopes: `x -> tree`, zero in the entries of w that walls hold at x.
       rests_at: `(x, w, gradient) -> bool`, whether the learner stays at w, held by the walls that hold x.
@@ -58,6 +59,7 @@ class Walls(NamedTuple):
     params_of: Callable[[Params, MetaParams], Params]
     value_of: Callable[[Params, Params, MetaParams], Any] | None
     coordinates: Callable[[Params, Params], Params]
+    aligned: Callable[[Params, Params], Params]
     same_piece: Callable[[Params, Params], jax.Array]
     slopes: Callable[[Params], Params]
     rests_at: Callable[[Params, Params, Params], jax.Array]
@@ -183,8 +185,8 @@ def _normal_map(solver: InnerSolver, instance: Instance, params: Params) -> Wall
         size = jnp.maximum(tree.max_abs(a), tree.max_abs(b))
 
         def smooth(first: jax.Array, last: jax.Array, middle: jax.Array) -> jax.Array:
-            bend = jnp.abs((first - middle) + (last - middle))
-            return jnp.all(bend <= _BENT * jnp.abs(last - first) + _ROUNDINGS * eps * size)
+            nonlinear = jnp.abs((first - middle) + (last - middle))
+            return jnp.all(nonlinear <= _BENT * jnp.abs(last - first) + _ROUNDINGS * eps * size)
 
         alike = jax.tree.map(lambda s, t: jnp.all((s == 0) == (t == 0)), slopes(a), slopes(b))
         straight = jax.tree.map(smooth, *ends)
@@ -198,7 +200,10 @@ def _normal_map(solver: InnerSolver, instance: Instance, params: Params) -> Wall
     value_of = _value_of(solver, instance, prox_at, coordinates(params, here), step)
     at, around = coordinates(params, here), _directions(params, jnp.sign)
     value_of = _pinned(bound.unfelt, at, step, value_of)
-    return Walls(at, params_of, value_of, coordinates, same_piece, slopes, rests_at, around, step, jnp.asarray(True))
+    aligned = _alignment(bound.unfelt, at)
+    return Walls(
+        at, params_of, value_of, coordinates, aligned, same_piece, slopes, rests_at, around, step, jnp.asarray(True)
+    )
 
 
 def _value_of(
@@ -228,11 +233,26 @@ def _value_of(
     return lambda x, params, meta_params: _with_slope_of_penalty(prox, step, x)
 
 
+def _alignment(unfelt: Callable[[Params], Any], at: Params) -> Callable[[Params, Params], Params]:
+    """See `Walls.aligned`: by a secant along the way from w to x, on which the number is linear."""
+    if unfelt(at) is None:
+        return lambda params, x: x
+
+    def aligned(params: Params, x: Params) -> Params:
+        way = tree.subtract(x, params)
+        here = unfelt(x)
+        rise = unfelt(tree.add(x, way)) - here
+        share = jnp.where(rise > 0, (unfelt(at) - here) / tree.or_one(rise), 0)
+        return tree.add_scaled(x, jnp.maximum(share, -0.9), way)
+
+    return aligned
+
+
 def _pinned(unfelt: Callable[[Params], Any], at: Params, step: jax.Array, value_of: Any) -> Any:
     """The value with (unfelt(x) - unfelt(x0))^2 / (2 step) added.
 
-    Every point of the wall is the end of a step from some x with the number of x0. So no minimum changes, nor does the
-    derivative of one.
+    Every point of the wall is the end of a step from some x with the number of x0. So minima are what they were, and
+    their derivatives are.
     """
     if unfelt(at) is None:
         return value_of
@@ -301,7 +321,17 @@ def _held(bound: InnerSolver, held: Held, params: Params) -> Walls:
     one = jnp.ones((), tree.float_dtype(params))
     around = jax.tree.map(lambda slope, sign: slope * sign, slopes(params), _directions(params, jnp.sign))
     return Walls(
-        params, params_of, value_of, lambda at, gradient: at, same_piece, slopes, rests_at, around, one, held.known
+        params,
+        params_of,
+        value_of,
+        lambda at, gradient: at,
+        lambda at, x: x,
+        same_piece,
+        slopes,
+        rests_at,
+        around,
+        one,
+        held.known,
     )
 
 

@@ -54,7 +54,6 @@ PENALTIES = {
     "box": cm.prox.box(lambda s: -jnp.exp(s[0]), lambda s: 2 * jnp.exp(s[0])),
     "simplex": cm.prox.simplex(lambda s: 5 * jnp.exp(s[0])),
     "ball": cm.prox.l2_ball(lambda s: 2 * jnp.exp(s[0])),
-    "of functions": cm.prox.of(soft, lambda w, s: jnp.exp(s[0]) * jnp.sum(jnp.abs(w))),
 }
 
 
@@ -96,8 +95,12 @@ def error_of(grad: Any, exact: Any) -> float:
 # --- Penalties and constraints, the default strength ---
 
 
-FLOATS = [(name, jnp.float64) for name in PENALTIES]
-FLOATS += [(name, jnp.float32) for name in ("lasso", "elastic net", "non-negative", "box", "simplex", "ball")]
+FLOATS: list[Any] = [(name, jnp.float64) for name in PENALTIES]
+FLOATS += [("lasso", jnp.float32), ("simplex", jnp.float32)]
+# Programs take seconds to compile, and these are much like others.
+FLOATS += [
+    pytest.param(name, jnp.float32, marks=pytest.mark.slow) for name in ("elastic net", "non-negative", "box", "ball")
+]
 
 
 @pytest.mark.parametrize(("name", "dtype"), FLOATS, ids=lambda x: x if isinstance(x, str) else jnp.dtype(x).name)
@@ -116,7 +119,12 @@ def test_the_default_is_right_on_ten_seeds(name: str, dtype: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("lasso", jnp.float64), ("lasso", jnp.float32), ("box", jnp.float64), ("ball", jnp.float64)],
+    [
+        ("lasso", jnp.float64),
+        ("lasso", jnp.float32),
+        ("ball", jnp.float64),
+        pytest.param("box", jnp.float64, marks=pytest.mark.slow),
+    ],
     ids=lambda x: x if isinstance(x, str) else jnp.dtype(x).name,
 )
 def test_phases_that_the_learner_runs_are_right(name: str, dtype: Any) -> None:

@@ -89,6 +89,7 @@ class Rerun(NamedTuple):
             if self.walls is None:
                 return solution
             end = self.walls.coordinates(solution.params, tree.grad(loss)(solution.params))
+            end = self.walls.aligned(solution.params, end)
             return solution._replace(params=self._settled(setup, origin, end))
 
         if self.together:

@@ -88,7 +88,7 @@ class BoundPenalty(NamedTuple):
 
 
 @strategy
-class Setting:
+class Quantity:
     """A number, an array or a pytree of them; or a function from the meta-parameters to one.
 
     Args:
@@ -100,7 +100,7 @@ class Setting:
     function: Callable[[MetaParams], Any] | None = static(default=None)
 
     @classmethod
-    def of(cls, value: Any) -> "Setting":
+    def of(cls, value: Any) -> "Quantity":
         """Of what a user typed."""
         return cls(None, value) if callable(value) else cls(value)
 
@@ -120,8 +120,8 @@ class Setting:
 class Box(Penalty):
     """The constraint lower <= w <= upper; see `prox.box`."""
 
-    lower: Setting
-    upper: Setting
+    lower: Quantity
+    upper: Quantity
 
     def bounds(self, params: Params, meta_params: MetaParams) -> tuple[Params, Params]:
         """Both bounds of every entry."""

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
-from contrastive_meta._solvers.penalty import Box, Penalty, Setting
+from contrastive_meta._solvers.penalty import Box, Penalty, Quantity
 
 Strength = Any
 
@@ -56,7 +56,7 @@ def l1(strength: Strength) -> Penalty:
       >>> lasso.prox(jnp.array([3.0, -0.5]), 0.0, 1.0).tolist()
       [2.0, -0.0]
     """
-    return _ElasticNet(Setting.of(strength), Setting(0.0))
+    return _ElasticNet(Quantity.of(strength), Quantity(0.0))
 
 
 def elastic_net(strength: Strength, decay: Strength) -> Penalty:
@@ -75,7 +75,7 @@ def elastic_net(strength: Strength, decay: Strength) -> Penalty:
       >>> cm.prox.elastic_net(1.0, 1.0).prox(jnp.array([3.0, 0.5]), None, 1.0).tolist()
       [1.0, 0.0]
     """
-    return _ElasticNet(Setting.of(strength), Setting.of(decay))
+    return _ElasticNet(Quantity.of(strength), Quantity.of(decay))
 
 
 def group(strength: Strength, axis: int = -1) -> Penalty:
@@ -95,7 +95,7 @@ def group(strength: Strength, axis: int = -1) -> Penalty:
       >>> shrunk.tolist()
       [[1.5, 2.0], [0.0, 0.0]]
     """
-    return _Group(Setting.of(strength), axis)
+    return _Group(Quantity.of(strength), axis)
 
 
 def non_negative() -> Penalty:
@@ -107,7 +107,7 @@ def non_negative() -> Penalty:
       >>> cm.prox.non_negative().prox(jnp.array([0.5, -2.0]), None, 1.0).tolist()
       [0.5, 0.0]
     """
-    return Box(Setting(0.0), Setting(jnp.inf))
+    return Box(Quantity(0.0), Quantity(jnp.inf))
 
 
 def box(lower: Strength, upper: Strength) -> Penalty:
@@ -123,7 +123,7 @@ def box(lower: Strength, upper: Strength) -> Penalty:
       >>> cm.prox.box(-1.0, 1.0).prox(jnp.array([0.5, -2.0]), None, 1.0).tolist()
       [0.5, -1.0]
     """
-    return Box(Setting.of(lower), Setting.of(upper))
+    return Box(Quantity.of(lower), Quantity.of(upper))
 
 
 def simplex(total: Strength = 1.0) -> Penalty:
@@ -141,7 +141,7 @@ def simplex(total: Strength = 1.0) -> Penalty:
       >>> cm.prox.simplex().prox(jnp.array([1.5, 1.0, -2.0]), None, 1.0).tolist()
       [0.75, 0.25, 0.0]
     """
-    return _Simplex(Setting.of(total))
+    return _Simplex(Quantity.of(total))
 
 
 def l2_ball(radius: Strength) -> Penalty:
@@ -156,7 +156,7 @@ def l2_ball(radius: Strength) -> Penalty:
       >>> [round(float(w), 3) for w in cm.prox.l2_ball(1.0).prox(jnp.array([3.0, 4.0]), None, 1.0)]
       [0.6, 0.8]
     """
-    return _L2Ball(Setting.of(radius))
+    return _L2Ball(Quantity.of(radius))
 
 
 @strategy
@@ -173,8 +173,8 @@ class _Functions(Penalty):
 
 @strategy
 class _ElasticNet(Penalty):
-    strength: Setting
-    decay: Setting
+    strength: Quantity
+    decay: Quantity
 
     def prox(self, params: Params, meta_params: MetaParams, step: Any) -> Params:
         def shrunk(x: jax.Array, strength: jax.Array, decay: jax.Array) -> jax.Array:
@@ -194,7 +194,7 @@ class _ElasticNet(Penalty):
 
 @strategy
 class _Group(Penalty):
-    strength: Setting
+    strength: Quantity
     axis: int = static(default=-1)
 
     def prox(self, params: Params, meta_params: MetaParams, step: Any) -> Params:
@@ -214,7 +214,7 @@ class _Group(Penalty):
 
 @strategy
 class _Simplex(Penalty):
-    total: Setting
+    total: Quantity
 
     def prox(self, params: Params, meta_params: MetaParams, step: Any) -> Params:
         flat, unravel = ravel_pytree(params)
@@ -236,7 +236,7 @@ class _Simplex(Penalty):
 
 @strategy
 class _L2Ball(Penalty):
-    radius: Setting
+    radius: Quantity
 
     def prox(self, params: Params, meta_params: MetaParams, step: Any) -> Params:
         radius = self.radius.at(meta_params)
