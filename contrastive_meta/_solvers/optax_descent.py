@@ -127,22 +127,28 @@ class OptaxDescent(InnerSolver):
         bound. Decay is what an update does without a gradient, in units of what it does with one; it is known where
         updates are linear in the gradient, as those of descent and momentum.
         """
-        update = self._first_update(params)
-        if not any(used_leaves(lambda at: update(gradient, at), params)):
+        update, searches = self._first_update(params), []
+
+        def zero_loss(at: Params) -> jax.Array:
+            searches.append(at)
+            return jnp.zeros((), tree.float_dtype(params))
+
+        # Line searches ask for the loss: they follow its gradient, and many of them in a program take long to compile.
+        if not any(used_leaves(lambda at: update(gradient, at, zero_loss), params)) or searches:
             return None
         decay, known = self._decay(params, update)
         resting = jax.tree.map(lambda c, x: -c.astype(x.dtype) * x, decay, params)
         beyond = tree.subtract(gradient, resting)
         size = tree.or_one(jnp.maximum(tree.max_abs(beyond), tree.max_abs(gradient)))
         down = jax.tree.map(lambda g: jnp.sign(g) * size.astype(jnp.real(g).dtype), beyond)
-        follows, opposes = (update(tree.add_scaled(resting, sign, down), params) for sign in (1.0, -1.0))
+        # With the gradient at which it rests, nothing moves that is free. Frozen leaves are not described.
+        gradients = [tree.add_scaled(resting, sign, down) for sign in (1.0, -1.0, 0.0)]
+        follows, opposes, still = _all_at_once(update, gradients, [params] * 3)
 
         def moves(x: jax.Array, u: jax.Array) -> jax.Array:
             return x + u.astype(x.dtype) != x
 
         held = jax.tree.map(lambda x, g, u, o: (g != 0) & ~moves(x, u) & moves(x, o), params, beyond, follows, opposes)
-        # With the gradient at which it rests, nothing moves that is free. Frozen leaves are not described.
-        still = update(resting, params)
         eps = tree.coarsest_eps(tree.float_dtype(params), params)
 
         def rests(fixed: jax.Array, x: jax.Array, u: jax.Array) -> jax.Array:
@@ -172,9 +178,10 @@ class OptaxDescent(InnerSolver):
         ones, nothing = jax.tree.map(jnp.ones_like, params), tree.zeros_like(params)
         # Small beside the parameters, so that no bound is met on the way.
         unit = 0.1
-        none, single, double = (update(tree.scale(k * unit, ones), ones) for k in (0.0, 1.0, 2.0))
+        gradients = [tree.scale(k * unit, ones) for k in (0.0, 1.0, 2.0)]
+        none, single, double, here = _all_at_once(update, [*gradients, nothing], [ones] * 3 + [params])
         eps = tree.coarsest_eps(tree.float_dtype(params), params)
-        drift = jax.tree.map(lambda x, u: jnp.any(jnp.abs(u) > 4 * eps * jnp.abs(x)), params, update(nothing, params))
+        drift = jax.tree.map(lambda x, u: jnp.any(jnp.abs(u) > 4 * eps * jnp.abs(x)), params, here)
         decays = jnp.any(jnp.stack(jax.tree.leaves(drift)))
 
         def factor(without: jax.Array, of_one: jax.Array) -> jax.Array:
@@ -189,13 +196,13 @@ class OptaxDescent(InnerSolver):
         checks = jax.tree.leaves(jax.tree.map(linear, none, single, double))
         return jax.tree.map(factor, none, single), jnp.all(jnp.stack(checks)) | ~decays
 
-    def _first_update(self, like: Params) -> Callable[[Params, Params], Params]:
-        """`(gradient, params) -> updates` of an optimiser that begins at `params`."""
+    def _first_update(self, like: Params) -> Callable[..., Params]:
+        """`(gradient, params, loss) -> updates` of an optimiser that begins at `params`; the loss is 0 by default."""
         optimizer = optax.with_extra_args_support(self._bound_optimizer())
         zero = jnp.zeros((), tree.float_dtype(like))
 
-        def update(grads: Params, params: Params) -> Params:
-            extra = {"value": zero, "grad": grads, "value_fn": lambda at: zero}
+        def update(grads: Params, params: Params, loss: InnerLoss = lambda at: zero) -> Params:
+            extra = {"value": zero, "grad": grads, "value_fn": loss}
             updates: Params = optimizer.update(grads, optimizer.init(params), params, **extra)[0]
             return updates
 
@@ -361,3 +368,9 @@ class OptaxDescent(InnerSolver):
             optimizer, losses, start, tol=tol, max_steps=max_steps, group=stop.group,
             residual_of=self._residual_of(start.params),
         )  # fmt: skip
+
+
+def _all_at_once(update: Callable[..., Params], gradients: list[Params], params: list[Params]) -> list[Params]:
+    """The update of each pair, from one copy of the optimiser in the program."""
+    stacked = [jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for trees in (gradients, params)]
+    return tree.unstack(jax.vmap(update)(*stacked), len(params))
