@@ -95,11 +95,13 @@ def error_of(grad: Any, exact: Any) -> float:
 # --- Penalties and constraints, the default strength ---
 
 
-FLOATS: list[Any] = [(name, jnp.float64) for name in PENALTIES]
-FLOATS += [("lasso", jnp.float32), ("simplex", jnp.float32)]
+FLOATS: list[Any] = [(name, jnp.float64) for name in PENALTIES if name not in ("group", "ball")]
+FLOATS += [("lasso", jnp.float32)]
 # Programs take seconds to compile, and these are much like others.
+FLOATS += [pytest.param(name, jnp.float64, marks=pytest.mark.slow) for name in ("group", "ball")]
 FLOATS += [
-    pytest.param(name, jnp.float32, marks=pytest.mark.slow) for name in ("elastic net", "non-negative", "box", "ball")
+    pytest.param(name, jnp.float32, marks=pytest.mark.slow)
+    for name in ("elastic net", "non-negative", "box", "simplex", "ball")
 ]
 
 
