@@ -311,7 +311,9 @@ def _held(bound: InnerSolver, held: Held, params: Params) -> Walls:
             kept = jax.tree.map(lambda fixed, w, at: jnp.all(~fixed | (w == at)), held.entries, params, x)
             at = params_of(x, ())
             resting = jax.tree.map(lambda c, w: -c.astype(w.dtype) * w, held.decay, at)
-            return held_at(at, resting).known & jnp.all(jnp.stack(jax.tree.leaves(kept)))
+            # Any gradient serves that is not all rounding.
+            away = jax.tree.map(lambda g: g + jnp.ones_like(g), resting)
+            return held_at(at, away).known & jnp.all(jnp.stack(jax.tree.leaves(kept)))
 
         return (inside(a) & inside(b)) | ~held.known
 

@@ -138,7 +138,8 @@ class OptaxDescent(InnerSolver):
             return None
         decay, known = self._decay(params, update)
         resting = jax.tree.map(lambda c, x: -c.astype(x.dtype) * x, decay, params)
-        beyond = tree.subtract(gradient, resting)
+        # A difference that is zero in one kernel and a rounding error in the next would be taken for a frozen leaf.
+        beyond = jax.lax.optimization_barrier(tree.subtract(gradient, resting))
         size = tree.or_one(jnp.maximum(tree.max_abs(beyond), tree.max_abs(gradient)))
         down = jax.tree.map(lambda g: jnp.sign(g) * size.astype(jnp.real(g).dtype), beyond)
         # With the gradient at which it rests, nothing moves that is free. Frozen leaves are not described.
