@@ -3,6 +3,7 @@
 from contrastive_meta import architectures as architectures
 from contrastive_meta import local_learners as local_learners
 from contrastive_meta import problems as problems
+from contrastive_meta import prox as prox
 from contrastive_meta._argmin import Adjoint as Adjoint
 from contrastive_meta._argmin import BackpropAdjoint as BackpropAdjoint
 from contrastive_meta._argmin import ContrastiveAdjoint as ContrastiveAdjoint
@@ -88,6 +89,8 @@ from contrastive_meta._solvers import CallableSolver as CallableSolver
 from contrastive_meta._solvers import ExternalLearner as ExternalLearner
 from contrastive_meta._solvers import InnerSolver as InnerSolver
 from contrastive_meta._solvers import OptaxDescent as OptaxDescent
+from contrastive_meta._solvers import Penalty as Penalty
+from contrastive_meta._solvers import ProximalDescent as ProximalDescent
 from contrastive_meta._solvers import ScipyMinimize as ScipyMinimize
 from contrastive_meta._solvers import Solution as Solution
 from contrastive_meta._solvers import Stop as Stop

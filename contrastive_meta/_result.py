@@ -79,9 +79,10 @@ _DESCRIPTIONS = {
         "Learn for longer, regularise the inner loss, or add damping to the linear solver."
     ),
     Status.NOT_SMOOTH: (
-        "The inner gradient jumps where learning ended: the solution lies at a kink of the inner loss, such as that of "
-        "an absolute value at 0, and what is known of its curvature does not hold. "
-        "Leave the kink to a learner that knows it, `ProximalDescent`, or smooth the penalty."
+        "The solution lies at a kink of the inner loss, such as that of an absolute value at 0, or at the edge of a "
+        "learner's wall, through which nudged phases, or rounding, lead. "
+        "Leave a kink to a learner that knows it, `ProximalDescent`, or smooth the penalty. At an edge the gradient "
+        "may differ on both sides: change the meta-parameters a little, learn to a tighter tolerance, or lower beta."
     ),
     Status.INCONSISTENT_GRADIENT: (
         "The inner loss's gradient is not that of its value: a `stop_gradient`, a straight-through trick or a "

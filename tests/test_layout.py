@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import contrastive_meta as cm
-from contrastive_meta import architectures, local_learners, problems
+from contrastive_meta import architectures, local_learners, problems, prox
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "contrastive_meta"
@@ -30,8 +30,10 @@ ORDER = (
     "_dependence",
     "_response",
     "_solvers",
+    "prox",
     "_instance",
     "_symmetry",
+    "_walls",
     "_base_point",
     "_nudging",
     "_plasticity",
@@ -187,6 +189,7 @@ def public_names() -> Iterator[tuple[str, Any]]:
         ("problems.", problems),
         ("architectures.", architectures),
         ("local_learners.", local_learners),
+        ("prox.", prox),
     ):
         syntax = ast.parse(Path(inspect.getfile(module)).read_text())
         for node in ast.walk(syntax):

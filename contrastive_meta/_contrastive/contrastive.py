@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._base_point import NUM_GRADIENTS, BasePoint, survey
+from contrastive_meta._base_point import NUM_GRADIENTS, UNCONVERGED, BasePoint, survey
 from contrastive_meta._contrastive.loop_state import LoopState, Strategy
 from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
 from contrastive_meta._contrastive.phases import PhaseSetup, Stencil
@@ -22,6 +22,7 @@ from contrastive_meta._problem import Params, same_arrays
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver, Solution
+from contrastive_meta._walls import walls_of
 
 # A strength is sought again where the next strength changes the contrast this many times more than when it was chosen.
 _WORN = 8.0
@@ -191,18 +192,22 @@ class Contrastive(MetaGradientEstimator):
         """
         instance = instance.at(free.model_state)
         init = instance.problem.init(instance.meta_params, instance.task)
-        instance = instance.in_dtype_of_loss()
-        flattening = tree.Flattening.of(free.params)
+        original = instance.in_dtype_of_loss()
+        walls, params, instance = walls_of(self.solver, original, free.params), free.params, original
+        if walls is not None:
+            self._check_rule()
+            params, instance = walls.at, walls.seen_by_estimators(original)
+        flattening = tree.Flattening.of(params)
         flat = instance.flattened(flattening)
         own = self.solver.bind(instance.meta_params)
         learner = self._learner(instance)
         fast = learner if isinstance(learner, NewtonKrylov) else None
         template = self.scheme.template()
         if template.is_complex:
-            require_complex_capable(flat, template, flattening.flatten(free.params))
+            require_complex_capable(flat, template, flattening.flatten(params))
         if start is None:
-            start = survey(flat, flattening.flatten(free.params), free, flattening.flatten(init))
-        start = start._replace(eps=tree.coarsest_eps(instance.dtype, free.params))
+            start = survey(flat, flattening.flatten(params), free, flattening.flatten(init))
+        start = start._replace(eps=tree.coarsest_eps(instance.dtype, params))
         may_rerun = (fast is None or self._may_fall_back(instance)) and not defer
         setup = PhaseSetup(
             instance=flat,
@@ -218,15 +223,22 @@ class Contrastive(MetaGradientEstimator):
             displacement=state.strength,
             may_rerun=may_rerun,
             estimate_error=self.estimate_error,
+            walls=walls,
         )
 
         def rests(params: Params, gradient: Params) -> jax.Array:
-            return own.rests_at(flattening.unflatten(params), flattening.unflatten(gradient))
+            at = flattening.unflatten(params)
+            if walls is None:
+                return own.rests_at(at, flattening.unflatten(gradient))
+            learned = walls.params_of(at, original.meta_params)
+            return walls.rests_at(at, learned, tree.grad(original.inner)(learned))
 
         rerun = None
         if may_rerun:
             runs = learner.bind(instance.meta_params) if isinstance(learner, InnerSolver) else own
             rerun = self._rerun(runs, free, fast is None, template.is_complex)
+            if walls is not None:
+                rerun = rerun._replace(walls=walls, original=original)
         return Phases(setup, Strategy(fast, rerun, defer, rests, self.nudged_tol, self.target_error, self.max_steps))
 
     def _rerun(self, solver: InnerSolver, free: Solution, first: bool, is_complex: bool) -> Rerun:
@@ -254,16 +266,21 @@ class Contrastive(MetaGradientEstimator):
             (kept.base.params, kept.base.outer.loss, kept.base.outer.aux),
             (start.params, start.outer_loss, start.aux),
         )
+        learned, response = unflatten(params), unflatten(kept.response)
+        certain, same = self._held_as_learned(instance, free, phases, last)
+        error = jnp.where(certain & same, error, jnp.full_like(error, jnp.inf if self.estimate_error else jnp.nan))
+        if (walls := phases.setup.walls) is not None:
+            learned, response = jax.jvp(lambda x: walls.params_of(x, instance.meta_params), (learned,), (response,))
         strength, allowed = self._strength_to_carry(state, last)
         missed = jnp.asarray(False) if self.target_error is None else ~(error <= self.target_error)
         return MetaGradient(
             grad=jax.tree.map(lambda g, theta: g.astype(theta.dtype), kept.contrast.grad, instance.meta_params),
             outer_loss=outer_loss,
-            params=unflatten(params),
+            params=learned,
             state=EstimatorState(
-                unflatten(params),
+                learned,
                 free.memory,
-                unflatten(tree.scale(-1.0, kept.response)),
+                tree.scale(-1.0, response),
                 kept.contrast.beta,
                 strength,
                 allowed,
@@ -282,10 +299,43 @@ class Contrastive(MetaGradientEstimator):
                 status=worst(
                     phases.status(last),
                     flag(missed, Status.TARGET_NOT_REACHED),
+                    flag(~same, Status.FREE_NOT_CONVERGED),
+                    flag(~certain, Status.NOT_SMOOTH),
                     convergence.status,
                 ),
             ),
         )
+
+    def _held_as_learned(
+        self, instance: Instance, free: Solution, phases: Phases, last: LoopState
+    ) -> tuple[jax.Array, jax.Array]:
+        """Whether walls hold all phases alike, and whether the base point is the learner's solution.
+
+        A learner that took no loss is compared: the base point is a minimum of the loss, and it may have learned
+        something else.
+        """
+        setup, base = phases.setup, last.kept.base
+        certain = same = jnp.asarray(True)
+        if setup.walls is not None:
+            instance = instance.at(free.model_state).in_dtype_of_loss()
+            at = setup.flattening.unflatten(base.params)
+            certain = setup.walls.is_certain(instance, at, setup.instance.norm(base.inner_grad))
+            certain &= ~setup.crosses_walls(base.params, last.kept.response, last.kept.contrast.beta)
+        if not self.solver.bind(instance.meta_params).takes_losses:
+            start = setup.start
+            lengths = tree.norms(
+                tree.subtract(base.params, start.params), tree.subtract(base.of_outer_loss, start.outer_grad)
+            )
+            far = (lengths[0] > UNCONVERGED * start.scale) | (lengths[1] > UNCONVERGED * start.nudge_norm)
+            same = ~(far & (start.nudge_norm > 0))
+        return certain, same
+
+    def _check_rule(self) -> None:
+        if not isinstance(self.rule, Autodiff):
+            raise TypeError(
+                "A learner with walls needs `rule=Autodiff()`: what its phases measure is the derivative of the whole "
+                f"inner objective, the penalty included. Got {type(self.rule).__name__}."
+            )
 
     def _strength_to_carry(self, state: EstimatorState, last: LoopState) -> tuple[jax.Array, jax.Array]:
         """The strength to carry on, and what the next one changed when it was chosen; 0 where it has worn out."""

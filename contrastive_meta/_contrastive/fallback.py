@@ -15,12 +15,16 @@ from contrastive_meta._contrastive.newton_step import (
     LONG,
 )
 from contrastive_meta._contrastive.phases import mean_of
+from contrastive_meta._contrastive.step_size import FACTOR
 from contrastive_meta._control import cast_like
 from contrastive_meta._nudging import LinearNudge
 from contrastive_meta._result import Status
 
 # How often the Newton-Krylov iteration is tried.
 _MOST_TRIES = 3
+# Nudges are divided until they move `params` by less than this power of epsilon times their length: below that rounding
+# of the phases' ends is more than a thousandth of the contrast.
+LEAST_NUDGE = 0.8
 # A further try is worth it if learning on reduced the residual at least to this fraction.
 _WORTH_A_TRY = 0.5
 
@@ -95,6 +99,13 @@ class Fallback(ErrorEstimate):
         if self.strategy.rerun.may_linearise:
             again = nudge_unbounded & ~ran.linear & tree.all_finite((now.origin.params, now.origin.outer.in_params))
 
+        # Nudges that lead through walls: weaker ones need not.
+        weaker = jnp.asarray(False)
+        if setup.walls is not None and setup.scheme.adapts:
+            far = strength * norm(line.response) > setup.start.eps**LEAST_NUDGE * setup.start.scale
+            weaker = ~again & far & setup.crosses_walls(line.base.params, line.response, 2 * strength)
+            again |= weaker
+
         # Where the line through the phases' ends misses the free solution, the way was not straight.
         nudges = strength * setup.stencil.nudges
         on_path = tree.add_scaled(mean_of(runs.ends), jnp.mean(jnp.real(nudges)), line.response)
@@ -113,8 +124,9 @@ class Fallback(ErrorEstimate):
         after = now._replace(
             kept=tree.where(chosen, cast_like(line, now.kept), now.kept),
             ran=ran._replace(
-                linear=ran.linear | again,
-                linearised=ran.linearised | again,
+                beta=jnp.where(weaker, strength / FACTOR, strength),
+                linear=ran.linear | (again & ~weaker),
+                linearised=ran.linearised | (again & ~weaker),
                 statuses=runs.status,
                 nudge_unbounded=nudge_unbounded,
                 num_steps=ran.num_steps + runs.num_steps,

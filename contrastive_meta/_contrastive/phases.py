@@ -14,6 +14,7 @@ from contrastive_meta._nudging import AutomaticStrength, LinearNudge, LossNudge,
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule, measured_by
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._response import Probe
+from contrastive_meta._walls import Walls
 
 
 class Base(NamedTuple):
@@ -129,6 +130,7 @@ class PhaseSetup(NamedTuple):
         moves; 0 for none.
       may_rerun: whether the solver may run phases.
       estimate_error: whether to estimate an error.
+      walls: the coordinates that `params` are, where the learner has walls; else None.
     """
 
     instance: Instance
@@ -144,6 +146,7 @@ class PhaseSetup(NamedTuple):
     displacement: jax.Array
     may_rerun: bool
     estimate_error: bool
+    walls: Walls | None = None
 
     @property
     def dtype(self) -> Any:
@@ -169,6 +172,14 @@ class PhaseSetup(NamedTuple):
         """The strength for a response of a length; where it is sought, at the displacement found last time."""
         probe = self.probe(base.params, base.inner_grad, displacement)
         return self.scheme.for_response(probe, length).strength(self.dtype)
+
+    def crosses_walls(self, base: Params, response: Params, strength: Any) -> jax.Array:
+        """Whether phases of a strength on the line base - beta_k u end behind another wall than the base point."""
+        if self.walls is None or tree.is_complex(self.stencil.nudges):
+            return jnp.asarray(False)
+        walls, unflatten = self.walls, self.flattening.unflatten
+        ends = on_line(base, response, strength * self.stencil.nudges)
+        return jnp.any(jax.lax.map(lambda end: ~walls.same_piece(unflatten(base), unflatten(end)), ends))
 
     def statistic_noise(self, size: jax.Array) -> jax.Array:
         """Rounding noise of a phase's statistic of a size.

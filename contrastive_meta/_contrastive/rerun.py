@@ -16,6 +16,7 @@ from contrastive_meta._nudging import LinearNudge, LossNudge, NudgeScheme
 from contrastive_meta._problem import MetaParams, Params, Task
 from contrastive_meta._pytree import PyTree
 from contrastive_meta._solvers.base import InnerSolver, Solution, Stop
+from contrastive_meta._walls import Walls
 
 _GROUP = "phases"
 
@@ -46,12 +47,16 @@ class Rerun(NamedTuple):
       memory: where its runs begin, of the solver; () starts afresh.
       may_linearise: whether the linear nudge may take the place of the outer loss.
       together: whether to run all phases in one vmapped solve.
+      walls: coordinates of where its runs begin and end, where it has walls; else None.
+      original: the problem before those coordinates, which it learns.
     """
 
     solver: InnerSolver
     memory: PyTree
     may_linearise: bool
     together: bool
+    walls: Walls | None = None
+    original: Instance | None = None
 
     def run(
         self,
@@ -75,10 +80,17 @@ class Rerun(NamedTuple):
           count: how many to run.
         """
         starts = jax.vmap(setup.flattening.unflatten)(begin)
+        if self.walls is not None:
+            starts = jax.vmap(self._params_of)(starts)
 
         def solve(at: Params, beta: jax.Array, stop: Stop) -> Solution:
             loss, minibatch_loss = self._losses(setup, origin, beta, linear)
-            return self.solver.solve(loss, at, minibatch_loss=minibatch_loss, memory=self.memory, stop=stop)
+            solution = self.solver.solve(loss, at, minibatch_loss=minibatch_loss, memory=self.memory, stop=stop)
+            if self.walls is None:
+                return solution
+            end = self.walls.coordinates(solution.params, tree.grad(loss)(solution.params))
+            end = self.walls.aligned(solution.params, end)
+            return solution._replace(params=self._settled(setup, origin, end))
 
         if self.together:
             solutions: Solution = jax.vmap(
@@ -124,10 +136,28 @@ class Rerun(NamedTuple):
             jnp.sum(solutions.num_gradients).astype(jnp.int32),
         )
 
+    def _params_of(self, x: Params) -> Params:
+        assert self.walls is not None and self.original is not None
+        return self.walls.params_of(x, self.original.meta_params)
+
+    def _settled(self, setup: PhaseSetup, origin: Base, end: Params) -> Params:
+        """Coordinates of an end, those that make no difference as they were at the origin."""
+        assert self.walls is not None
+        begin = setup.flattening.unflatten(origin.params)
+        there, here, slope = (*map(self._params_of, (end, begin)), self.walls.slopes(begin))
+
+        def settled(x: jax.Array, x0: jax.Array, w: jax.Array, w0: jax.Array, moves: jax.Array) -> jax.Array:
+            return jnp.where((moves == 0) & (w == w0), x0.astype(x.dtype), x)
+
+        return jax.tree.map(settled, end, begin, there, here, slope)
+
     def _losses(self, setup: PhaseSetup, origin: Base, beta: jax.Array, linear: jax.Array) -> tuple[Any, Any]:
         """The nudged loss of trees, and on minibatches where the problem has them."""
         instance, nudge, unflatten = setup.tree_instance, setup.nudge, setup.flattening.unflatten
         base, pull = unflatten(origin.params), unflatten(origin.outer.in_params)
+        if self.walls is not None and self.original is not None:
+            instance, base = self.original, self._params_of(base)
+            pull = tree.grad(instance.outer)(base)
 
         def line(at: Params) -> jax.Array:
             # Not `vdot`: it conjugates, and complex phases need a holomorphic line.
@@ -148,7 +178,8 @@ class Rerun(NamedTuple):
         elif isinstance(nudge, LossNudge) and self.may_linearise:
             pulls = of_loss
         else:
-            pulls = setup.nudged_problem(origin, nudge).problem.outer
+            applied = nudge.apply(instance.problem, base, instance.meta_params, instance.task, pull)
+            pulls = setup.nudged_problem(origin, nudge).problem.outer if self.walls is None else applied.outer
 
         def nudged(at: Params, task: Task) -> jax.Array:
             inner = instance.problem.inner(at, instance.meta_params, task)

@@ -36,6 +36,8 @@ _TRUNCATION_ALONE = 0.25
 _BELIEVED = 0.5
 # How often to begin the ladder again lower where the losses are not finite; each time a factor of 64.
 _MOST_RETRIES = 4
+# How often a strength that leads through walls is divided by `FACTOR`: down to 1e-7 of it.
+_MOST_DIVISIONS = 8
 # Strengths that a contrast is made of: two neighbours, and one more that tells which two.
 _WINDOW = 3
 
@@ -208,6 +210,8 @@ def measure(setup: PhaseSetup, plan: Plan, assess: Any, trial: Any) -> Ladder:
             # Below what rounding makes of the weaker of both, a difference tells nothing of truncation.
             quiet = jnp.maximum(last.changes[1], factor * _root(last.noise[0], last.noise[1]) / beta)
             rising |= (change < _RISE * quiet) & ~plan.settled & ~plan.fixed & jnp.isfinite(size)
+            if setup.walls is not None:
+                within &= ~setup.crosses_walls(last.base.params, plan.response, factor * beta)
             rising &= (within & (straight | plan.linear | plan.to_minima)) | plan.fixed
         finite = jnp.isfinite(size) & jnp.isfinite(curved)
         # Out of the domain of the losses: begin again at a much smaller strength.
@@ -282,7 +286,21 @@ def _first_strength(setup: PhaseSetup, plan: Plan) -> jax.Array:
         wanted = jnp.where((plan.displacement > 0) | plan.to_minima, displacement, raised)
         wanted = jnp.where(plan.settled, wanted, wanted / FACTOR)
         beta = beta * jnp.minimum(wanted, _LARGEST / FACTOR**2) / displacement
+    if setup.walls is not None and setup.scheme.adapts:
+        beta = _within_walls(setup, plan, beta)
     return jnp.where(plan.fixed, plan.beta, beta).astype(setup.dtype)
+
+
+def _within_walls(setup: PhaseSetup, plan: Plan, beta: jax.Array) -> jax.Array:
+    """A strength divided by `FACTOR` until phases of twice that strength stay behind the walls of the base point."""
+
+    def crosses(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return (carry[1] < _MOST_DIVISIONS) & setup.crosses_walls(plan.base.params, plan.response, 2 * carry[0])
+
+    def divide(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return carry[0] / FACTOR, carry[1] + 1
+
+    return while_loop(crosses, divide, (jnp.asarray(beta), jnp.int32(0)))[0]
 
 
 def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -> Contrast:

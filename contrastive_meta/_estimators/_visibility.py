@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from contrastive_meta import _pytree as tree
 from contrastive_meta._dependence import used_leaves
 from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
 from contrastive_meta._pytree import PyTree
@@ -36,6 +37,21 @@ def seen_in_model_state(problem: BilevelProblem, params: Params, meta_params: Me
         return first, problem.moved(params, meta, task, first)[1]
 
     return used_leaves(states, meta_params)
+
+
+def seen_in_penalty(solver: InnerSolver, params: Params, meta_params: MetaParams) -> list[bool]:
+    """For each leaf, whether the part of the inner objective that the loss leaves out depends on it."""
+    bound = solver.bind(meta_params).walls
+    if bound is None:
+        return [False] * len(jax.tree.leaves(meta_params))
+
+    def penalty(meta: MetaParams) -> PyTree:
+        walls = solver.bind(meta).walls
+        assert walls is not None
+        value = walls.value(params)
+        return walls.prox(params, tree.float_dtype(params).type(1)), () if value is None else value
+
+    return used_leaves(penalty, meta_params)
 
 
 def seen_in_settings(solver: InnerSolver, params: Params, meta_params: MetaParams) -> list[bool]:

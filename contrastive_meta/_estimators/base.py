@@ -19,6 +19,7 @@ from contrastive_meta._estimators._visibility import (
     gradient_reaches_params,
     seen_in_inner_loss,
     seen_in_outer_loss,
+    seen_in_penalty,
 )
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import (
@@ -180,6 +181,7 @@ class MetaGradientEstimator(abc.ABC):
         return any_of(
             seen_in_inner_loss(problem, params, meta_params, task),
             seen_in_outer_loss(problem, params, meta_params, task),
+            seen_in_penalty(self.solver, params, meta_params),
         )
 
 

@@ -32,6 +32,7 @@ from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver
+from contrastive_meta._walls import walls_of
 
 # Solves the two systems of the error estimate. A coarser solution misses what lies along low curvature: at a tolerance
 # of 1e-2 the estimate is off by 100 at condition 1e6, at 1e-4 by a quarter.
@@ -90,21 +91,30 @@ class ImplicitDifferentiation(MetaGradientEstimator):
 
     def _estimate(self, instance: Instance, state: EstimatorState) -> MetaGradient:
         free = instance.free_phase(self.solver, state)
-        instance = instance.at(free.model_state)
-        base = survey(instance, free.params, free, instance.problem.init(instance.meta_params, instance.task))
+        instance = original = instance.at(free.model_state)
+        walls, params = walls_of(self.solver, instance, free.params), free.params
+        if walls is not None:
+            instance, params = walls.seen_by_estimators(instance), walls.at
+        base = survey(instance, params, free, instance.problem.init(instance.meta_params, instance.task))
 
         # Linearising once keeps what the products share; each then costs one forward-over-reverse pass.
         _, hvp = jax.linearize(tree.grad(instance.inner), base.params)
+        if walls is not None:
+            hvp = walls.completed(hvp, tree.or_one(base.curvature))
         systems = _solve_systems(instance, base, hvp, self.inverse_hessian, self.estimate_error)
         grad, error = _meta_gradient(instance, base, systems)
+        learned, response, certain = base.params, systems.adjoint.solution, jnp.asarray(True)
+        if walls is not None:
+            learned, response = jax.jvp(lambda x: walls.params_of(x, instance.meta_params), (learned,), (response,))
+            certain = walls.is_certain(original, base.params, systems.free.residual)
         return MetaGradient(
             grad=grad,
             outer_loss=base.outer_loss,
-            params=base.params,
+            params=learned,
             state=state._replace(
-                params=base.params,
+                params=learned,
                 memory=free.memory,
-                displacement=tree.scale(-1.0, systems.adjoint.solution),
+                displacement=tree.scale(-1.0, response),
                 model_state=free.model_state,
             ),
             aux=base.aux,
@@ -114,10 +124,11 @@ class ImplicitDifferentiation(MetaGradientEstimator):
                 nudged_residual=systems.adjoint.residual,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + 1 + 2 * self.estimate_error,
                 num_hvps=systems.num_hvps,
-                error_estimate=None if error is None else jnp.where(base.unfit, jnp.inf, error),
+                error_estimate=None if error is None else jnp.where(certain & ~base.unfit, error, jnp.inf),
                 status=worst(
                     free_status(base, systems.free),
                     _adjoint_status(systems.adjoint, systems.solved),
+                    flag(~certain, Status.NOT_SMOOTH),
                     flag(~tree.all_finite((grad, base.params)), Status.NOT_FINITE),
                 ),
             ),

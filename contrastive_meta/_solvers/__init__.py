@@ -7,4 +7,7 @@ from contrastive_meta._solvers.callable import CallableSolver as CallableSolver
 from contrastive_meta._solvers.external import ExternalLearner as ExternalLearner
 from contrastive_meta._solvers.lbfgs import LBFGS as LBFGS
 from contrastive_meta._solvers.optax_descent import OptaxDescent as OptaxDescent
+from contrastive_meta._solvers.penalty import BoundPenalty as BoundPenalty
+from contrastive_meta._solvers.penalty import Penalty as Penalty
+from contrastive_meta._solvers.proximal_descent import ProximalDescent as ProximalDescent
 from contrastive_meta._solvers.scipy_minimize import ScipyMinimize as ScipyMinimize

@@ -5,6 +5,7 @@ start nor the end needs a copy of the loss of its own in the program.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from contrastive_meta._solvers.base import InnerLoss, MovingLosses
 
 # A value with the model state that its forward pass leaves behind, and the gradient.
 Evaluated = tuple[tuple[jax.Array, ModelState], Params]
+# From parameters and gradient to what vanishes where the optimiser rests; None for the gradient itself.
+ResidualOf = Callable[[Params, Params], Params]
 
 
 class Position(NamedTuple):
@@ -40,7 +43,7 @@ class Measured(NamedTuple):
 
     Attributes:
       loss: its real part.
-      residual: gradient norm.
+      residual: gradient norm; where the optimiser has walls, the norm of what it does not hold.
     """
 
     loss: jax.Array
@@ -53,10 +56,11 @@ class Measured(NamedTuple):
         return cls(infinite, infinite)
 
     @classmethod
-    def of(cls, evaluated: Evaluated) -> "Measured":
-        """Loss and gradient norm; no derivative passes through what only measures."""
+    def of(cls, evaluated: Evaluated, params: Params = (), residual_of: ResidualOf | None = None) -> "Measured":
+        """Loss and residual; no derivative passes through what only measures."""
         (value, _), grads = evaluated
         loss, widest = jnp.real(jax.lax.stop_gradient(value)), jnp.result_type(float)
+        grads = grads if residual_of is None else residual_of(*jax.lax.stop_gradient((params, grads)))
         return cls(loss.astype(widest), tree.norm(grads).astype(widest))
 
 
@@ -143,6 +147,7 @@ def fixed_steps(
     *,
     num_steps: int,
     unroll: int | bool,
+    residual_of: ResidualOf | None = None,
 ) -> Descent:
     """`num_steps` steps by `scan`, measured at both ends.
 
@@ -157,7 +162,7 @@ def fixed_steps(
         evaluated = evaluate(at.params, at.model_state, index)
         # Only the ends pay for the norm.
         at_an_end = (index == 0) | (index == num_steps)
-        last = cond(at_an_end, lambda: Measured.of(evaluated), lambda: last)
+        last = cond(at_an_end, lambda: Measured.of(evaluated, at.params, residual_of), lambda: last)
         first = tree.where(index == 0, last, first)
 
         def step() -> tuple[Position, jax.Array]:
@@ -173,7 +178,8 @@ def fixed_steps(
     if not ends_in_scan:
         # It only measures, and must not enter a derivative of the run.
         end = jax.lax.stop_gradient(at)
-        last = Measured.of(tree.value_and_grad(losses.loss, has_aux=True)(end.params, end.model_state))
+        evaluated = tree.value_and_grad(losses.loss, has_aux=True)(end.params, end.model_state)
+        last = Measured.of(evaluated, end.params, residual_of)
     num_gradients = jnp.maximum(num_steps, searched) + 1
     return Descent(at, first, last, jnp.int32(num_steps), num_gradients, jnp.asarray(False))
 
@@ -186,6 +192,7 @@ def steps_to_tolerance(
     tol: Any,
     max_steps: Any,
     group: str | None,
+    residual_of: ResidualOf | None = None,
 ) -> Descent:
     """Steps until the gradient norm is at most `tol`, or the budget is spent, by `while_loop`.
 
@@ -196,13 +203,14 @@ def steps_to_tolerance(
       tol: tolerance on the gradient norm.
       max_steps: budget.
       group: name of the mapped axis whose members go on until all are done.
+      residual_of: what is measured in the place of the gradient.
     """
     evaluate = tree.value_and_grad(losses.loss, has_aux=True)
 
     def iterate(now: Descent) -> Descent:
         at = now.at
         evaluated = evaluate(at.params, at.model_state)
-        last = Measured.of(evaluated)
+        last = Measured.of(evaluated, at.params, residual_of)
         running = any_of(group, (last.residual > tol) & (now.num_steps < max_steps))
 
         def step(_: Any) -> tuple[Position, jax.Array]:

@@ -37,6 +37,23 @@ class HostLoss:
         return value, gradient.astype(np.float64)
 
 
+class PaddedLoss:
+    """The loss of points with more entries, all of them constant, as a loss of points without those."""
+
+    def __init__(self, loss: HostLoss, rest: Vector) -> None:
+        self._loss = loss
+        self._rest = rest
+
+    def __call__(self, point: Vector) -> float:
+        """The loss."""
+        return self._loss(np.concatenate([point, self._rest]))
+
+    def value_and_grad(self, point: Vector) -> tuple[float, Vector]:
+        """The loss and its gradient."""
+        value, gradient = self._loss.value_and_grad(np.concatenate([point, self._rest]))
+        return value, gradient[: point.size]
+
+
 # (loss, start, tol, max_steps) -> solution
 Learner = Callable[[HostLoss, Vector, float, int], Vector]
 

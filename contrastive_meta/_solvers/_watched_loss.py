@@ -31,10 +31,21 @@ class WatchedLoss:
       epsilon: that of the values.
       tol: gradient norm that ends everything.
       budget: number of evaluations that ends everything.
+      bounds: lower and upper bounds of each entry; None for none. Points are then judged by the projected gradient.
     """
 
-    def __init__(self, loss: HostLoss, start: Vector, dtype: Any, epsilon: float, tol: float, budget: int) -> None:
+    def __init__(
+        self,
+        loss: HostLoss,
+        start: Vector,
+        dtype: Any,
+        epsilon: float,
+        tol: float,
+        budget: int,
+        bounds: tuple[Vector, Vector] | None = None,
+    ) -> None:
         self._loss = loss
+        self._bounds = bounds
         self._dtype = dtype
         self._epsilon = epsilon
         self._tol = tol
@@ -58,6 +69,15 @@ class WatchedLoss:
             self.start = np.zeros_like(self.start)
         else:
             self.start = self.best.point
+
+    @property
+    def bounds(self) -> list[tuple[float, float]] | None:
+        """The bounds of what the run varies."""
+        if self._bounds is None:
+            return None
+        at = self._reference
+        low, high = self._bounds if at is None else ((bound - at.point) / at.slope for bound in self._bounds)
+        return list(zip(low.tolist(), high.tolist(), strict=True))
 
     def value(self, point: Vector) -> float:
         """For methods without gradients."""
@@ -98,8 +118,9 @@ class WatchedLoss:
 
     def _evaluate(self, point: Vector) -> "Evaluated":
         self._spend()
-        value, gradient = self._loss.value_and_grad(point)
-        evaluated = Evaluated(self._rounded(point), value, gradient, float(np.linalg.norm(gradient)))
+        value, gradient = self._loss.value_and_grad(point if self._bounds is None else self._rounded(point))
+        at = self._rounded(point)
+        evaluated = Evaluated(at, value, gradient, float(np.linalg.norm(self._projected(at, gradient))))
         self._remember(evaluated)
         if self.best is evaluated and evaluated.slope <= self._tol:
             raise EndOfRunError
@@ -108,7 +129,19 @@ class WatchedLoss:
         return evaluated
 
     def _rounded(self, point: Vector) -> Vector:
+        if self._bounds is not None:
+            # A restart's units round, and no point may lie outside.
+            point = np.clip(point, *self._bounds)
         return point.astype(self._dtype).astype(np.float64)
+
+    def _projected(self, point: Vector, gradient: Vector) -> Vector:
+        """The gradient without what points out of the bounds."""
+        if self._bounds is None:
+            return gradient
+        low, high = self._bounds
+        down, up = np.minimum(gradient, point - low), np.maximum(gradient, point - high)
+        projected: Vector = np.where(gradient > 0, down, up)
+        return projected
 
     def _spend(self) -> None:
         if self._budget <= 0:

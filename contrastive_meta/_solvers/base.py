@@ -11,6 +11,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import MetaParams, ModelState, Params, Task
 from contrastive_meta._pytree import PyTree
 from contrastive_meta._result import Status, flag, worst
+from contrastive_meta._solvers.penalty import BoundPenalty
 
 InnerLoss = Callable[[Params], jax.Array]
 MinibatchLoss = Callable[[Params, jax.Array], jax.Array]
@@ -65,6 +66,28 @@ class Solution(NamedTuple):
     status: jax.Array
     memory: PyTree
     model_state: ModelState = ()
+
+
+class Held(NamedTuple):
+    """How a learner's own fixed points differ from the zeros of the loss's gradient, next to a point.
+
+    Attributes:
+      entries: booleans like `params`: entries that the learner leaves where they are, whatever a small nudge says.
+      decay: factors c like `params`: the learner rests where the gradient is -c `params` in the other entries.
+      known: whether that is all; otherwise the learner moves in a way that this does not describe.
+    """
+
+    entries: Params
+    decay: Params
+    known: jax.Array
+
+    def residual(self, params: Params, gradient: Params) -> Params:
+        """Zero where the learner rests: the gradient, decay added, of the entries that are free."""
+
+        def free(held: jax.Array, decay: jax.Array, x: jax.Array, g: jax.Array) -> jax.Array:
+            return jnp.where(held, jnp.zeros_like(g), g + decay.astype(x.dtype) * x)
+
+        return jax.tree.map(free, self.entries, self.decay, params, gradient)
 
 
 class UnrolledLosses(NamedTuple):
@@ -216,6 +239,23 @@ class InnerSolver(abc.ABC):
         them end elsewhere than at its minimum.
         """
         return jnp.asarray(True)
+
+    @property
+    def walls(self) -> BoundPenalty | None:
+        """The part of the learner's objective that the loss it is given leaves out, with its proximal step.
+
+        Where there is one the learner rests at fixed points of w - prox(w - s grad, s), and estimators judge by that.
+        Of a bound solver; None for learners that minimise the loss alone.
+        """
+        return None
+
+    def held_at(self, params: Params, gradient: Params) -> Held | None:
+        """What holds the learner at a point where the loss has this gradient.
+
+        None where nothing ever does, which must be known without looking at numbers. Only asked of learners that
+        descend the loss.
+        """
+        return None
 
     def init_memory(self, params: Params) -> PyTree:
         """A memory that carries nothing yet, in the structure of `Solution.memory`."""

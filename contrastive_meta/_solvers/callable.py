@@ -1,5 +1,7 @@
 """Any function as the learner: a JAX one, or black-box Python on the host."""
 
+import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +12,11 @@ import numpy as np
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._holomorphic import require_holomorphic
-from contrastive_meta._problem import Params, check_same_structure
+from contrastive_meta._problem import MetaParams, Params, check_same_structure
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._host import learn_on_host
-from contrastive_meta._solvers._host_sessions import HostLoss, Vector
+from contrastive_meta._solvers._host_sessions import HostLoss, PaddedLoss, Vector
 from contrastive_meta._solvers.base import (
     InnerLoss,
     InnerSolver,
@@ -24,11 +26,18 @@ from contrastive_meta._solvers.base import (
     UnrolledLosses,
     final_status,
 )
+from contrastive_meta._solvers.penalty import BoundPenalty, Penalty, fixed_point_residual
 
 
 @strategy
 class CallableSolver(InnerSolver):
     """A function `(loss, init) -> params` as the learner; nudged phases run it again, on the nudged loss.
+
+    A function of three arguments, `(loss, init, meta_params) -> params`, is given the meta-parameters as well: for
+    bounds and proximal steps that depend on them. Arguments that have defaults do not count.
+
+    A learner with kinks, bounds or constraints of its own says so by `penalty`. It is then judged by whether a proximal
+    step moves where it ended, instead of by the gradient, and its nudged phases are measured behind the same walls.
 
     A JAX function is called as it is: it must work under the transformations it is put under, and is differentiated
     through by `BackpropThroughLearning` if it can be. The gradients it takes cannot be counted from outside:
@@ -46,7 +55,10 @@ class CallableSolver(InnerSolver):
     Args:
       fn: the learner.
       host: whether `fn` is Python to be run on the host instead of JAX to be traced.
-      tol: gradient norm above which the solution counts as not converged; None to ask for nothing.
+      tol: gradient norm above which the solution counts as not converged; None to ask for nothing. With a penalty, norm
+        of (w - prox(w - s grad)) / s.
+      penalty: what the learner minimises beside the loss, such as `cm.prox.l1(0.1)` or `cm.prox.non_negative()`.
+      meta_params: set by `bind`.
 
     Raises:
       ValueError: `fn` returned something that is not like `init`.
@@ -66,9 +78,35 @@ class CallableSolver(InnerSolver):
       [3.0, 3.0]
     """
 
-    fn: Callable[[Any, Params], Params] = static()
+    fn: Callable[..., Params] = static()
     host: bool = static(default=False)
     tol: float | jax.Array | None = None
+    penalty: Penalty | None = None
+    meta_params: MetaParams = None
+
+    def bind(self, meta_params: MetaParams) -> "CallableSolver":
+        """The solver with its function and its penalty at these meta-parameters."""
+        if self.penalty is None and not self._takes_meta_params:
+            return self
+        return dataclasses.replace(self, meta_params=meta_params)
+
+    @property
+    def walls(self) -> BoundPenalty | None:
+        """As the user gave them."""
+        return BoundPenalty.of(self.penalty, self.meta_params)
+
+    @property
+    def _takes_meta_params(self) -> bool:
+        """Whether the function has a third argument without a default."""
+        try:
+            arguments = inspect.signature(self.fn).parameters.values()
+        except (TypeError, ValueError):
+            return False
+        positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return sum(x.kind in positional and x.default is inspect.Parameter.empty for x in arguments) >= 3
+
+    def _call(self, loss: Any, init: Params, meta_params: MetaParams) -> Params:
+        return self.fn(loss, init, meta_params) if self._takes_meta_params else self.fn(loss, init)
 
     def solve(
         self,
@@ -87,7 +125,8 @@ class CallableSolver(InnerSolver):
         evaluate = tree.value_and_grad(loss)
         first_value, first_gradient = evaluate(jax.lax.stop_gradient(init))
         value, gradient = evaluate(jax.lax.stop_gradient(params))
-        first_residual, residual = tree.norm(first_gradient), tree.norm(gradient)
+        first_residual = self._residual(init, first_gradient, params, gradient)
+        residual = self._residual(params, gradient, init, first_gradient)
         health = final_status(first_value, first_residual, params, value, residual)
         status = worst(self._unfinished(residual, stop), health)
         return Solution(params, residual, jnp.int32(2), jnp.int32(0), status, ())
@@ -118,14 +157,14 @@ class CallableSolver(InnerSolver):
         if self.host:
             super().check_holomorphic(params)
         require_holomorphic(
-            lambda start: self.fn(_quadratic, start),
+            lambda start: self._call(_quadratic, start, self.meta_params),
             params,
             what=f"CallableSolver's learner `{_name(self.fn)}`",
             remedy="It needs `jax.grad(loss, holomorphic=True)` where `init` is complex, and a fixed number of steps.",
         )
 
     def _learn(self, loss: InnerLoss, init: Params) -> Params:
-        params = self.fn(loss, init)
+        params = self._call(loss, init, self.meta_params)
         check_same_structure(
             params,
             init,
@@ -133,6 +172,13 @@ class CallableSolver(InnerSolver):
             "Return parameters with the structure, shapes and dtypes of `init`.",
         )
         return params
+
+    def _residual(self, params: Params, gradient: Params, other: Params, other_gradient: Params) -> jax.Array:
+        """The gradient norm, or that of the proximal step, whose length is taken from two points."""
+        if self.walls is None:
+            return tree.norm(gradient)
+        kept = jax.lax.stop_gradient((params, other))
+        return fixed_point_residual(self.walls, kept[0], gradient, kept[1], other_gradient)
 
     def _unfinished(self, residual: jax.Array, stop: Stop) -> jax.Array:
         tol = self.tol if stop.tol is None else stop.tol
@@ -142,21 +188,34 @@ class CallableSolver(InnerSolver):
         if tree.is_complex(init):
             self.check_holomorphic(init)
         like = _Like(init, _name(self.fn))
+        meta_params = self.meta_params if self._takes_meta_params else ()
+        given = _Like(meta_params, _name(self.fn))
+        # What the function is given beside the loss travels to the host as a part of the start.
+        size = sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(init))
 
         def learn(host_loss: HostLoss, start: Vector, tol: float, max_steps: int) -> Vector:
-            params = self.fn(LossOnHost(host_loss, like), like.unravel(start))
-            return like.ravel(params, "returned")
+            rest = start[size:]
+            loss_on_host = LossOnHost(PaddedLoss(host_loss, rest) if rest.size else host_loss, like)
+            params = self._call(loss_on_host, like.unravel(start[:size]), given.unravel(rest))
+            return np.concatenate([like.ravel(params, "returned"), rest])
 
-        end = learn_on_host(learn, loss, init, tol=0.0, max_steps=0)
-        health = final_status(end.first_loss, end.first_residual, end.params, end.loss, end.residual)
-        status = worst(self._unfinished(end.residual, stop), health)
-        return Solution(end.params, end.residual, end.num_gradients, end.num_evaluations, status, ())
+        def of_both(both: tuple[Params, MetaParams]) -> jax.Array:
+            return loss(both[0])
+
+        end = learn_on_host(learn, of_both, (init, meta_params), tol=0.0, max_steps=0)
+        params, residual = end.params[0], end.residual
+        if self.walls is not None:
+            gradients = [tree.grad(loss)(at) for at in (params, init)]
+            residual = self._residual(params, gradients[0], init, gradients[1])
+        health = final_status(end.first_loss, end.first_residual, params, end.loss, end.residual)
+        status = worst(self._unfinished(residual, stop), health)
+        return Solution(params, residual, end.num_gradients, end.num_evaluations, status, ())
 
 
 class LossOnHost:
     """The loss as a host function is given it: pytrees of NumPy arrays in, numbers out."""
 
-    def __init__(self, loss: HostLoss, like: "_Like") -> None:
+    def __init__(self, loss: HostLoss | PaddedLoss, like: "_Like") -> None:
         self._loss = loss
         self._like = like
 

@@ -1,5 +1,6 @@
 """A learner that cannot take a loss, such as a model that another library fits: it runs the free phase alone."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._host import cut
 from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop
+from contrastive_meta._solvers.penalty import BoundPenalty, Penalty, fixed_point_residual
 
 
 @strategy
@@ -24,6 +26,10 @@ class ExternalLearner(InnerSolver):
     are run by another learner: `Contrastive` takes `NewtonKrylov` unless `nudged_solver=` names one, without anything
     to fall back to. Implicit differentiation needs none.
 
+    A model that is fitted with kinks, bounds or constraints says so by `penalty`, and `inner_loss` is the rest, its
+    smooth part. If what it returns is no minimum of both, the one that `NewtonKrylov` finds is another solution. The
+    status then is `FREE_NOT_CONVERGED`.
+
     On the host the function is called once for each lane of a batch, one after another, with NumPy arrays (PRNG keys
     as their raw data). It must not call JAX, which can hang there, and must give the same result for the same
     arguments. What it raises is raised by the program.
@@ -32,7 +38,9 @@ class ExternalLearner(InnerSolver):
       fn: the learner.
       host: whether `fn` is ordinary Python to be run on the host, or JAX to be traced.
       tol: gradient norm of the inner loss above which the solution counts as not converged; None to ask for nothing
-        beyond what the estimators test themselves.
+        beyond what the estimators test themselves. With a penalty, norm of (w - prox(w - s grad)) / s.
+      penalty: what the learner minimises beside the inner loss, such as `cm.prox.l1(0.1)`.
+      meta_params: set by `bind`.
 
     Raises:
       TypeError: it is asked to minimise a loss: as `nudged_solver`, or for a problem with `sample`.
@@ -56,6 +64,17 @@ class ExternalLearner(InnerSolver):
     fn: Callable[[Any, Any], Any] = static()
     host: bool = static(default=True)
     tol: float | jax.Array | None = None
+    penalty: Penalty | None = None
+    meta_params: MetaParams = None
+
+    def bind(self, meta_params: MetaParams) -> "ExternalLearner":
+        """The learner with its penalty at these meta-parameters."""
+        return self if self.penalty is None else dataclasses.replace(self, meta_params=meta_params)
+
+    @property
+    def walls(self) -> BoundPenalty | None:
+        """As the user gave them."""
+        return BoundPenalty.of(self.penalty, self.meta_params)
 
     @property
     def takes_losses(self) -> bool:
@@ -101,7 +120,9 @@ class ExternalLearner(InnerSolver):
         params = self._learn_on_host(init, meta_params, task) if self.host else self.fn(meta_params, task)
         check_same_structure(params, init, f"ExternalLearner: what `{_name(self.fn)}` returned", _REMEDY)
         value, gradient = tree.value_and_grad(loss)(params)
-        residual = tree.norm(gradient)
+        residual, bound = tree.norm(gradient), self.bind(meta_params).walls
+        if bound is not None:
+            residual = fixed_point_residual(bound, params, gradient, init, tree.grad(loss)(init))
         finite = tree.all_finite(params) & jnp.isfinite(value) & jnp.isfinite(residual)
         unfinished = flag(False if self.tol is None else ~(residual <= self.tol), Status.FREE_NOT_CONVERGED)
         status = worst(unfinished, flag(~finite, Status.NOT_FINITE))

@@ -10,6 +10,7 @@ import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import usual_promotion
+from contrastive_meta._dependence import used_leaves
 from contrastive_meta._holomorphic import require_holomorphic
 from contrastive_meta._problem import MetaParams, ModelState, Params
 from contrastive_meta._pytree import PyTree, static, strategy
@@ -17,12 +18,14 @@ from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._descend import (
     Descent,
     Position,
+    ResidualOf,
     fixed_steps,
     one_step,
     steps_for_backprop,
     steps_to_tolerance,
 )
 from contrastive_meta._solvers.base import (
+    Held,
     InnerLoss,
     InnerSolver,
     MinibatchLoss,
@@ -32,6 +35,11 @@ from contrastive_meta._solvers.base import (
     UnrolledLosses,
     final_status,
 )
+
+# An update that is zero but for rounding is smaller than this many roundings of what it is made of.
+_ROUNDINGS = 1e3
+# Updates are linear in the gradient if twice the gradient gives twice the update up to this fraction.
+_LINEAR = 1e-3
 
 
 @strategy
@@ -113,17 +121,102 @@ class OptaxDescent(InnerSolver):
         """As far as its updates follow the gradient: see `rests_at`."""
         return True
 
+    def held_at(self, params: Params, gradient: Params) -> Held | None:
+        """By probing updates; None for optimisers whose updates do not depend on `params`, which have no walls.
+
+        An entry is held if the update down its gradient leaves it in place, and the opposite one would not: it is at a
+        bound. Decay is what an update does without a gradient, in units of what it does with one; it is known where
+        updates are linear in the gradient, as those of descent and momentum.
+        """
+        update, searches = self._first_update(params), []
+
+        def zero_loss(at: Params) -> jax.Array:
+            searches.append(at)
+            return jnp.zeros((), tree.float_dtype(params))
+
+        # Line searches ask for the loss: they follow its gradient, and many of them in a program take long to compile.
+        if not any(used_leaves(lambda at: update(gradient, at, zero_loss), params)) or searches:
+            return None
+        decay, known = self._decay(params, update)
+        resting = jax.tree.map(lambda c, x: -c.astype(x.dtype) * x, decay, params)
+        # A difference that is zero in one kernel and a rounding error in the next would be taken for a frozen leaf.
+        beyond = jax.lax.optimization_barrier(tree.subtract(gradient, resting))
+        size = tree.or_one(jnp.maximum(tree.max_abs(beyond), tree.max_abs(gradient)))
+        down = jax.tree.map(lambda g: jnp.sign(g) * size.astype(jnp.real(g).dtype), beyond)
+        # With the gradient at which it rests, nothing moves that is free. Frozen leaves are not described.
+        gradients = [tree.add_scaled(resting, sign, down) for sign in (1.0, -1.0, 0.0)]
+        follows, opposes, still = _all_at_once(update, gradients, [params] * 3)
+
+        def moves(x: jax.Array, u: jax.Array) -> jax.Array:
+            return x + u.astype(x.dtype) != x
+
+        held = jax.tree.map(lambda x, g, u, o: (g != 0) & ~moves(x, u) & moves(x, o), params, beyond, follows, opposes)
+        eps = tree.coarsest_eps(tree.float_dtype(params), params)
+
+        def rests(fixed: jax.Array, x: jax.Array, u: jax.Array) -> jax.Array:
+            return jnp.all(fixed | (jnp.abs(u) <= _ROUNDINGS * eps * jnp.maximum(jnp.abs(x), jnp.abs(x + u))))
+
+        def free(g: jax.Array, x: jax.Array, u: jax.Array, o: jax.Array) -> jax.Array:
+            return jnp.any(moves(x, u) | moves(x, o)) | ~jnp.any(g != 0)
+
+        stays = jax.tree.leaves(jax.tree.map(rests, held, params, still))
+        movable = jax.tree.leaves(jax.tree.map(free, beyond, params, follows, opposes))
+        return Held(held, decay, known & jnp.all(jnp.stack(stays)) & jnp.all(jnp.stack(movable)))
+
+    def _residual_of(self, like: Params) -> ResidualOf | None:
+        """What vanishes where the optimiser rests; None where that is the gradient."""
+        if self.held_at(like, like) is None:
+            return None
+
+        def residual(params: Params, gradient: Params) -> Params:
+            held = self.held_at(params, gradient)
+            assert held is not None
+            return tree.where(held.known, held.residual(params, gradient), gradient)
+
+        return residual
+
+    def _decay(self, params: Params, update: Callable[[Params, Params], Params]) -> tuple[Params, jax.Array]:
+        """Factors of weight decay, and whether updates are linear in the gradient where there are any."""
+        ones, nothing = jax.tree.map(jnp.ones_like, params), tree.zeros_like(params)
+        # Small beside the parameters, so that no bound is met on the way.
+        unit = 0.1
+        gradients = [tree.scale(k * unit, ones) for k in (0.0, 1.0, 2.0)]
+        none, single, double, here = _all_at_once(update, [*gradients, nothing], [ones] * 3 + [params])
+        eps = tree.coarsest_eps(tree.float_dtype(params), params)
+        drift = jax.tree.map(lambda x, u: jnp.any(jnp.abs(u) > 4 * eps * jnp.abs(x)), params, here)
+        decays = jnp.any(jnp.stack(jax.tree.leaves(drift)))
+
+        def factor(without: jax.Array, of_one: jax.Array) -> jax.Array:
+            rate = jnp.real(without - of_one) / unit
+            found = -jnp.real(without) / jnp.where(rate > 0, rate, jnp.inf)
+            return jnp.where(decays & (without != 0), found, jnp.zeros_like(found))
+
+        def linear(without: jax.Array, of_one: jax.Array, of_two: jax.Array) -> jax.Array:
+            curved = jnp.abs(of_two - 2 * of_one + without) > _LINEAR * jnp.abs(of_one - without)
+            return ~jnp.any((without != 0) & (curved | (of_one == without)))
+
+        checks = jax.tree.leaves(jax.tree.map(linear, none, single, double))
+        return jax.tree.map(factor, none, single), jnp.all(jnp.stack(checks)) | ~decays
+
+    def _first_update(self, like: Params) -> Callable[..., Params]:
+        """`(gradient, params, loss) -> updates` of an optimiser that begins at `params`; the loss is 0 by default."""
+        optimizer = optax.with_extra_args_support(self._bound_optimizer())
+        zero = jnp.zeros((), tree.float_dtype(like))
+
+        def update(grads: Params, params: Params, loss: InnerLoss = lambda at: zero) -> Params:
+            extra = {"value": zero, "grad": grads, "value_fn": loss}
+            with usual_promotion():
+                updates: Params = optimizer.update(grads, optimizer.init(params), params, **extra)[0]
+            return updates
+
+        return update
+
     def rests_at(self, params: Params, gradient: Params) -> jax.Array:
         """One update without a gradient must do nothing, and one with it must move every leaf or none."""
-        optimizer = optax.with_extra_args_support(self._bound_optimizer())
-        zero = jnp.zeros((), tree.float_dtype(params))
+        first_update = self._first_update(params)
 
         def update(grads: Params) -> Params:
-            state = optimizer.init(params)
-            extra = {"value": zero, "grad": grads, "value_fn": lambda at: zero}
-            with usual_promotion():
-                updates: Params = optimizer.update(grads, state, params, **extra)[0]
-            return updates
+            return first_update(grads, params)
 
         # A projection's update is a rounding error where there is nothing to project; a small step may be lost in
         # rounding, but is one.
@@ -165,7 +258,14 @@ class OptaxDescent(InnerSolver):
             end = self._run_to_tolerance(optimizer, losses, start, tol, stop)
             unfinished = flag(~(end.last.residual <= tol), Status.FREE_NOT_CONVERGED)
         else:
-            end = fixed_steps(optimizer, losses, start, num_steps=self.num_steps, unroll=self.unroll)
+            end = fixed_steps(
+                optimizer,
+                losses,
+                start,
+                num_steps=self.num_steps,
+                unroll=self.unroll,
+                residual_of=self._residual_of(init),
+            )
             unfinished = flag(False, Status.FREE_NOT_CONVERGED)
         health = final_status(*end.first, end.at.params, *end.last)
         return Solution(
@@ -268,4 +368,13 @@ class OptaxDescent(InnerSolver):
                 "go to zero, so it cannot say when to stop. Use `OptaxDescent(optimizer, num_steps=...)`."
             )
         max_steps = self.max_steps if stop.max_steps is None else stop.max_steps
-        return steps_to_tolerance(optimizer, losses, start, tol=tol, max_steps=max_steps, group=stop.group)
+        return steps_to_tolerance(
+            optimizer, losses, start, tol=tol, max_steps=max_steps, group=stop.group,
+            residual_of=self._residual_of(start.params),
+        )  # fmt: skip
+
+
+def _all_at_once(update: Callable[..., Params], gradients: list[Params], params: list[Params]) -> list[Params]:
+    """The update of each pair, from one copy of the optimiser in the program."""
+    stacked = [jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for trees in (gradients, params)]
+    return tree.unstack(jax.vmap(update)(*stacked), len(params))

@@ -1,5 +1,7 @@
 """SciPy's minimisers as the learner: they run on the host and ask the compiled program for the loss."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,13 +11,14 @@ import numpy as np
 import scipy.optimize
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._problem import Params
+from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers._host import learn_on_host
-from contrastive_meta._solvers._host_sessions import HostLoss, Vector
+from contrastive_meta._solvers._host_sessions import HostLoss, PaddedLoss, Vector
 from contrastive_meta._solvers._watched_loss import EndOfRunError, StalledError, WatchedLoss
 from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop, final_status
+from contrastive_meta._solvers.penalty import BoundPenalty, Box, fixed_point_residual
 
 Options = tuple[tuple[str, Any], ...]
 
@@ -28,12 +31,14 @@ class _Method(NamedTuple):
       needs_gradient: whether it uses gradients.
       needs_hvp: whether it uses Hessian-vector products; they are differences of gradients.
       budgets: names of its options that limit iterations and evaluations.
+      takes_bounds: whether it keeps within bounds.
     """
 
     endless: Callable[[float], dict[str, Any]]
     needs_gradient: bool = True
     needs_hvp: bool = False
     budgets: tuple[str, ...] = ("maxiter",)
+    takes_bounds: bool = False
 
 
 # SciPy's tolerances mean another norm in each method: where gradients are known they are switched off, and
@@ -41,14 +46,14 @@ class _Method(NamedTuple):
 _METHODS = {
     "BFGS": _Method(lambda tol: {"gtol": 0.0}),
     "CG": _Method(lambda tol: {"gtol": 0.0}),
-    "L-BFGS-B": _Method(lambda tol: {"gtol": 0.0, "ftol": 0.0}, budgets=("maxiter", "maxfun")),
-    "TNC": _Method(lambda tol: {"gtol": 0.0, "ftol": 0.0, "xtol": 0.0}, budgets=("maxfun",)),
+    "L-BFGS-B": _Method(lambda tol: {"gtol": 0.0, "ftol": 0.0}, budgets=("maxiter", "maxfun"), takes_bounds=True),
+    "TNC": _Method(lambda tol: {"gtol": 0.0, "ftol": 0.0, "xtol": 0.0}, budgets=("maxfun",), takes_bounds=True),
     # Not zero: with that SciPy 1.11 takes no step.
     "Newton-CG": _Method(lambda tol: {"xtol": 1e-300}, needs_hvp=True),
     "trust-ncg": _Method(lambda tol: {"gtol": 0.0}, needs_hvp=True),
     "trust-krylov": _Method(lambda tol: {"gtol": 0.0}, needs_hvp=True),
-    "Nelder-Mead": _Method(lambda tol: {"xatol": tol, "fatol": tol}, needs_gradient=False),
-    "Powell": _Method(lambda tol: {"xtol": tol, "ftol": tol**2}, needs_gradient=False),
+    "Nelder-Mead": _Method(lambda tol: {"xatol": tol, "fatol": tol}, needs_gradient=False, takes_bounds=True),
+    "Powell": _Method(lambda tol: {"xtol": tol, "ftol": tol**2}, needs_gradient=False, takes_bounds=True),
 }
 
 
@@ -72,12 +77,16 @@ class ScipyMinimize(InnerSolver):
       tol: absolute tolerance on the gradient norm, the Euclidean one for every method. The two that see values only
         stop at a step of this size instead, and are judged by the gradient norm all the same.
       max_steps: budget in evaluations of the loss.
+      bounds: a box such as `cm.prox.box(0.0, 1.0)` or `cm.prox.non_negative()`, which may depend on meta-parameters;
+        None for none. For "L-BFGS-B", "TNC", "Nelder-Mead" and "Powell". The run is then judged by the projected
+        gradient.
       options: further options of the method as `((name, value), ...)`. Those that stop it (`gtol`, `maxiter`, ...) are
         obeyed besides `tol` and `max_steps`.
+      meta_params: set by `bind`.
 
     Raises:
-      ValueError: an unknown method, or one that needs Hessians.
-      TypeError: `options` is not a tuple of pairs.
+      ValueError: an unknown method, or one that needs Hessians, or bounds for a method that takes none.
+      TypeError: `options` is not a tuple of pairs, or `bounds` are no box.
 
     Reference:
       Virtanen et al. (2020), "SciPy 1.0: fundamental algorithms for scientific computing in Python".
@@ -95,6 +104,8 @@ class ScipyMinimize(InnerSolver):
     tol: float | jax.Array = 1e-8
     max_steps: int | jax.Array = 10_000
     options: Options = static(default=())
+    bounds: Box | None = None
+    meta_params: MetaParams = None
 
     def __post_init__(self) -> None:
         """Check the settings that are structure."""
@@ -103,12 +114,24 @@ class ScipyMinimize(InnerSolver):
                 f"ScipyMinimize: method must be one of {', '.join(_METHODS)}; got {self.method!r}. "
                 "Methods that need Hessians or constraints are not offered."
             )
+        if self.bounds is not None and not _METHODS[self.method].takes_bounds:
+            able = ", ".join(name for name, method in _METHODS.items() if method.takes_bounds)
+            raise ValueError(f"ScipyMinimize: {self.method!r} takes no bounds. Use one of {able}.")
         given: Any = self.options
         if not isinstance(given, tuple) or not all(isinstance(x, tuple) and len(x) == 2 for x in given):
             raise TypeError(
                 f"ScipyMinimize: options must be a tuple of (name, value) pairs; got {given!r}. "
                 "Write a dictionary as `tuple(options.items())`."
             )
+
+    def bind(self, meta_params: MetaParams) -> "ScipyMinimize":
+        """The solver with its bounds at these meta-parameters."""
+        return self if self.bounds is None else dataclasses.replace(self, meta_params=meta_params)
+
+    @property
+    def walls(self) -> BoundPenalty | None:
+        """The bounds."""
+        return BoundPenalty.of(self.bounds, self.meta_params)
 
     @property
     def step_budget(self) -> int | jax.Array:
@@ -132,18 +155,32 @@ class ScipyMinimize(InnerSolver):
         dtypes = tree.float_dtype(init), tree.float_dtype(jax.eval_shape(loss, init))
         epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
+        method = _METHODS[self.method]
+        # Bounds travel to the host as a part of the start.
+        bounds = () if self.bounds is None else self.bounds.bounds(init, self.meta_params)
+        size = sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(init))
+
         def learn(host_loss: HostLoss, start: Vector, tol: float, max_steps: int) -> Vector:
-            watched = WatchedLoss(host_loss, start, dtypes[0], epsilon, tol, max_steps)
-            return _minimize(self.method, self.options, watched, tol, max_steps)
+            begin, *rest = np.split(start, [size, 2 * size]) if bounds else [start]
+            limits = (rest[0], rest[1]) if bounds else None
+            of_begin: Any = PaddedLoss(host_loss, start[size:]) if bounds else host_loss
+            begin = begin if limits is None else np.clip(begin, *limits)
+            watched = WatchedLoss(of_begin, begin, dtypes[0], epsilon, tol, max_steps, limits)
+            return np.concatenate([_minimize(self.method, self.options, watched, tol, max_steps), start[size:]])
 
         end = learn_on_host(
             learn,
-            loss,
-            init,
+            loss if not bounds else lambda both: loss(both[0]),
+            (init, bounds) if bounds else init,
             tol=tol,
             max_steps=self.max_steps if stop.max_steps is None else stop.max_steps,
-            needs_gradient=_METHODS[self.method].needs_gradient,
+            needs_gradient=method.needs_gradient,
         )
+        if self.walls is not None:
+            params = end.params[0]
+            gradients = [tree.grad(loss)(at) for at in (params, init)]
+            residual = fixed_point_residual(self.walls, params, gradients[0], init, gradients[1])
+            end = end._replace(params=params, residual=residual)
         unfinished = flag(~(end.residual <= tol), Status.FREE_NOT_CONVERGED)
         health = final_status(end.first_loss, end.first_residual, end.params, end.loss, end.residual)
         return Solution(
@@ -171,6 +208,7 @@ def _minimize(name: str, options: Options, watched: WatchedLoss, tol: float, max
                     method=name,
                     jac=method.needs_gradient or None,
                     hessp=watched.hessian_product if method.needs_hvp else None,
+                    bounds=watched.bounds,
                     options=ours | dict(options),
                 )
         except StalledError:
