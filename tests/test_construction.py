@@ -116,14 +116,13 @@ def with_more(extra: Any, w: Any, s: Any, t: Any, *, scale: float) -> Any:
         np.add,
         dict,
     ],
-    ids=str,
 )
 def test_nothing_is_refused_that_could_be_called(loss: Any) -> None:
     cm.BilevelProblem(loss, outer, init)
     cm.argmin(loss, SGD, init=jnp.zeros(2))
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.MultiSteps(optax.sgd(0.1), 2), cm.LBFGS], ids=str)
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.MultiSteps(optax.sgd(0.1), 2), cm.LBFGS], ids=["optax", "MultiSteps", "class"])
 @pytest.mark.parametrize(
     "make",
     [
