@@ -12,7 +12,7 @@ x, x_val = jax.random.normal(KEYS[1], (200, 50)), jax.random.normal(KEYS[2], (20
 y = x @ truth + 2 * jax.random.normal(KEYS[3], (200,))
 y_val = x_val @ truth + 2 * jax.random.normal(KEYS[4], (200,))
 
-# The inner loss is the smooth part. The penalty is the learner's, and the meta-parameter is the logarithm of its strength.
+# The inner loss is the smooth part. The penalty is the learner's; the meta-parameter is the logarithm of its strength.
 learner = cm.ProximalDescent(cm.prox.l1(jnp.exp), tol=1e-5)
 problem = cm.BilevelProblem(
     inner_loss=lambda w, log_strength, task: 0.5 * jnp.mean((x @ w - y) ** 2),
