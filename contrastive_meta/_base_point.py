@@ -200,6 +200,14 @@ def free_status(base: BasePoint, left: FreeResidual) -> jax.Array:
     reduced = left.residual < 1e-3 * base.solution.residual
     excused = (base.solution.status == Status.FREE_NOT_CONVERGED) & (at_floor | reduced)
     return worst(
+        # A gradient that counts as noise, and is more than the nudge.
+        flag(
+            at_floor
+            & (NOISE_FLOOR * base.noise > base.nudge_norm)
+            & (left.residual > UNCONVERGED * base.nudge_norm)
+            & (base.nudge_norm > 0),
+            Status.LOST_IN_NOISE,
+        ),  # fmt: skip
         flag(base.at_kink, Status.NOT_SMOOTH),
         flag(base.asymmetry > LARGEST_ASYMMETRY, Status.INCONSISTENT_GRADIENT),
         flag(far & ~at_floor & matters, Status.FREE_NOT_CONVERGED),

@@ -10,13 +10,18 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._control import while_loop
 from contrastive_meta._problem import Params
 
-# A second difference this many times the smallest of three is a jump. Of three norms of random vectors of one entry the
-# largest is seldom 1,000 times the smallest (once in 500), and never where there are several entries.
+# A second difference this many times the other is a jump. Of two norms of random vectors of one entry the larger is
+# seldom 1,000 times the smaller (once in 800), and never where there are several entries.
 _JUMP = 1e3
-# Step of the second differences, in units of sqrt(eps) times the length of the point. What is smooth contributes its
-# square, 0.04 eps. Learners that run into a kink end within 1e-9 of it in float64, well within one step: at 0.05 each
-# of the three held a kink of one of four unknowns in 9 of 25 lassos.
-_STEP = 0.2
+# A jump is at least this part of what the function changes by over the length of the point. What rounds its inputs, such
+# as matrix products in TF32 (2^-11) and bfloat16 (2^-8), jumps as well, by less: that is noise.
+_LEAST_JUMP = 5e-3
+# Where the function is evaluated for second differences around the point, and for some ahead of it that do not touch
+# those; in steps of 0.05 sqrt(eps) times the length of the point. What is smooth contributes 0.0025 eps, and 49 times
+# that ahead. Learners that run into a kink end within 1e-9 of it in float64, about one step. Three steps ahead another of
+# four kinks was met in 1 of 25 lassos, so that all differences had one.
+_PLACES = (-1.0, 0.0, 1.0, 8.0, 15.0)
+_STEP = 0.05
 
 
 class Probe(NamedTuple):
@@ -78,9 +83,9 @@ def measure_noise(
 
     Second differences over steps that are a small part of sqrt(eps) * scale: what is smooth contributes less than
     eps, so the rest is noise, whether it comes from the dtype or from reduced-precision matrix products. There are
-    three of them: around the point, from it ahead, and farther ahead. A jump is in some of them, and noise is in all
-    of them: where they differ by a factor of 1,000 the smallest is the noise, and the largest is the jump. Costs 5
-    evaluations, one after another: side by side they would need five times the memory.
+    two of them, around the point and ahead of it. A jump is in one of them, and noise is in both: where they differ by
+    a factor of 1,000 the smaller is the noise, and the larger is the jump. Costs 5 evaluations, one after another: side
+    by side they would need five times the memory.
 
     Args:
       function: `params -> tree`.
@@ -95,25 +100,23 @@ def measure_noise(
     """
     length = tree.norm(direction) if length is None else length
     step = (_STEP * eps**0.5 * scale / tree.or_one(length)).astype(scale.dtype)
-    steps = jnp.arange(-1, 4).astype(scale.dtype) * step
+    steps = jnp.asarray(_PLACES, scale.dtype) * step
     points = jax.vmap(lambda distance: tree.add_scaled(at, distance, direction))(steps)
-    values = jax.lax.map(function, points)
-    here = jax.tree.map(lambda xs: xs[1], values)
-    # Taken from `here`, nearly equal numbers are subtracted exactly.
-    away = jax.tree.map(lambda xs: xs - xs[1:2], values)
-    seconds = jax.tree.map(lambda xs: xs[:-2] - 2 * xs[1:-1] + xs[2:], away)
-    firsts = jax.tree.map(lambda xs: xs[2:] - xs[:-2], away)
-    second, first = (jnp.stack(tree.norms(*tree.unstack(of, 3))).astype(scale.dtype) for of in (seconds, firsts))
-    slopes = first / (2 * step * tree.or_one(length))
+    behind, here, near, far, farther = tree.unstack(jax.lax.map(function, points), 5)
+    # Taken from the one between, nearly equal numbers are subtracted exactly.
+    ahead, back = tree.subtract(near, here), tree.subtract(behind, here)
+    on, before = tree.subtract(farther, far), tree.subtract(near, far)
+    lengths = tree.norms(
+        tree.add(ahead, back), tree.add(on, before), tree.subtract(ahead, back), tree.subtract(on, before)
+    )
+    second, first = lengths.astype(scale.dtype).reshape(2, 2)
+    slopes = first / (2 * step * tree.or_one(length) * jnp.array([1.0, _PLACES[3] - _PLACES[2]], scale.dtype))
     # Rounding `at` alone makes up to half an eps of each entry.
     floors = jnp.maximum(second, eps * slopes * scale / 4)
-    smallest = jnp.argmin(floors)
-    jumps = second > _JUMP * floors[smallest]
+    jumps = (second > _JUMP * floors[::-1]) & (second > _LEAST_JUMP * slopes[::-1] * scale)
+    chosen = jnp.where(jumps[0], 1, 0)
     # The variance of a second difference of independent errors is 1 + 4 + 1 times theirs.
-    mean = jnp.sqrt(jnp.mean(second**2))
-    noise = jnp.where(jnp.any(jumps), second[smallest], mean) / 6**0.5
-    slope = jnp.where(jnp.any(jumps), slopes[smallest], slopes[0])
-    return Noise(here, noise, slope, jnp.max(jnp.where(jumps, second, 0)))
+    return Noise(here, second[chosen] / 6**0.5, slopes[chosen], jnp.max(jnp.where(jumps, second, 0)))
 
 
 def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:

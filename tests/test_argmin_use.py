@@ -197,9 +197,8 @@ def test_a_zero_cotangent_gives_exact_zeros_and_is_no_failure(adjoint: Any) -> N
     solve = cm.argmin(shrunk, UNFINISHED, init=start, adjoint=adjoint)
     gradient = jax.jit(lambda v: jax.grad(lambda decay, y: jnp.vdot(v, solve(decay, y)), argnums=(0, 1))(1.0, Y))
     assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(gradient(0 * V)))
-    # The phases of a contrast go on learning, to the minimum; the implicit gradient is one of an unfinished solution.
-    expected = float("nan") if adjoint is DENSE else float(-jnp.vdot(V, Y) / 4)
-    assert gradient(V)[0] == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    # The phases of a contrast go on learning, to the minimum, for which the cotangent was not meant.
+    assert jnp.isnan(gradient(V)[0])
 
 
 def test_a_saddle_is_a_failure_of_the_default_adjoint() -> None:

@@ -122,7 +122,9 @@ def test_nothing_is_refused_that_could_be_called(loss: Any) -> None:
     cm.argmin(loss, SGD, init=jnp.zeros(2))
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.MultiSteps(optax.sgd(0.1), 2), cm.LBFGS], ids=["optax", "MultiSteps", "class"])
+@pytest.mark.parametrize(
+    "optimizer", [optax.sgd(0.1), optax.MultiSteps(optax.sgd(0.1), 2), cm.LBFGS], ids=["optax", "MultiSteps", "class"]
+)
 @pytest.mark.parametrize(
     "make",
     [

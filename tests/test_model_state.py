@@ -462,7 +462,9 @@ def test_mistakes_are_named_at_trace_time():
         inner_loss=lambda *args: (inner_loss(*args)[0], {**inner_loss(*args)[1], "count": args[3]["count"] + 0.5})
     )
     fails(widened, ValueError, "The model state that `inner_loss` returned: expected .*int.*got .*float")
-    forgotten = replaced(init_model_state=None, inner_loss=lambda p, m, t: inner_loss(p, m, t, first_state(m, t)))
+    both = {"inner_loss": lambda p, m, t: inner_loss(p, m, t, first_state(m, t))}
+    both["outer_loss"] = lambda p, m, t: outer_loss(p, m, t, first_state(m, t))
+    forgotten = replaced(init_model_state=None, **both)
     fails(forgotten, TypeError, "needs `init_model_state=`")
     other = estimator.init_state(PROBLEM, meta_params, task)._replace(model_state={"count": jnp.array(0)})
     fails(PROBLEM, ValueError, r"`state.model_state`: expected .*'mean'", state=other)

@@ -61,7 +61,7 @@ class ErrorEstimate(StageSystems):
             attempt=now.attempt._replace(line=found.line),
             missing=now.missing.at[1].set(missing.astype(self.dtype)),
             unknown=self._is_unknown(now, found.solved),
-            downward=now.by_solver & found.solved.indefinite,
+            downward=(now.by_solver | now.missed) & found.solved.indefinite,
             running=jnp.asarray(False),
         )
         if self.strategy.target_error is None:

@@ -101,7 +101,7 @@ class LoopState(NamedTuple):
       missing: what is at least missing of the kept line: lengths of the steps down the gradient, and down the residual
         of the nudge, shape (2,); lower bounds by the Cauchy-Schwarz inequality.
       unknown: whether the estimate of the error met curvature by which nothing can be told.
-      downward: whether what refines phases that the solver ran met downward curvature.
+      downward: whether what refines phases that the solver ran, or that failed, met downward curvature.
       error: estimated relative error of the kept line.
       num_gradients: spent so far.
       running: whether there is a next iteration.

@@ -64,7 +64,7 @@ def gradient_reaches_params(problem: BilevelProblem, params: Params, meta_params
     held = problem.at_start(meta_params, task)
 
     def pull_back(cotangent: jax.Array) -> Params:
-        pulled: Params = jax.vjp(lambda at: held.outer(at, meta_params, task), params)[1](cotangent)
+        pulled: Params = jax.grad(lambda at: cotangent * held.outer(at, meta_params, task))(params)
         return pulled
 
     value = jax.eval_shape(lambda at: held.outer(at, meta_params, task), params)
