@@ -199,15 +199,11 @@ def free_status(base: BasePoint, left: FreeResidual) -> jax.Array:
     # The solver's own tolerance was missed, but the residual is at the floor, or was reduced since.
     reduced = left.residual < 1e-3 * base.solution.residual
     excused = (base.solution.status == Status.FREE_NOT_CONVERGED) & (at_floor | reduced)
+    # A gradient that counts as noise, and matters beside the nudge.
+    drowned = at_floor & (NOISE_FLOOR * base.noise > base.nudge_norm) & (base.nudge_norm > 0)
+    drowned &= left.residual > UNCONVERGED * base.nudge_norm
     return worst(
-        # A gradient that counts as noise, and is more than the nudge.
-        flag(
-            at_floor
-            & (NOISE_FLOOR * base.noise > base.nudge_norm)
-            & (left.residual > UNCONVERGED * base.nudge_norm)
-            & (base.nudge_norm > 0),
-            Status.LOST_IN_NOISE,
-        ),  # fmt: skip
+        flag(drowned, Status.LOST_IN_NOISE),
         flag(base.at_kink, Status.NOT_SMOOTH),
         flag(base.asymmetry > LARGEST_ASYMMETRY, Status.INCONSISTENT_GRADIENT),
         flag(far & ~at_floor & matters, Status.FREE_NOT_CONVERGED),

@@ -13,13 +13,13 @@ from contrastive_meta._problem import Params
 # A second difference this many times the other is a jump. Of two norms of random vectors of one entry the larger is
 # seldom 1,000 times the smaller (once in 800), and never where there are several entries.
 _JUMP = 1e3
-# A jump is at least this part of what the function changes by over the length of the point. What rounds its inputs, such
-# as matrix products in TF32 (2^-11) and bfloat16 (2^-8), jumps as well, by less: that is noise.
+# A jump is at least this part of what the function changes by over the length of the point. What rounds its inputs,
+# such as matrix products in TF32 (2^-11) and bfloat16 (2^-8), jumps as well, by less: that is noise.
 _LEAST_JUMP = 5e-3
 # Where the function is evaluated for second differences around the point, and for some ahead of it that do not touch
 # those; in steps of 0.05 sqrt(eps) times the length of the point. What is smooth contributes 0.0025 eps, and 49 times
-# that ahead. Learners that run into a kink end within 1e-9 of it in float64, about one step. Three steps ahead another of
-# four kinks was met in 1 of 25 lassos, so that all differences had one.
+# that ahead. Learners that run into a kink end within 1e-9 of it in float64, about one step. With differences that
+# touch each other, each held a kink of one of four unknowns in 9 of 25 lassos; with these, in one.
 _PLACES = (-1.0, 0.0, 1.0, 8.0, 15.0)
 _STEP = 0.05
 
