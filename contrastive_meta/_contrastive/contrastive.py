@@ -45,7 +45,8 @@ class Contrastive(MetaGradientEstimator):
       scheme: phases, weights and strength. `automatic()` by default: a central difference whose strength is sought, and
         which is extrapolated to the next order. A scheme with a typed beta uses it raw.
       nudge: `LossNudge()` or `LinearNudge()`. By default it is the linear nudge for `NewtonKrylov`, which linearises at
-        the base point that it refines, so that phases need not evaluate the outer loss. For a solver it is the loss
+        the base point that it refines, so that phases need not evaluate the outer loss; so it is where the solver takes
+        over from it. For a solver that runs the phases from the first it is the loss
         nudge; if the nudged loss turns out to have no minimum, the linear nudge takes its place (`FELL_BACK`).
       rule: what a phase measures; `Autodiff()` is right for any problem.
       nudged_tol: residual, relative to |beta| ||v||, at which the nudged phases of a solver that runs to a tolerance

@@ -64,7 +64,7 @@ class NewtonKrylov:
     spent. Where the loss curves downwards, or no pass helped, or the base point did not converge or left its basin, the
     user's own solver goes on learning, without a nudge and with its budget of steps, and passes begin anew where that
     leads: three tries in all, while its gradient decreases. If they fail there too, or the solver had nothing left to
-    learn, the solver runs the phases instead, as published. Of two responses that are not accurate enough, the one with
+    learn, the solver runs the phases instead. Of two responses that are not accurate enough, the one with
     the smaller residual is kept. Either way the status is `FELL_BACK`, or says what is still wrong.
 
     Args:

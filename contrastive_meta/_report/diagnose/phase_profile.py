@@ -123,11 +123,10 @@ def _nudge_of(estimator: Contrastive, learner: Any) -> Nudge:
 
 def nudge_used(estimator: Contrastive, instance: Instance, replaced: bool) -> Nudge:
     """The nudge of the phases. Where the requested one failed, it is that of the fallback."""
-    learner = estimator._learner(instance)
     if not replaced:
-        return _nudge_of(estimator, learner)
-    # In place of the fast learner the solver ran with the loss nudge; in place of the loss nudge, with the linear one.
-    return estimator.nudge or (LinearNudge() if isinstance(learner, InnerSolver) else LossNudge())
+        return _nudge_of(estimator, estimator._learner(instance))
+    # Of the fast learner's phases, and in place of the loss nudge.
+    return estimator.nudge or LinearNudge()
 
 
 class SegmentSlopes(NamedTuple):
