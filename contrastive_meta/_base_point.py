@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from contrastive_meta import _pytree as tree
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import MetaParams, Params
-from contrastive_meta._response import measure_noise
+from contrastive_meta._response import DIFFERENCE, measure_noise
 from contrastive_meta._result import Status, flag, worst
 from contrastive_meta._solvers.base import Solution
 from contrastive_meta._symmetry import LARGEST_ASYMMETRY, asymmetry_of
@@ -199,8 +199,9 @@ def free_status(base: BasePoint, left: FreeResidual) -> jax.Array:
     # The solver's own tolerance was missed, but the residual is at the floor, or was reduced since.
     reduced = left.residual < 1e-3 * base.solution.residual
     excused = (base.solution.status == Status.FREE_NOT_CONVERGED) & (at_floor | reduced)
-    # A gradient that counts as noise, and matters beside the nudge.
-    drowned = at_floor & (NOISE_FLOOR * base.noise > base.nudge_norm) & (base.nudge_norm > 0)
+    # A gradient that counts as noise and matters beside the nudge, where noise is all that differences show: among kinks.
+    ragged = base.noise > 0.3 * DIFFERENCE * base.eps**0.5 * base.curvature * base.scale
+    drowned = at_floor & ragged & (NOISE_FLOOR * base.noise > base.nudge_norm) & (base.nudge_norm > 0)
     drowned &= left.residual > UNCONVERGED * base.nudge_norm
     return worst(
         flag(drowned, Status.LOST_IN_NOISE),

@@ -21,7 +21,7 @@ _LEAST_JUMP = 5e-3
 # that ahead. Learners that run into a kink end within 1e-9 of it in float64, about one step. With differences that
 # touch each other, each held a kink of one of four unknowns in 9 of 25 lassos; with these, in one.
 _PLACES = (-1.0, 0.0, 1.0, 8.0, 15.0)
-_STEP = 0.05
+DIFFERENCE = 0.05
 
 
 class Probe(NamedTuple):
@@ -99,7 +99,7 @@ def measure_noise(
       More & Wild (2011), ECnoise: the difference table.
     """
     length = tree.norm(direction) if length is None else length
-    step = (_STEP * eps**0.5 * scale / tree.or_one(length)).astype(scale.dtype)
+    step = (DIFFERENCE * eps**0.5 * scale / tree.or_one(length)).astype(scale.dtype)
     steps = jnp.asarray(_PLACES, scale.dtype) * step
     points = jax.vmap(lambda distance: tree.add_scaled(at, distance, direction))(steps)
     behind, here, near, far, farther = tree.unstack(jax.lax.map(function, points), 5)
