@@ -199,7 +199,7 @@ def free_status(base: BasePoint, left: FreeResidual) -> jax.Array:
     # The solver's own tolerance was missed, but the residual is at the floor, or was reduced since.
     reduced = left.residual < 1e-3 * base.solution.residual
     excused = (base.solution.status == Status.FREE_NOT_CONVERGED) & (at_floor | reduced)
-    # A gradient that counts as noise and matters beside the nudge, where differences show nothing but noise: among kinks.
+    # A gradient that counts as noise and matters beside the nudge, where differences are all noise: among kinks.
     ragged = base.noise > 0.3 * DIFFERENCE * base.eps**0.5 * base.curvature * base.scale
     drowned = at_floor & ragged & (NOISE_FLOOR * base.noise > base.nudge_norm) & (base.nudge_norm > 0)
     drowned &= left.residual > UNCONVERGED * base.nudge_norm
