@@ -79,9 +79,14 @@ class BasePoint(NamedTuple):
         return (self.jump > UNCONVERGED * self.nudge_norm) & (self.nudge_norm > 0)
 
     @property
+    def inconsistent(self) -> jax.Array:
+        """Whether the inner gradient is not that of the inner loss's value."""
+        return self.asymmetry > LARGEST_ASYMMETRY
+
+    @property
     def unfit(self) -> jax.Array:
         """Whether estimators do not apply here, so that no error can be estimated."""
-        return self.at_kink | (self.asymmetry > LARGEST_ASYMMETRY)
+        return self.at_kink | self.inconsistent
 
     def without_constants(self) -> "BasePoint":
         """What a mapped program can return."""
@@ -206,7 +211,7 @@ def free_status(base: BasePoint, left: FreeResidual) -> jax.Array:
     return worst(
         flag(drowned, Status.LOST_IN_NOISE),
         flag(base.at_kink, Status.NOT_SMOOTH),
-        flag(base.asymmetry > LARGEST_ASYMMETRY, Status.INCONSISTENT_GRADIENT),
+        flag(base.inconsistent, Status.INCONSISTENT_GRADIENT),
         flag(far & ~at_floor & matters, Status.FREE_NOT_CONVERGED),
         jnp.where(excused, jnp.int32(Status.CONVERGED), base.solution.status),
     )

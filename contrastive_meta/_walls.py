@@ -88,6 +88,11 @@ class Walls(NamedTuple):
             BilevelProblem(inner, outer, problem.init_params, has_aux=problem.has_aux, sample=problem.sample)
         )
 
+    def in_params(self, x: Params, response: Params, meta_params: MetaParams) -> tuple[Params, Params]:
+        """The parameters at coordinates x, and the response there, as the user has them."""
+        both: tuple[Params, Params] = jax.jvp(lambda at: self.params_of(at, meta_params), (x,), (response,))
+        return both
+
     def completed(self, hvp: Callable[[Params], Params], curvature: jax.Array) -> Callable[[Params], Params]:
         """Products with a Hessian that is not singular for want of entries that walls hold: those curve by themselves.
 

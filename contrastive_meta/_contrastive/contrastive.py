@@ -269,12 +269,12 @@ class Contrastive(MetaGradientEstimator):
         )
         learned, response = unflatten(params), unflatten(kept.response)
         certain, same = self._held_as_learned(instance, free, phases, last)
-        error = jnp.where(certain & same, error, jnp.full_like(error, jnp.inf if self.estimate_error else jnp.nan))
+        error = jnp.where(certain & same, error, jnp.inf)
         # At the edge of a wall a phase does not run away, it leaves the wall.
         at_edge = ~certain & (convergence.status == Status.UNBOUNDED_NUDGE)
         found = jnp.where(at_edge, jnp.int32(Status.NOT_SMOOTH), convergence.status)
         if (walls := phases.setup.walls) is not None:
-            learned, response = jax.jvp(lambda x: walls.params_of(x, instance.meta_params), (learned,), (response,))
+            learned, response = walls.in_params(learned, response, instance.meta_params)
         strength, allowed = self._strength_to_carry(state, last)
         missed = jnp.asarray(False) if self.target_error is None else ~(error <= self.target_error)
         return MetaGradient(

@@ -163,11 +163,6 @@ class PhaseSetup(NamedTuple):
         """Of the scheme's truncation."""
         return self.scheme.template().order
 
-    @property
-    def may_linearise(self) -> bool:
-        """Whether phases may be nudged by the outer loss and, elsewhere, by its linearisation."""
-        return self.may_rerun and isinstance(self.nudge, LossNudge)
-
     def strength_for(self, base: "Base", displacement: Any, length: Any) -> jax.Array:
         """The strength for a response of a length; where it is sought, at the displacement found last time."""
         probe = self.probe(base.params, base.inner_grad, displacement)
@@ -241,8 +236,7 @@ class PhaseSetup(NamedTuple):
           at_base: whether this is the base point itself.
           linear: whether the nudge is linear.
         """
-        nudge = self.nudge
-        autodiff = isinstance(self.rule, Autodiff)
+        nudge, autodiff = self.nudge, isinstance(self.rule, Autodiff)
 
         def inner(params: Params) -> Any:
             meta_params = self.instance.meta_params

@@ -105,7 +105,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
         grad, error = _meta_gradient(instance, base, systems)
         learned, response, certain = base.params, systems.adjoint.solution, jnp.asarray(True)
         if walls is not None:
-            learned, response = jax.jvp(lambda x: walls.params_of(x, instance.meta_params), (learned,), (response,))
+            learned, response = walls.in_params(learned, response, instance.meta_params)
             certain = walls.is_certain(original, base.params, systems.free.residual)
         return MetaGradient(
             grad=grad,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from contrastive_meta._base_point import NOISE_FLOOR
 from contrastive_meta._contrastive import Contrastive, NewtonKrylov
 from contrastive_meta._contrastive.phases import on_line
 from contrastive_meta._instance import Instance
-from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge
+from contrastive_meta._nudging import LinearNudge, Nudge
 from contrastive_meta._problem import Params, same_arrays
 from contrastive_meta._report.diagnose.findings import Segment
 from contrastive_meta._result import EstimatorState
@@ -117,16 +117,10 @@ def _learn_on(solver: InnerSolver, instance: Instance, free: Solution, budget: j
     return instance.learn_on(solver, free.params, Stop(tol=jnp.zeros((), instance.dtype), max_steps=budget), memory)
 
 
-def _nudge_of(estimator: Contrastive, learner: Any) -> Nudge:
-    return estimator.nudge or (LossNudge() if isinstance(learner, InnerSolver) else LinearNudge())
-
-
 def nudge_used(estimator: Contrastive, instance: Instance, replaced: bool) -> Nudge:
     """The nudge of the phases. Where the requested one failed, it is that of the fallback."""
-    if not replaced:
-        return _nudge_of(estimator, estimator._learner(instance))
-    # Of the fast learner's phases, and in place of the loss nudge.
-    return estimator.nudge or LinearNudge()
+    # That of the fast learner's phases, and in place of the loss nudge.
+    return estimator.nudge or (LinearNudge() if replaced else estimator.default_nudge(instance))
 
 
 class SegmentSlopes(NamedTuple):
