@@ -10,6 +10,7 @@ from contrastive_meta._instance import Instance
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._response import DIFFERENCE, measure_noise
 from contrastive_meta._result import Status, flag, worst
+from contrastive_meta._row_norms import inverse_row_norms, random_signs
 from contrastive_meta._solvers.base import Solution
 from contrastive_meta._symmetry import LARGEST_ASYMMETRY, asymmetry_of
 
@@ -55,6 +56,7 @@ class BasePoint(NamedTuple):
       curvature: the norm of H v over the norm of v; of H 1 over the norm of 1 where v is 0.
       jump: norm of a jump of the inner gradient next to `params`, along the direction of v; 0 where there is none.
       asymmetry: of the inner loss's second derivatives, see `_symmetry`; 0 where no operation can cause any.
+      preconditioner: one over the norms of the Hessian's rows, see `row_norms`; () where none was asked for.
       eps: relative rounding of the coarser one of the losses' dtype and the dtypes of `params`.
     """
 
@@ -71,6 +73,7 @@ class BasePoint(NamedTuple):
     curvature: jax.Array
     jump: jax.Array
     asymmetry: jax.Array
+    preconditioner: Params
     eps: float
 
     @property
@@ -104,7 +107,7 @@ def outer_gradients(instance: Instance, params: Params) -> OuterGradients:
     return OuterGradients(value, aux, in_params, in_meta)
 
 
-def survey(instance: Instance, params: Params, solution: Solution, init: Params) -> BasePoint:
+def survey(instance: Instance, params: Params, solution: Solution, init: Params, num_products: int = 0) -> BasePoint:
     """Evaluate both losses at the end of the free phase, and measure noise and curvature of the inner gradient.
 
     The outer loss has one call site, and so has the inner loss; there is another where its symmetry is in doubt.
@@ -114,6 +117,7 @@ def survey(instance: Instance, params: Params, solution: Solution, init: Params)
       params: the end of the free phase.
       solution: what the solver reported.
       init: where learning started.
+      num_products: of which the norms of the Hessian's rows are estimated, a gradient each; 0 estimates none.
     """
     dtype, eps = instance.dtype, tree.coarsest_eps(instance.dtype, params)
     outer = outer_gradients(instance, params)
@@ -124,7 +128,8 @@ def survey(instance: Instance, params: Params, solution: Solution, init: Params)
     ones = jax.tree.map(jnp.ones_like, params)
     direction = tree.where(nudge_norm > 0, outer.in_params, ones)
     length = jnp.where(nudge_norm > 0, nudge_norm, sum(x.size for x in jax.tree.leaves(params)) ** 0.5)
-    found = measure_noise(tree.grad(instance.inner), params, direction, scale, eps, length)
+    signs = random_signs(params, num_products) if num_products else ()
+    found = measure_noise(tree.grad(instance.inner), params, direction, scale, eps, length, signs)
     # Second differences in few directions may vanish. Rounding `params` alone makes up to half an eps of each entry.
     noise = jnp.maximum(found.noise, eps * found.slope * scale / 4)
     return BasePoint(
@@ -141,6 +146,7 @@ def survey(instance: Instance, params: Params, solution: Solution, init: Params)
         curvature=found.slope,
         jump=found.jump,
         asymmetry=asymmetry_of(instance, params, direction, scale),
+        preconditioner=inverse_row_norms(found.products, found.product_floor) if num_products else (),
         eps=eps,
     )
 

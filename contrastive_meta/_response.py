@@ -22,6 +22,9 @@ _LEAST_JUMP = 5e-3
 # touch each other, each held a kink of one of four unknowns in 9 of 25 lassos; with these, in one.
 _PLACES = (-1.0, 0.0, 1.0, 8.0, 15.0)
 DIFFERENCE = 0.05
+# One-sided differences for products with random signs take steps of this many times sqrt(eps) times the length of the
+# point, as in `difference_step` where noise is an eps of what the function is made of.
+_PRODUCT_STEP = 3.0
 
 
 class Probe(NamedTuple):
@@ -63,12 +66,16 @@ class Noise(NamedTuple):
       noise: norm of its rounding noise.
       slope: how much it changes, in norm, for a unit of length along the direction.
       jump: norm of a jump next to the point, or at it; 0 where there is none.
+      products: of the derivative with the signs that were given, stacked; () without any.
+      product_floor: entries of products below it are not told from rounding.
     """
 
     value: Params
     noise: jax.Array
     slope: jax.Array
     jump: jax.Array
+    products: Params
+    product_floor: jax.Array
 
 
 def measure_noise(
@@ -78,14 +85,15 @@ def measure_noise(
     scale: jax.Array,
     eps: float,
     length: jax.Array | None = None,
+    signs: Params = (),
 ) -> Noise:
     """The value of `function` at a point, the norm of its rounding noise there, its slope, and whether it jumps there.
 
     Second differences over steps that are a small part of sqrt(eps) * scale: what is smooth contributes less than
     eps, so the rest is noise, whether it comes from the dtype or from reduced-precision matrix products. There are
     two of them, around the point and ahead of it. A jump is in one of them, and noise is in both: where they differ by
-    a factor of 1,000 the smaller is the noise, and the larger is the jump. Costs 5 evaluations, one after another: side
-    by side they would need five times the memory.
+    a factor of 1,000 the smaller is the noise, and the larger is the jump. Costs 5 evaluations, and one for each
+    product with signs, one after another: side by side they would need as many times the memory.
 
     Args:
       function: `params -> tree`.
@@ -94,6 +102,7 @@ def measure_noise(
       scale: length of `at`.
       eps: relative rounding.
       length: norm of `direction` where it is known.
+      signs: directions of entries 1 and -1 to multiply the derivative with, stacked; () for none.
 
     Reference:
       More & Wild (2011), ECnoise: the difference table.
@@ -102,7 +111,14 @@ def measure_noise(
     step = (DIFFERENCE * eps**0.5 * scale / tree.or_one(length)).astype(scale.dtype)
     steps = jnp.asarray(_PLACES, scale.dtype) * step
     points = jax.vmap(lambda distance: tree.add_scaled(at, distance, direction))(steps)
-    behind, here, near, far, farther = tree.unstack(jax.lax.map(function, points), 5)
+    size = sum(x.size for x in jax.tree.leaves(at)) ** 0.5
+    apart = (_PRODUCT_STEP * eps**0.5 / size * scale).astype(scale.dtype)
+    number = len(jax.tree.leaves(signs)) and jax.tree.leaves(signs)[0].shape[0]
+    if number:
+        aside = jax.vmap(lambda sign: tree.add_scaled(at, apart, sign))(signs)
+        points = jax.tree.map(lambda *xs: jnp.concatenate(xs), points, aside)
+    behind, here, near, far, farther, *there = tree.unstack(jax.lax.map(function, points), 5 + number)
+    products = [tree.scale(1 / apart, tree.subtract(x, here)) for x in there]
     # Taken from the one between, nearly equal numbers are subtracted exactly.
     ahead, back = tree.subtract(near, here), tree.subtract(behind, here)
     on, before = tree.subtract(farther, far), tree.subtract(near, far)
@@ -116,7 +132,10 @@ def measure_noise(
     jumps = (second > _JUMP * floors[::-1]) & (second > _LEAST_JUMP * slopes[::-1] * scale)
     chosen = jnp.where(jumps[0], 1, 0)
     # The variance of a second difference of independent errors is 1 + 4 + 1 times theirs.
-    return Noise(here, second[chosen] / 6**0.5, slopes[chosen], jnp.max(jnp.where(jumps, second, 0)))
+    noise = second[chosen] / 6**0.5
+    jump = jnp.max(jnp.where(jumps, second, 0))
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *products) if number else ()
+    return Noise(here, noise, slopes[chosen], jump, stacked, noise / (size * apart))
 
 
 def measure_response(probe: Probe, num_steps: int) -> tuple[Params, jax.Array]:

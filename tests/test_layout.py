@@ -29,6 +29,7 @@ ORDER = (
     "_result",
     "_dependence",
     "_response",
+    "_row_norms",
     "_solvers",
     "prox",
     "_instance",
@@ -58,6 +59,7 @@ DEPENDENCIES = {"jax", "optax", "numpy", "scipy"}
 PRIVATE_TESTED_BY: dict[str, set[str]] = {
     "tests/test_holomorphic.py": {"_holomorphic"},
     "tests/test_conjugate_gradient.py": {"_linear"},
+    "tests/test_row_norms.py": {"_row_norms"},
 }
 
 # Words of the old vocabulary and the standard ones in their place. In identifiers they are parts between underscores

@@ -256,6 +256,30 @@ def test_a_single_loop_step(scheme: Any) -> None:
     assert int(second.diagnostics.num_gradients) == len(made.nudges)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        cm.Alternating(beta=1e-3, scheme=cm.central_difference),
+        cm.SingleLoop(beta=1e-3, scheme=cm.central_difference),
+    ],
+    ids=["alternating", "single_loop"],
+)
+def test_one_after_another_is_the_same(mode: Any) -> None:
+    def trained(mode: Any) -> Any:
+        tx = tune(mode)
+        return train(tx, 6, (PARAMS, tx.init(PARAMS)))
+
+    alone = dataclasses.replace(mode, sequential=True)
+    if isinstance(mode, cm.Alternating):
+        alone = dataclasses.replace(alone, unroll=True)
+    params, state = trained(mode)
+    same_params, same_state = trained(alone)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), params, same_params)
+    meta, same_meta = cm.current_meta_params(state), cm.current_meta_params(same_state)
+    assert np.all(meta["log_decay"] != META["log_decay"])
+    np.testing.assert_allclose(meta["log_decay"], same_meta["log_decay"], rtol=1e-9)
+
+
 @modes
 def test_the_parameters_train_as_they_would_alone(mode: Any) -> None:
     # Frozen meta-parameters: the two loops then do the same.

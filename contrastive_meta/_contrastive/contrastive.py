@@ -10,17 +10,19 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import NUM_GRADIENTS, UNCONVERGED, BasePoint, survey
 from contrastive_meta._contrastive.loop_state import LoopState, Strategy
 from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
+from contrastive_meta._contrastive.nudged_by import NudgedBy
 from contrastive_meta._contrastive.phases import PhaseSetup, Stencil
 from contrastive_meta._contrastive.rerun import Rerun, require_complex_capable
 from contrastive_meta._contrastive.stages import Phases
 from contrastive_meta._control import axes_of_shard_map, while_loop
 from contrastive_meta._estimators.base import MetaGradientEstimator, Prepare
 from contrastive_meta._instance import Instance
-from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStrength, automatic, is_concrete
+from contrastive_meta._nudging import Nudge, NudgeStrength, automatic, is_concrete
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
 from contrastive_meta._problem import Params, same_arrays
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
+from contrastive_meta._row_norms import num_products
 from contrastive_meta._solvers.base import InnerSolver, Solution
 from contrastive_meta._walls import walls_of
 
@@ -126,7 +128,7 @@ class Contrastive(MetaGradientEstimator):
         fall back where they are, all in step, and none is sent to another device.
         """
         first = jax.tree.map(lambda xs: xs[0], inputs)
-        if jax.device_count() > 1 or not self._may_fall_back(prepare(*first)[0]):
+        if jax.device_count() > 1 or not self.nudged_by(prepare(*first)[0]).in_reserve:
             return super()._estimate_each(prepare, inputs)
 
         def attempt(*of_one: Any) -> tuple[Solution, BasePoint, LoopState]:
@@ -163,15 +165,9 @@ class Contrastive(MetaGradientEstimator):
         """Without an error estimate, unless the accuracy asked for needs one."""
         return self if self.target_error is not None else dataclasses.replace(self, estimate_error=False)
 
-    def _may_fall_back(self, instance: Instance) -> bool:
-        """Whether the solver may run phases in the place of the Newton-Krylov iteration."""
-        learner = self._learner(instance)
-        takes_losses = self.solver.bind(instance.meta_params).takes_losses
-        return isinstance(learner, NewtonKrylov) and learner.fall_back and takes_losses
-
-    def default_nudge(self, instance: Instance) -> Nudge:
-        """What is added to the inner loss of phases where the user left that open."""
-        return LossNudge() if isinstance(self._learner(instance), InnerSolver) else LinearNudge()
+    def nudged_by(self, instance: Instance) -> NudgedBy:
+        """Who runs the nudged phases."""
+        return NudgedBy.choose(self.nudged_solver, self.solver, instance)
 
     def _phases(
         self,
@@ -201,15 +197,15 @@ class Contrastive(MetaGradientEstimator):
         flattening = tree.Flattening.of(params)
         flat = instance.flattened(flattening)
         own = self.solver.bind(instance.meta_params)
-        learner = self._learner(instance)
-        fast = learner if isinstance(learner, NewtonKrylov) else None
+        by = self.nudged_by(instance)
         template = self.scheme.template()
         if template.is_complex:
             require_complex_capable(flat, template, flattening.flatten(params))
         if start is None:
-            start = survey(flat, flattening.flatten(params), free, flattening.flatten(init))
+            at = flattening.flatten(params)
+            start = survey(flat, at, free, flattening.flatten(init), num_products(at))
         start = start._replace(eps=tree.coarsest_eps(instance.dtype, params))
-        may_rerun = (fast is None or self._may_fall_back(instance)) and not defer
+        may_rerun = (by.reruns or by.in_reserve) and not defer
         setup = PhaseSetup(
             instance=flat,
             tree_instance=instance,
@@ -217,7 +213,7 @@ class Contrastive(MetaGradientEstimator):
             start=start,
             scheme=self.scheme,
             stencil=Stencil.of(template, instance.dtype),
-            nudge=self.nudge or self.default_nudge(instance),
+            nudge=self.nudge or by.default_nudge,
             rule=self.rule,
             sequential=self.sequential,
             guess=tree.scale(-1.0, flattening.flatten(state.displacement)),
@@ -236,11 +232,10 @@ class Contrastive(MetaGradientEstimator):
 
         rerun = None
         if may_rerun:
-            runs = learner.bind(instance.meta_params) if isinstance(learner, InnerSolver) else own
-            rerun = self._rerun(runs, free, fast is None, template.is_complex)
+            rerun = self._rerun(by.solver, free, by.reruns, template.is_complex)
             if walls is not None:
                 rerun = rerun._replace(walls=walls, original=original)
-        return Phases(setup, Strategy(fast, rerun, defer, rests, self.nudged_tol, self.target_error, self.max_steps))
+        return Phases(setup, Strategy(by.fast, rerun, defer, rests, self.nudged_tol, self.target_error, self.max_steps))
 
     def _rerun(self, solver: InnerSolver, free: Solution, first: bool, is_complex: bool) -> Rerun:
         """The solver as it runs phases: all together where it is asked to from the first, else one by one."""
@@ -298,7 +293,7 @@ class Contrastive(MetaGradientEstimator):
                 nudged_residual=convergence.nudged_residual,
                 displacement=convergence.displacement,
                 error_estimate=error if self.estimate_error else None,
-                num_gradients=free.num_gradients + NUM_GRADIENTS + last.num_gradients,
+                num_gradients=free.num_gradients + NUM_GRADIENTS + num_products(start.params) + last.num_gradients,
                 phases_by=phases.run_by(last),
                 status=worst(
                     phases.status(last),
@@ -355,9 +350,3 @@ class Contrastive(MetaGradientEstimator):
         return super()._parts() | {
             "nudged_solver": nudged, "scheme": NudgeStrength, "nudge": (Nudge, type(None)), "rule": PlasticityRule
         }  # fmt: skip
-
-    def _learner(self, instance: Instance) -> InnerSolver | NewtonKrylov:
-        """Who runs the nudged phases: by default Newton-Krylov, where it goes to where the solver would."""
-        # A fixed sequence of minibatches ends near, not at, the minimum of the whole loss.
-        fast = self.solver.bind(instance.meta_params).descends_loss and instance.problem.sample is None
-        return self.nudged_solver or (NewtonKrylov() if fast else self.solver)

@@ -34,6 +34,7 @@ class GradientDifference(NamedTuple):
       two_sided: whether to take differences on both sides of the base, for two gradients instead of one.
       sequential: whether to take one product after another.
       dtype: of scalars.
+      preconditioner: a diagonal that approximates the inverse; () for none.
     """
 
     inner_grad: Callable[[Params], Params]
@@ -44,6 +45,7 @@ class GradientDifference(NamedTuple):
     two_sided: jax.Array
     sequential: bool
     dtype: Any
+    preconditioner: Params = ()
 
     def products(self, directions: Params, active: jax.Array, number: jax.Array) -> Params:
         """H times two unit directions.
@@ -75,6 +77,12 @@ class GradientDifference(NamedTuple):
 
         total = fori_loop(0, jnp.where(self.two_sided, 2, 1), add_side, tree.zeros_like(directions))
         return tree.scale(jnp.where(self.two_sided, 0.5, 1.0), total)
+
+    def preconditioned(self, residuals: Params) -> Params:
+        """Both residuals, stacked, times the preconditioner."""
+        if not jax.tree.leaves(self.preconditioner):
+            return residuals
+        return jax.tree.map(lambda xs, x: xs * x, residuals, self.preconditioner)
 
     @property
     def resolution(self) -> jax.Array:
@@ -161,7 +169,8 @@ def _begin(difference: GradientDifference, rhs: Params, guess: Params, active: j
     unit = tree.scale(1 / tree.or_one(length), guess)
     cosine = tree.vdot(second, unit)
     warm = (length > 0) & jnp.isfinite(length) & (jnp.abs(cosine) > _USEFUL_COSINE)
-    direction = jax.tree.map(lambda xs, x: xs.at[1].set(jnp.where(warm, x, xs[1])), rhs, unit)
+    along = difference.preconditioned(rhs)
+    direction = jax.tree.map(lambda xs, x: xs.at[1].set(jnp.where(warm, x, xs[1])), along, unit)
     one, zero = jnp.ones((2,), dtype), jnp.zeros((2,), dtype)
     false, none = jnp.zeros((2,), bool), jnp.zeros((2,), jnp.int32)
     return Solution(
@@ -211,13 +220,16 @@ def _iterate(
     # A guess along which the curvature is not told from rounding is replaced by the residual.
     flat = span.flat & ~s.fresh
     num_steps = s.num_steps + 1
-    conjugations = span.inverse @ jnp.where(own, _gram(products, residual, difference), 0)
+    along_residual = difference.preconditioned(residual)
+    # By the Cauchy-Schwarz inequality, |H^-1 b| |b| >= b'H^-1 b >= (b'd)^2 / d'Hd for any direction d.
+    cauchy = _dots(units, s.residual, difference) ** 2 / jnp.maximum(jnp.diagonal(curvatures), difference.resolution)
+    conjugations = span.inverse @ jnp.where(own, _gram(products, along_residual, difference), 0)
     inside = jnp.where(block, jnp.all(inside), inside)
     given_up = jnp.stack([jnp.asarray(False), block & delay & (num_steps[0] >= _MOST_BLOCK_STEPS)])
     new = Solution(
         x=tree.add(s.x, _each(part, moves)),
         residual=residual,
-        direction=tree.subtract(residual, _combined(conjugations.T, units)),
+        direction=tree.subtract(along_residual, _combined(conjugations.T, units)),
         squared=squared,
         xx=xx,
         fresh=jnp.zeros_like(s.fresh),
@@ -225,7 +237,7 @@ def _iterate(
         indefinite=span.indefinite & ~s.fresh,
         flat=flat,
         least=least,
-        cauchy=jnp.where(s.num_steps == 0, 1 / jnp.maximum(jnp.diagonal(curvatures), difference.resolution), s.cauchy),
+        cauchy=jnp.where(s.num_steps == 0, cauchy, s.cauchy),
         active=~flat & inside & ~enough & (squared > 0) & (num_steps < limits.num_steps) & ~given_up,
     )
 

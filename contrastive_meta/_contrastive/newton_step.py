@@ -162,7 +162,15 @@ def difference_at(setup: PhaseSetup, base: Base, region: Region) -> GradientDiff
     step = (jnp.where(region.two_sided, _WIDER, 1.0) * step / region.reduction).astype(dtype)
     inner_grad = tree.grad(setup.instance.inner)
     return GradientDifference(
-        inner_grad, base.params, base.inner_grad, step, start.noise, region.two_sided, setup.sequential, dtype
+        inner_grad,
+        base.params,
+        base.inner_grad,
+        step,
+        start.noise,
+        region.two_sided,
+        setup.sequential,
+        dtype,
+        start.preconditioner,
     )
 
 

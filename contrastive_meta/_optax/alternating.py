@@ -9,7 +9,7 @@ import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._contrastive.contrastive import Contrastive
-from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
+from contrastive_meta._contrastive.nudged_by import NudgedLearner, reruns
 from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._nudging import (
     LossNudge,
@@ -24,7 +24,6 @@ from contrastive_meta._problem import Number, Params
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._response import Probe
 from contrastive_meta._result import EstimatorState
-from contrastive_meta._solvers.base import InnerSolver
 from contrastive_meta._solvers.optax_descent import OptaxDescent
 
 # What may be spent to find the least strength that rounding allows: its order of magnitude will do.
@@ -75,6 +74,9 @@ class Alternating(TuningMode):
       scheme: from beta to the phases; `central_difference` costs the same and has a bias of O(beta^2), but nudges the
         wrong way once.
       estimate_error: see `Contrastive`; off by default, since it costs gradients.
+      sequential: see `Contrastive`: one run after the other. For convolutional networks on a CPU, where XLA compiles
+        two side by side into slow grouped convolutions.
+      unroll: see `OptaxDescent`, of the steps of the optimiser in training; a `nudged_solver` brings its own.
 
     Raises:
       ValueError: a negative number of steps.
@@ -88,11 +90,13 @@ class Alternating(TuningMode):
       >>> mode = cm.Alternating(cm.OptaxDescent(optax.sgd(0.1), num_steps=20), beta=lambda step: 0.1 * 0.999**step)
     """
 
-    nudged_solver: InnerSolver | NewtonKrylov | None = None
+    nudged_solver: NudgedLearner | None = None
     num_nudged_steps: int = static(default=5)
     beta: Number | Schedule | None = None
     scheme: Callable[[Number], NudgeScheme] = static(default=forward_difference)
     estimate_error: bool = static(default=False)
+    sequential: bool = static(default=False)
+    unroll: int | bool = static(default=1)
 
     def __post_init__(self) -> None:
         """Check the number of steps."""
@@ -130,16 +134,23 @@ class Alternating(TuningMode):
         """A contrast whose free phase is over: the parameters are what training made of them so far."""
 
         def steps(number: int) -> Any:
-            return OptaxDescent(optimizer, num_steps=number, carry_state=True)
+            return OptaxDescent(optimizer, num_steps=number, carry_state=True, unroll=self.unroll)
 
         nudged = self.nudged_solver or steps(self.num_nudged_steps)
         # A run that diverges is reported. There is no fallback: a second pair would double the time to compile.
-        nudge = None if isinstance(nudged, NewtonKrylov) else LossNudge()
-        return Contrastive(steps(0), nudged, self._strength(), nudge, estimate_error=self.estimate_error)
+        nudge = LossNudge() if reruns(nudged) else None
+        return Contrastive(
+            steps(0),
+            nudged,
+            self._strength(),
+            nudge,
+            sequential=self.sequential,
+            estimate_error=self.estimate_error,
+        )
 
     def _strength(self) -> NudgeStrength:
         if self.beta is not None:
             return self.scheme(self.beta)  # type: ignore[arg-type]
         least = relative(self.scheme, num_pilot_steps=_NUM_PILOT_STEPS)
         # The fast learner goes to where learning ends, and the strength that follows learning with it.
-        return least if isinstance(self.nudged_solver, NewtonKrylov) else _AsStrongAsLearning(least)
+        return _AsStrongAsLearning(least) if self.nudged_solver is None or reruns(self.nudged_solver) else least

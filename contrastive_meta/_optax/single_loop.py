@@ -76,6 +76,8 @@ class SingleLoop(TuningMode):
       optimizer: of the nudged iterates; None for the one in training.
       scheme: from beta to the phases. A phase with strength 0 is the parameters themselves; the others are iterates in
         the state: two of them for `central_difference`, whose bias is O(beta^2).
+      sequential: evaluate one iterate after another, each compiled for itself, where there are two. For convolutional
+        networks on a CPU, where XLA compiles two side by side into slow grouped convolutions.
 
     Reference:
       Kwon, Kwon, Wright & Nowak (2023), F2SA, algorithm 1, its single-loop form.
@@ -88,6 +90,7 @@ class SingleLoop(TuningMode):
     beta: Number | Schedule | None = None
     optimizer: optax.GradientTransformation | None = static(default=None)
     scheme: Callable[[Number], NudgeScheme] = static(default=forward_difference)
+    sequential: bool = static(default=False)
 
     @property
     def usual_every(self) -> int:
@@ -116,7 +119,7 @@ class SingleLoop(TuningMode):
         dtype = float_dtype_of(problem, training.params, meta_params, batch)
         own = self._own(optimizer)
         with jax.default_matmul_precision("highest"):
-            losses = jax.vmap(lambda params: _evaluate(training, dtype, params))(memory.params)
+            losses = self._each(lambda params: _evaluate(training, dtype, params), memory.params)
             learning = memory.learning + tree.norm(training.grads)
             nudging = memory.nudging + tree.norm(jax.tree.map(lambda xs: xs[0], losses.outer[1][0]))
             balance = learning / tree.or_one(nudging)
@@ -135,7 +138,7 @@ class SingleLoop(TuningMode):
 
                 return one_step(own, loss, phase.loss, phase.residual, phase.params, state)
 
-            moved = NudgedIterates(*jax.vmap(advance)(nudged, nudges, memory.opt_state), learning, nudging)
+            moved = NudgedIterates(*self._each(advance, nudged, nudges, memory.opt_state), learning, nudging)
         # An iterate that is lost starts again from the parameters; the status says so.
         kept = tree.where(
             tree.all_finite(moved._replace(opt_state=())),
@@ -143,6 +146,14 @@ class SingleLoop(TuningMode):
             self.init(optimizer, training.params),
         )
         return kept, tree.where(due, cast_like(measured, last), last)
+
+    def _each(self, function: Callable[..., Any], *stacked: Any) -> Any:
+        """A function of every iterate, stacked."""
+        number = len(self._phases(1.0)[1])
+        if number > 1 and not self.sequential:
+            return jax.vmap(function)(*stacked)
+        found = [function(*of_one) for of_one in tree.unstack(stacked, number)]
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *found)
 
     def _own(self, optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
         return optimizer if self.optimizer is None else as_transformation(self.optimizer, "SingleLoop.optimizer")

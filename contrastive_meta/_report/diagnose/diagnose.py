@@ -12,7 +12,7 @@ from contrastive_meta._base_point import UNCONVERGED
 from contrastive_meta._contrastive import Contrastive
 from contrastive_meta._estimators import MetaGradientEstimator
 from contrastive_meta._instance import Instance
-from contrastive_meta._nudging import LossNudge, Nudge, NudgeScheme
+from contrastive_meta._nudging import Nudge, NudgeScheme
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays, float_dtype_of, same_structure
 from contrastive_meta._report.diagnose.curve import Curve, Points, make_curve, strengths_around
 from contrastive_meta._report.diagnose.diagnosis import Diagnosis
@@ -26,7 +26,6 @@ from contrastive_meta._report.diagnose.phase_profile import (
 )
 from contrastive_meta._report.gradients import Vector, flatten, norm, relative_error, status_of, unseen_told_later
 from contrastive_meta._result import EstimatorState, MetaGradient, Status
-from contrastive_meta._solvers.base import InnerSolver
 
 
 def diagnose(
@@ -131,8 +130,8 @@ class _Subject(NamedTuple):
     @property
     def nudge(self) -> Nudge | None:
         """The estimator's nudge, the same at all strengths: no other one replaces it where a strength is too large."""
-        reruns = isinstance(self.estimator._learner(self.instance), InnerSolver)
-        return self.estimator.nudge or (LossNudge() if reruns else None)
+        by = self.estimator.nudged_by(self.instance)
+        return self.estimator.nudge or (by.default_nudge if by.reruns else None)
 
     def as_it_is(self) -> MetaGradient:
         """The estimate to be diagnosed; that of a typed strength is one of those to come, already compiled then."""

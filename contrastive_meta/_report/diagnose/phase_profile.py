@@ -12,7 +12,7 @@ from scipy.interpolate import PchipInterpolator
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import NOISE_FLOOR
-from contrastive_meta._contrastive import Contrastive, NewtonKrylov
+from contrastive_meta._contrastive import Contrastive
 from contrastive_meta._contrastive.phases import on_line
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import LinearNudge, Nudge
@@ -76,13 +76,12 @@ def profile_phases(estimator: Contrastive, instance: Instance, state: EstimatorS
     setup, line = phases.setup, last.kept
     instance, flattening = setup.tree_instance, setup.flattening
     flatten, unflatten = flattening.flatten, flattening.unflatten
-    learner = estimator._learner(instance)
+    by = estimator.nudged_by(instance)
     nudges = line.contrast.beta * setup.stencil.nudges
     ends = on_line(line.base.params, line.response, nudges)
 
-    own = (learner if isinstance(learner, InnerSolver) else estimator.solver).bind(instance.meta_params)
     budget = jnp.maximum(1, last.num_gradients // nudges.size)
-    on = _learn_on(own, instance, free, budget)
+    on = _learn_on(by.solver, instance, free, budget)
     no, none = jnp.asarray(False), jnp.zeros_like(nudges)
     residuals = setup.evaluate(line.base, ends, nudges, no, last.ran.linear).residuals
     both = jax.tree.map(
@@ -104,7 +103,7 @@ def profile_phases(estimator: Contrastive, instance: Instance, state: EstimatorS
         statuses=last.ran.statuses,
         response=unflatten(tree.scale(-1.0, line.response)),
         num_gradients=last.num_gradients,
-        replaced=last.by_solver if isinstance(learner, NewtonKrylov) else last.ran.linearised,
+        replaced=last.ran.linearised if by.reruns else last.by_solver,
         on=on.params,
         drift=tree.norm(tree.subtract(on.params, free.params)),
         statistic=tree.norm(tree.subtract(after, before)) / by_nudge,
@@ -120,7 +119,7 @@ def _learn_on(solver: InnerSolver, instance: Instance, free: Solution, budget: j
 def nudge_used(estimator: Contrastive, instance: Instance, replaced: bool) -> Nudge:
     """The nudge of the phases. Where the requested one failed, it is that of the fallback."""
     # That of the fast learner's phases, and in place of the loss nudge.
-    return estimator.nudge or (LinearNudge() if replaced else estimator.default_nudge(instance))
+    return estimator.nudge or (LinearNudge() if replaced else estimator.nudged_by(instance).default_nudge)
 
 
 class SegmentSlopes(NamedTuple):
