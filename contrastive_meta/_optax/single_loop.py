@@ -138,7 +138,8 @@ class SingleLoop(TuningMode):
 
                 return one_step(own, loss, phase.loss, phase.residual, phase.params, state)
 
-            moved = NudgedIterates(*self._each(advance, nudged, nudges, memory.opt_state), learning, nudging)
+            params, states = self._each(advance, nudged, nudges, memory.opt_state)
+            moved = NudgedIterates(params, states, learning, nudging)
         # An iterate that is lost starts again from the parameters; the status says so.
         kept = tree.where(
             tree.all_finite(moved._replace(opt_state=())),
