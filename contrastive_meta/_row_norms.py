@@ -64,8 +64,15 @@ def inverse_row_norms(products: Params, floor: jax.Array) -> Params:
       Efron & Morris (1973), Stein's estimation rule and its competitors: an empirical Bayes approach.
     """
     number = jax.tree.leaves(products)[0].shape[0]
-    norms = jax.tree.map(lambda xs: jnp.sqrt(jnp.mean(xs**2, 0)), products)
-    logs = jax.tree.map(lambda x: jnp.log(jnp.maximum(x, floor.astype(x.dtype))), norms)
+    # Noise along an unknown without curvature must not be all that conjugate gradients see.
+    largest, eps = tree.or_one(tree.max_abs(products)), tree.coarsest_eps(floor.dtype, products)
+    least = jnp.maximum(floor / largest.astype(floor.dtype), eps**0.5)
+
+    def log_norm(xs: jax.Array) -> jax.Array:
+        squares = jnp.mean(jnp.square(xs / largest.astype(xs.dtype)), 0)
+        return jnp.log(jnp.maximum(jnp.sqrt(squares), least.astype(xs.dtype)))
+
+    logs = jax.tree.map(log_norm, products)
     size = sum(x.size for x in jax.tree.leaves(logs))
     mean = tree.sum_of_leaves(jax.tree.map(jnp.sum, logs)) / size
     centred = jax.tree.map(lambda x: x - mean.astype(x.dtype), logs)
@@ -73,5 +80,5 @@ def inverse_row_norms(products: Params, floor: jax.Array) -> Params:
     explained = float(polygamma(1, number / 2)) / 4
     worthwhile = (variance > explained + _WORTHWHILE) & jnp.isfinite(variance)
     kept = jnp.where(worthwhile, 1 - explained / tree.or_one(variance), 0.0)
-    factors: Params = jax.tree.map(lambda x: jnp.exp(-kept.astype(x.dtype) * jnp.where(jnp.isfinite(x), x, 0)), centred)
+    factors: Params = jax.tree.map(lambda x: jnp.exp(-kept.astype(x.dtype) * jnp.where(worthwhile, x, 0)), centred)
     return factors

@@ -32,7 +32,7 @@ def test_signs_are_balanced_and_differ():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_norms_of_a_diagonal_matrix_are_its_entries(dtype):
-    wanted = scales(6)
+    wanted = scales(3)
     found = estimated(np.diag(wanted), dtype)
     # All products are exact here; yet a part of the variance is taken for that of the estimation.
     slope, _ = np.polyfit(np.log(wanted), np.log(found), 1)
@@ -57,6 +57,13 @@ def test_rows_that_are_alike_are_left_alone():
     np.testing.assert_array_equal(estimated((basis * scales(4)) @ basis.T), 1.0)
     np.testing.assert_array_equal(estimated(np.zeros((SIZE, SIZE))), 1.0)
     np.testing.assert_array_equal(estimated(np.full((SIZE, SIZE), np.nan)), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_an_unknown_without_curvature_does_not_take_over(dtype):
+    found = estimated(np.diag(np.concatenate([scales(3)[:-1], [0.0]])), dtype)
+    assert np.isfinite(found).all()
+    assert found[-1] <= found[0] * 1.01 / float(jnp.finfo(dtype).eps) ** 0.5
 
 
 def test_few_unknowns_are_not_worth_it():

@@ -82,7 +82,7 @@ class GradientDifference(NamedTuple):
         """Both residuals, stacked, times the preconditioner."""
         if not jax.tree.leaves(self.preconditioner):
             return residuals
-        return jax.tree.map(lambda xs, x: xs * x, residuals, self.preconditioner)
+        return jax.tree.map(lambda xs, x: xs * x[None], residuals, self.preconditioner)
 
     @property
     def resolution(self) -> jax.Array:
