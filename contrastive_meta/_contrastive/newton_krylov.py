@@ -186,6 +186,7 @@ def accept_or_reject(
     | gradient or loss fell as predicted | new | doubled at the boundary if the ratio is good | go on |
     | neither, and above the noise | old | a quarter of the step | go on |
     | residual of the nudge halved | new | same | go on |
+    | residual measured at much too strong a nudge | new | same | measure at a weaker one, solve nothing |
     | residual did not fall | old | same | stop |
     | both below their targets | new | same | stop |
     """
@@ -199,7 +200,8 @@ def accept_or_reject(
         taken.base.inner_grad,
         gone,
     ).astype(setup.dtype)
-    left_before = jnp.where(away, jnp.inf, solved.lengths[1]).astype(setup.dtype)
+    unknown = away | region.too_strong
+    left_before = jnp.where(unknown, jnp.inf, solved.lengths[1]).astype(setup.dtype)
     nudge = tree.or_one(jnp.maximum(start.nudge_norm, pull))
     target = target_residual(setup, taken, before.tol, nudge)
     old = solved.gradient_norm
@@ -213,7 +215,7 @@ def accept_or_reject(
     converged |= trial.arrived | (region.converged & near_noise)
     # Along low curvature a small residual is much of the response: what the pass changed tells.
     change = response_step / tree.or_one(length) * jnp.minimum(left / tree.or_one(left_before), 1.0)
-    change = jnp.where(away, region.change, change).astype(setup.dtype)
+    change = jnp.where(unknown, region.change, change).astype(setup.dtype)
     response_converged = (left <= target * nudge) & (change <= 10 * target)
 
     # A base point that converges takes its own measurement along, whatever the residual was before.
@@ -236,10 +238,12 @@ def accept_or_reject(
     may_reduce = setup.scheme.adapts and not setup.sought
     reduction = suspicious & truncated & (region.reduction < _LARGEST_REDUCTION) & may_reduce
     progress = (better & ((left <= 0.5 * left_before) | converging)) | refused | region.at_boundary | reduction
+    too_strong = jnp.asarray(False)
     if setup.sought:
-        # Measured at much too strong a nudge, the residual tells little: the next pass measures at a weaker one.
+        # Measured at much too strong a nudge, the residual tells little: what it asks for would spoil the response.
         wanted = taken.contrast.displacement * start.scale / tree.or_one(length)
-        progress |= ~away & (wanted < _TOO_STRONG * taken.contrast.beta)
+        too_strong = ~away & (wanted < _TOO_STRONG * taken.contrast.beta)
+        progress |= too_strong
     progress |= delayed & ~(stalled & response_converged)
     done = better & response_converged & converged & ~away
 
@@ -247,7 +251,8 @@ def accept_or_reject(
     grew = region.grew | (better & trial.decreases & (new > GROWN * old))
     uncertain = region.uncertain | (grew & better & (gone > LONG * start.scale))
     progress, reduction, stalled, done = settle(progress, reduction, stalled, done)
-    common_curvature = (left > _BENT * start.eps**FORCING * solved.lengths[1]) & (trial.distance == 0) & ~away
+    common_curvature = (left > _BENT * start.eps**FORCING * solved.lengths[1]) & (trial.distance == 0) & ~unknown
+    common_curvature &= ~too_strong
     wider = jnp.where(converging & trial.at_boundary & (trial.ratio > GOOD_RATIO), 2.0, 1.0) * region.radius
     converged_now = jnp.where(better, converged, region.converged) | over | stalled | trial.arrived
     after = Region(
@@ -262,8 +267,9 @@ def accept_or_reject(
         least=least,
         change=jnp.where(better, change, region.change),
         reduction=jnp.where(reduction, _REDUCTION, 1.0) * region.reduction,
-        indefinite=jnp.where(away, region.indefinite, solved.indefinite),
-        unresolved=jnp.where(away, region.unresolved, unresolved_length(setup, before.line.base, region, solved)),
+        indefinite=jnp.where(unknown, region.indefinite, solved.indefinite),
+        unresolved=jnp.where(unknown, region.unresolved, unresolved_length(setup, before.line.base, region, solved)),
+        too_strong=too_strong & better,
     )
     attempt = Attempt(
         line=tree.where(better, cast_like(taken, before.line), before.line),

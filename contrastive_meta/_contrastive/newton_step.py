@@ -55,6 +55,7 @@ class Region(NamedTuple):
       reduction: what strengths and difference steps are divided by.
       indefinite: whether the response met downward curvature.
       unresolved: least length of the response along directions too flat for differences.
+      too_strong: whether the residual of the nudge was measured at too strong a nudge to be solved for.
     """
 
     radius: jax.Array
@@ -69,6 +70,7 @@ class Region(NamedTuple):
     reduction: jax.Array
     indefinite: jax.Array
     unresolved: jax.Array
+    too_strong: jax.Array
 
     @classmethod
     def around(cls, setup: PhaseSetup, inner_grad: Params) -> "Region":
@@ -88,6 +90,7 @@ class Region(NamedTuple):
             reduction=one,
             indefinite=false,
             unresolved=zero,
+            too_strong=false,
         )
 
 
@@ -271,7 +274,9 @@ def systems_of_a_step(
     zero = jnp.zeros((), setup.dtype)
     return Systems(
         rhs=(tree.scale(-1.0, line.base.inner_grad), unresponsive),
-        active=jnp.stack([~region.converged, ~region.at_boundary & ~region.delayed & (lefts[1] > 0)]),
+        active=jnp.stack(
+            [~region.converged, ~region.at_boundary & ~region.delayed & ~region.too_strong & (lefts[1] > 0)]
+        ),
         residual=jnp.stack(
             [jnp.maximum(resolved, forcing * lefts[0]), jnp.maximum(0.3 * target * nudge_norm, forcing * lefts[1])]
         ).astype(setup.dtype),

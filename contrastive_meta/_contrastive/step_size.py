@@ -346,7 +346,10 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
         wanted = jnp.where(plan.to_minima, chosen.best_plain, chosen.best)
         found = wanted * ladder.marks.beta[1] * plan.length / setup.start.scale
         usable = chosen.measured & ~plan.fixed & (found > 0) & jnp.isfinite(found)
-        displacement = jnp.where(usable, found, displacement).astype(displacement.dtype)
+        # The curvature of the losses along the nudge ended the ladder before it told more: begin lower.
+        curved = ~chosen.measured & ~plan.fixed & (marks.nonlinearity > _MOST_CURVED)
+        lower = marks.beta / FACTOR**2 * plan.length / setup.start.scale
+        displacement = jnp.where(usable, found, jnp.where(curved, lower, displacement)).astype(displacement.dtype)
     nan = jnp.where(marks.finite, 0, jnp.nan)
     contrast = Contrast(
         beta=marks.beta,
@@ -423,6 +426,8 @@ def _weights_of_best(setup: PhaseSetup, ladder: Ladder, eye: jax.Array, gap: jax
     noise = jnp.maximum(squares[0] * truncated[1] - squares[1] * truncated[0], 0) / whole
     # Where both differences are truncation, they tell nothing of the noise.
     noisy_pair = changes[1] < _TRUNCATION_ALONE * growth * changes[0]
+    # Far beyond where gradients are linear they grow by less than that, and it is no noise.
+    noisy_pair &= ladder.marks.nonlinearity[1] < _MOST_CURVED + NOISE_FLOOR * expected
     fitted = jnp.maximum(jnp.sqrt(noise), _BELIEVED * expected)
     noise = jnp.where(three & noisy_pair, fitted, expected)
     truncation = jnp.where(three, jnp.sqrt(truncation), changes[1] * weight)
