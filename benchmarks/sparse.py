@@ -25,19 +25,25 @@ NAME = "sparse"
 ABOUT = "hyperparameters of lassos, of an SVM and of bounded least squares by meta-gradients, beside peers and a grid"
 
 NUM_SEEDS, REPEATS = 1, 3
+# Seconds from which on a search is not repeated: the whole is to take five minutes.
+LONG = 20.0
 # Of the quickest to compile, which all methods have.
 SMOKE_CASES = ("lasso",)
 
 
-class _Timed(NamedTuple):
-    """A search that is ready to run.
+class _Ready(NamedTuple):
+    """A search that has run once.
 
     Attributes:
       call: runs it to the end.
+      first: what it found.
+      seconds: that took.
       compile_seconds: None for what is not compiled.
     """
 
     call: Callable[[], Searched]
+    first: Searched
+    seconds: float
     compile_seconds: float | None = None
 
 
@@ -84,8 +90,9 @@ def _run_case(session: Session, name: str, task: Task, x64: bool) -> None:
     session.progress.step("compiling")
     searches, failed = _searches(case, start, task, on_device)
     session.progress.step(f"searching: {', '.join(searches)}")
-    for method, (outputs, times) in _in_turn(searches, repeats).items():
-        visited = np.asarray(outputs.visited)
+    for method, times in _in_turn(searches, repeats).items():
+        found_by = searches[method].first
+        visited = np.asarray(found_by.visited)
         # The program of the grid, for as many points.
         found = [judge(jnp.asarray(part), on_device) for part in _parts(visited, len(points))]
         losses, weights = (np.concatenate(arrays)[: len(visited)] for arrays in zip(*found, strict=True))
@@ -99,7 +106,7 @@ def _run_case(session: Session, name: str, task: Task, x64: bool) -> None:
             lowest_of_grid=lowest,
             version=_version(method),
             **common,
-            **sparse_methods.read(outputs, losses, weights, lowest),
+            **sparse_methods.read(found_by, losses, weights, lowest),
         )
     for method, reason in (sparse_methods.absent(case) | failed).items():
         status = "RAISED" if method in failed else "NOT_INSTALLED"
@@ -113,9 +120,9 @@ def _parts(points: Array, size: int) -> list[Array]:
     return list(filled.reshape(-1, size, points.shape[1]))
 
 
-def _searches(case: Case, start: Array, task: Task, on_device: Task) -> tuple[dict[str, _Timed], dict[str, str]]:
+def _searches(case: Case, start: Array, task: Task, on_device: Task) -> tuple[dict[str, _Ready], dict[str, str]]:
     """The searches, compiled, and the reasons of those that raise."""
-    ready: dict[str, _Timed] = {}
+    ready: dict[str, _Ready] = {}
     failed: dict[str, str] = {}
     makers: dict[str, Callable[[Case], Any]] = {CONTRAST: sparse_methods.contrast}
     if installed(JAXOPT):
@@ -124,16 +131,12 @@ def _searches(case: Case, start: Array, task: Task, on_device: Task) -> tuple[di
     for method, make in makers.items():
         try:
             function, seconds = _compiled(make(case), *args)
-            call = functools.partial(function, *args)
-            jax.block_until_ready(call())
-            ready[method] = _Timed(call, seconds)
+            ready[method] = _once(functools.partial(function, *args), seconds)
         except Exception as error:
             failed[method] = first_line(error)
     if case.peer.sparho and installed(SPARHO):
         try:
-            search = sparse_methods.by_sparho(case, start, task)
-            search()
-            ready[SPARHO] = _Timed(search)
+            ready[SPARHO] = _once(sparse_methods.by_sparho(case, start, task))
         except Exception as error:
             failed[SPARHO] = first_line(error)
     return ready, failed
@@ -145,16 +148,22 @@ def _compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., A
     return compiled, time.perf_counter() - began
 
 
-def _in_turn(searches: dict[str, _Timed], repeats: int) -> dict[str, tuple[Searched, list[float]]]:
-    """Whole searches, each once a round, so that the machine's load is the same for all."""
-    outputs: dict[str, Searched] = {}
+def _once(call: Callable[[], Searched], compile_seconds: float | None = None) -> _Ready:
+    began = time.perf_counter()
+    first = jax.block_until_ready(call())
+    return _Ready(call, first, time.perf_counter() - began, compile_seconds)
+
+
+def _in_turn(searches: dict[str, _Ready], repeats: int) -> dict[str, list[float]]:
+    """Times of whole searches, each once a round, so that the machine's load is the same for all."""
     times: dict[str, list[float]] = {name: [] for name in searches}
     for _ in range(repeats):
         for name, search in searches.items():
-            began = time.perf_counter()
-            outputs[name] = jax.block_until_ready(search.call())
-            times[name].append(time.perf_counter() - began)
-    return {name: (outputs[name], times[name]) for name in searches}
+            if search.seconds < LONG:
+                began = time.perf_counter()
+                jax.block_until_ready(search.call())
+                times[name].append(time.perf_counter() - began)
+    return {name: taken or [searches[name].seconds] for name, taken in times.items()}
 
 
 def _version(method: str) -> str | None:
