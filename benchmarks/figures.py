@@ -145,12 +145,15 @@ def draw_sparse(records: Sequence[Record], path: Path) -> Path:
                 continue
             index, lowest = methods.index(record["method"]), record["lowest_of_grid"]
             ratios = [100 * (min(record["losses"][: k + 1]) / lowest - 1) for k in range(len(record["losses"]))]
-            axis.plot(ratios, color=_COLOURS[index], marker=_MARKERS[index], markersize=3.2, linewidth=1.2)
+            # The contrast and jaxopt often take the same steps: the first of both is drawn below the other, and larger.
+            style: dict[str, Any] = {"markersize": 6.5 - 3.3 * (index > 0), "linewidth": 2.4 - 1.2 * (index > 0)}
+            axis.plot(ratios, color=_COLOURS[index], marker=_MARKERS[index], **style)
         axis.axhspan(-1, 1, color="#999999", alpha=0.25, linewidth=0)
         axis.set_yscale("symlog", linthresh=1.0)
         axis.set_title(case, fontsize=10)
         axis.grid(alpha=0.25)
-    figure.supxlabel("outer steps", fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel("outer steps")
     figure.supylabel("least validation loss so far, above the grid's (%)", fontsize=10)
     handles = [
         axes[0][0].plot([], [], color=_COLOURS[k], marker=_MARKERS[k], label=m)[0] for k, m in enumerate(methods)

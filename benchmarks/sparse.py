@@ -183,15 +183,14 @@ def show(records: Sequence[Record]) -> str:
         "weights",
         "flagged",
     ]
-    rows, title = [], ""
+    rows: list[list[str]] = []
+    titles: dict[str, str] = {}
     for record in records:
         if record["status"]:
             continue
-        first = record["title"] != title
-        title = record["title"]
         rows.append(
             [
-                title if first else "",
+                record["case"] if record["case"] not in titles else "",
                 record["method"] if record["method"] != GRID else f"grid of {record['num_steps']}",
                 "-" if record["method"] == GRID else f"{100 * record['excess']:.3f}",
                 "-" if record.get("steps_to_target") is None else str(record["steps_to_target"]),
@@ -201,9 +200,13 @@ def show(records: Sequence[Record]) -> str:
                 _flagged(record),
             ]
         )
+        titles[record["case"]] = record["title"]
     head = f"Selecting hyperparameters in {NUM_STEPS} steps  [{records[0]['precision']}, seed {records[0]['seed']}]"
     absent = {f"{r['method']}: {r['error']}." for r in records if r["status"]}
-    return "\n".join([head, "", lay_out(header, rows, left=(0, 1)), "", wrap(read(records)), *sorted(absent)])
+    models = wrap(f"{'; '.join(f'{name}: {what}' for name, what in titles.items())}.")
+    return "\n".join(
+        [head, "", lay_out(header, rows, left=(0, 1)), "", models, "", wrap(read(records)), *sorted(absent)]
+    )
 
 
 def _flagged(record: Record) -> str:

@@ -39,7 +39,7 @@ class Case(NamedTuple):
     """A model, and the hyperparameters to select on validation data.
 
     Attributes:
-      title: in words, with sizes.
+      title: the data, with sizes.
       load: `(seed, folder, smoke) -> task`; the number of weights is that of the columns of its `x`.
       inner_loss: the smooth part.
       outer_loss: validation loss.
@@ -89,8 +89,9 @@ def _newsgroups(seed: int, folder: Path | None, smoke: bool) -> Task:
 
 
 def _tumours(seed: int, folder: Path | None, smoke: bool) -> Task:
-    """Kernel of the SVM: `x` is what the dual variables multiply, of which there is one for each tumour."""
+    """Distances that make the kernel of an SVM, which has a dual variable for each of 150 tumours."""
     split = data.breast_cancer(seed)
+    split = split._replace(x_train=split.x_train[:150], y_train=split.y_train[:150])
     y, y_val = 2.0 * split.y_train - 1, 2.0 * split.y_val - 1
 
     def squared_distances(a: Array, b: Array) -> Array:
@@ -152,7 +153,7 @@ _RATIO = 0.5
 
 CASES = {
     "lasso": Case(
-        "lasso, 200 x 50",
+        "200 x 50",
         _regression,
         _squares,
         _validation_squares,
@@ -163,7 +164,7 @@ CASES = {
         Peer("prox_lasso", _first, sparho=("SquaredLoss", "L1", "SklearnLasso")),
     ),
     "elastic net": Case(
-        "elastic net, 200 x 50, equal parts",
+        "200 x 50, both norms in equal parts",
         _regression,
         _squares,
         _validation_squares,
@@ -179,7 +180,7 @@ CASES = {
         ),
     ),
     "elastic net, two": Case(
-        "elastic net, 200 x 50, both strengths",
+        "200 x 50, a strength for each norm",
         _regression,
         _squares,
         _validation_squares,
@@ -190,7 +191,7 @@ CASES = {
         Peer("prox_elastic_net", lambda s: (jnp.exp(s[0]), jnp.exp(s[1] - s[0]))),
     ),
     "logistic": Case(
-        "sparse logistic regression, newsgroups 500 x 500",
+        "sparse logistic regression, 500 newsgroup posts x 500 words",
         _newsgroups,
         _logistic,
         _validation_logistic,
@@ -202,7 +203,7 @@ CASES = {
         Peer("prox_lasso", _first, sparho=("LogisticLoss", "L1", "SklearnLogisticRegression")),
     ),
     "SVM": Case(
-        "support-vector machine, dual, breast cancer 285",
+        "dual of a support-vector machine with a Gaussian kernel, 150 tumours",
         _tumours,
         _dual,
         _validation_margins,
@@ -213,7 +214,7 @@ CASES = {
         Peer("projection_box", lambda s: (0.0, jnp.exp(s[0])), is_projection=True),
     ),
     "non-negative": Case(
-        "non-negative least squares with decay, 60 x 50",
+        "least squares with weight decay, 60 x 50",
         _positive_regression,
         _ridge,
         _validation_squares,
