@@ -41,7 +41,10 @@ ROWS = [
 def test_the_table_says_how_close_and_how_fast(tmp_path: Path) -> None:
     text = sparse.show(ROWS)
     assert "grid of 200" in text and "1.000" in text and "within 1 % of the grid's minimum on 1 of 1" in text
-    assert "0.50 times the search time of jaxopt" in text and "sparho: not installed: pip install sparho." in text
+    assert (
+        "0.50 times the search time of jaxopt" in " ".join(text.split())
+        and "sparho: not installed: pip install sparho." in text
+    )
     contrast = next(line for line in text.splitlines() if line.lstrip().startswith("contrast") or " contrast " in line)
     # One of the three statuses is a failure.
     assert contrast.split()[-1] == "1"
@@ -93,7 +96,8 @@ def test_grid_and_search_of_sparho_have_the_same_models(name: str) -> None:
     problem = sparho.Problem(sparho.SquaredLoss(), penalty, task["x"], task["y"])
     for point, loss in zip(visited, judged.losses, strict=True):
         w = adapter(problem, float(np.exp(point[0]))).coef
-        assert float(case.outer_loss(w, point, task)) == pytest.approx(float(loss), rel=1e-7)
+        # The judge's residual, 1e-6, over the least curvature, 0.25, times an outer gradient below 1; a loss of 2.
+        assert float(case.outer_loss(w, point, task)) == pytest.approx(float(loss), rel=2e-6)
 
 
 def test_where_searches_start_all_weights_but_few_are_in() -> None:
