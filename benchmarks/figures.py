@@ -127,6 +127,41 @@ def draw_tuning(records: Sequence[Record], path: Path) -> Path:
     return _save(figure, path)
 
 
+def draw_sparse(records: Sequence[Record], path: Path) -> Path:
+    """The least validation loss so far over the least of the grid, against outer steps: a panel for each case."""
+    plt = _pyplot()
+    paths = [record for record in records if record.get("losses")]
+    cases = list(dict.fromkeys(record["case"] for record in paths))
+    methods = list(dict.fromkeys(record["method"] for record in paths))
+    columns = min(3, len(cases))
+    rows = -(-len(cases) // columns)
+    size = (1.0 + 3.6 * columns, 1.3 + 2.9 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(cases) :]:
+        axis.axis("off")
+    for axis, case in zip(axes.flat, cases, strict=False):
+        for record in paths:
+            if record["case"] != case:
+                continue
+            index, lowest = methods.index(record["method"]), record["lowest_of_grid"]
+            ratios = [100 * (min(record["losses"][: k + 1]) / lowest - 1) for k in range(len(record["losses"]))]
+            # The contrast and jaxopt often take the same steps: the first of both is drawn below the other, and larger.
+            style: dict[str, Any] = {"markersize": 6.5 - 3.3 * (index > 0), "linewidth": 2.4 - 1.2 * (index > 0)}
+            axis.plot(ratios, color=_COLOURS[index], marker=_MARKERS[index], **style)
+        axis.axhspan(-1, 1, color="#999999", alpha=0.25, linewidth=0)
+        axis.set_yscale("symlog", linthresh=1.0)
+        axis.set_title(case, fontsize=10)
+        axis.grid(alpha=0.25)
+    for axis in axes[-1]:
+        axis.set_xlabel("outer steps")
+    figure.supylabel("least validation loss so far, above the grid's (%)", fontsize=10)
+    handles = [
+        axes[0][0].plot([], [], color=_COLOURS[k], marker=_MARKERS[k], label=m)[0] for k, m in enumerate(methods)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(methods), fontsize=9, frameon=False)
+    return _save(figure, path)
+
+
 def draw_loops(records: Sequence[Record], path: Path) -> Path:
     """Time of each outer step of the training loops on digits: a panel for each problem, a line for each method."""
     plt = _pyplot()

@@ -4,7 +4,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import beta_curves, estimators, loops, plasticity, scaling_steps, speed, speed_scaling, trust, tuning
+from benchmarks import (
+    beta_curves,
+    estimators,
+    loops,
+    plasticity,
+    scaling_steps,
+    sparse,
+    speed,
+    speed_scaling,
+    trust,
+    tuning,
+)
 from benchmarks.harness import Record, Session
 
 
@@ -45,6 +56,7 @@ BENCHMARKS = {
         ),
         Benchmark(trust.NAME, trust.ABOUT, trust.run, trust.show, trust.draw, main_job=False),
         Benchmark(tuning.NAME, tuning.ABOUT, tuning.run, tuning.show, tuning.draw, main_job=False),
+        Benchmark(sparse.NAME, sparse.ABOUT, sparse.run, sparse.show, sparse.draw, main_job=False),
         Benchmark(loops.NAME, loops.ABOUT, loops.run, loops.show, loops.draw, main_job=False),
         Benchmark(plasticity.NAME, plasticity.ABOUT, plasticity.run, plasticity.show, plasticity.draw, main_job=False),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import estimators, plasticity, scaling_steps, speed, speed_scaling, speed_tables, trust, tuning
+from benchmarks import estimators, plasticity, scaling_steps, sparse, speed, speed_scaling, speed_tables, trust, tuning
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE
 from benchmarks.registry import BENCHMARKS, Benchmark
@@ -28,7 +28,8 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
     pages = {PACKAGE_FOLDER.parent / "README.md": render_readme_block(records)}
     if newest_runs(records, speed.NAME):
         pages[PACKAGE_FOLDER.parent / "docs" / "performance.md"] = render_speed_block(records)
-    for module, name in ((trust, "trust.md"), (tuning, "optax.md"), (plasticity, "plasticity.md")):
+    shown = ((trust, "trust.md"), (tuning, "optax.md"), (plasticity, "plasticity.md"), (sparse, "sparse.md"))
+    for module, name in shown:
         if newest_runs(records, module.NAME):
             pages[PACKAGE_FOLDER.parent / "docs" / name] = render_shown_block(records, module)
     if check:
