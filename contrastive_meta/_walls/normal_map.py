@@ -25,7 +25,7 @@ from contrastive_meta._dependence import used_leaves
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._solvers.base import InnerSolver
-from contrastive_meta._walls.walls import ROUNDINGS, Walls, directions
+from contrastive_meta._walls.walls import ROUNDINGS, Walls, directions, inverse_curvature
 
 # Two points are in one piece if no entry bends by more than this part of its own difference between them; an entry
 # that jumps over a kink bends by about its difference.
@@ -34,7 +34,6 @@ _BENT = 0.1
 
 def normal_map(solver: InnerSolver, instance: Instance, params: Params) -> Walls:
     """The coordinates of the normal map."""
-    dtype = tree.float_dtype(params)
     eps = tree.coarsest_eps(instance.dtype, params)
 
     def prox_at(x: Params, meta_params: MetaParams, step: Any) -> Params:
@@ -43,13 +42,7 @@ def normal_map(solver: InnerSolver, instance: Instance, params: Params) -> Walls
         return walls.prox(x, step)
 
     # Any step makes coordinates; about an inverse curvature makes well-conditioned ones.
-    direction = directions(params, lambda x: x)
-    length = tree.norm(direction)
-    distance = eps**0.5 * jnp.maximum(tree.norm(params), 1) / length
-    points = jax.vmap(lambda far: tree.add_scaled(params, far, direction))(jnp.stack([0 * distance, distance]))
-    here, there = tree.unstack(jax.lax.map(tree.grad(instance.inner), points), 2)
-    curvature = tree.norm(tree.subtract(there, here)) / (distance * length)
-    step = jnp.where((curvature > 0) & jnp.isfinite(curvature), 1 / tree.or_one(curvature), 1).astype(dtype)
+    here, step = inverse_curvature(instance, params)
 
     def coordinates(at: Params, gradient: Params) -> Params:
         return tree.add_scaled(at, -step, gradient)

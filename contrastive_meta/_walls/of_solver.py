@@ -7,6 +7,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import Params
 from contrastive_meta._solvers.base import Held, InnerSolver
+from contrastive_meta._walls.active_set import active_set
 from contrastive_meta._walls.held_entries import held_entries
 from contrastive_meta._walls.normal_map import normal_map
 from contrastive_meta._walls.walls import Walls
@@ -26,6 +27,8 @@ def walls_of(solver: InnerSolver, instance: Instance, params: Params) -> Walls |
     bound = solver.bind(instance.meta_params)
     if bound.walls is not None:
         return normal_map(solver, instance, params)
+    if bound.held_to is not None:
+        return active_set(solver, instance, params)
     if not bound.descends_loss or bound.held_at(params, params) is None:
         return None
     gradient = tree.grad(instance.inner)(params)

@@ -114,3 +114,16 @@ def directions(like: Params, function: Callable[[jax.Array], jax.Array]) -> Para
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
     drawn = [function(jax.random.normal(key, x.shape, jnp.real(x).dtype)) for key, x in zip(keys, leaves, strict=False)]
     return jax.tree.unflatten(structure, drawn)
+
+
+def inverse_curvature(instance: Instance, params: Params) -> tuple[Params, jax.Array]:
+    """The inner gradient, and an inverse curvature: of a fixed random direction, by a difference of gradients."""
+    dtype, eps = tree.float_dtype(params), tree.coarsest_eps(instance.dtype, params)
+    direction = directions(params, lambda x: x)
+    length = tree.norm(direction)
+    distance = eps**0.5 * jnp.maximum(tree.norm(params), 1) / length
+    points = jax.vmap(lambda far: tree.add_scaled(params, far, direction))(jnp.stack([0 * distance, distance]))
+    here, there = tree.unstack(jax.lax.map(tree.grad(instance.inner), points), 2)
+    curvature = tree.norm(tree.subtract(there, here)) / (distance * length)
+    step = jnp.where((curvature > 0) & jnp.isfinite(curvature), 1 / tree.or_one(curvature), 1).astype(dtype)
+    return here, step
