@@ -20,7 +20,7 @@ from contrastive_meta._nudging import LinearNudge, LossNudge, Nudge, NudgeStreng
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
 from contrastive_meta._problem import Params, same_arrays
 from contrastive_meta._pytree import static, strategy
-from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
+from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, is_rounding, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver, Solution
 from contrastive_meta._walls import walls_of
 
@@ -293,6 +293,7 @@ class Contrastive(MetaGradientEstimator):
             aux=aux,
             diagnostics=make_diagnostics(
                 instance.dtype,
+                is_zero=is_rounding(kept.contrast.grad, kept.base.outer.in_meta, error),
                 beta=kept.contrast.beta,
                 free_residual=jnp.minimum(convergence.free_residual, phases.norm(start.inner_grad)),
                 nudged_residual=convergence.nudged_residual,
