@@ -186,7 +186,8 @@ def is_rounding(grad: MetaParams, direct: MetaParams, error: Any) -> jax.Array:
     """
     size, term = tree.norms(grad, direct)
     known = jnp.isfinite(error)
-    return known & ((1 + jnp.where(known, error, 0)) * size <= _ROUNDINGS * tree.coarsest_eps(size.dtype, grad) * term)
+    whole = (1 + jnp.where(known, error, 0)) * size
+    return jnp.asarray(known & (whole <= _ROUNDINGS * tree.coarsest_eps(size.dtype, grad) * term))
 
 
 def make_diagnostics(dtype: Any, *, is_zero: Any = False, **known: Any) -> Diagnostics:
@@ -202,9 +203,8 @@ def make_diagnostics(dtype: Any, *, is_zero: Any = False, **known: Any) -> Diagn
     values = {name: jnp.inf if name in errors else 0 for name in Diagnostics._fields}
     values |= {name: value for name, value in known.items() if value is not None}
     told = Diagnostics(**{name: jnp.asarray(value, counts.get(name, dtype)) for name, value in values.items()})
-    estimated = known.get("error_estimate") is not None
-    estimated &= ~jnp.asarray(is_zero)
-    inaccurate = flag(estimated & (told.error_estimate > LARGEST_ACCURATE_ERROR), Status.APPROXIMATE)
+    is_estimated = jnp.asarray(known.get("error_estimate") is not None) & ~jnp.asarray(is_zero)
+    inaccurate = flag(is_estimated & (told.error_estimate > LARGEST_ACCURATE_ERROR), Status.APPROXIMATE)
     return told._replace(status=jnp.maximum(told.status, inaccurate))
 
 

@@ -230,6 +230,12 @@ ESTIMATORS: dict[str, Row] = {
         1e-5,
         1e-9,
     ),
+    # Steps to a tolerance, none of whose entries the box holds: the walls must cost nothing.
+    "proximal descent": Row(
+        lambda x: cm.Contrastive(cm.ProximalDescent(cm.prox.box(-9.0, 9.0 * x), tol=1e-12 * x, max_steps=int(500 * x))),
+        1e-8,
+        1e-8,
+    ),
     "conjugate gradient": Row(implicit(lambda x: cm.ConjugateGradient(1e-12 * x, int(50 * x), 1e-13)), 1e-12, 1e-12),
     "neumann": Row(implicit(lambda x: cm.NeumannSeries(STEP, int(30 * x))), 1e-13, 1e-13),
     "nystrom": Row(implicit(lambda x: cm.Nystrom(DIM, 1e-12 * x)), 1e-11, 1e-12),

@@ -104,6 +104,13 @@ def test_a_box_that_is_declared_makes_it_right(name: str) -> None:
     assert alone.diagnostics.status > cm.Status.APPROXIMATE
 
 
+def test_decay_goes_with_complex_schemes() -> None:
+    solver = cm.OptaxDescent(optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), num_steps=800)
+    result = cm.Contrastive(solver, ALONE, cm.complex_step()).estimate(PROBLEM, LOG_DECAY, None)
+    assert result.grad == pytest.approx(exactly(0.1), rel=1e-12)
+    assert result.diagnostics.status == cm.Status.CONVERGED
+
+
 def test_a_penalty_that_is_none_is_named() -> None:
     with pytest.raises(TypeError, match=r"`penalty` must be one such as `cm.prox.box.* got a float"):
         cm.OptaxDescent(optax.sgd(0.1), num_steps=1, penalty=0.1)  # type: ignore[arg-type]

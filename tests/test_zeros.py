@@ -59,8 +59,8 @@ def test_a_zero_passes(name: str, kind: str, dtype: Any) -> None:
     inner, outer, size, s = ZEROS[name]
     problem = cm.BilevelProblem(inner, outer, lambda s, t: jnp.full(size, 0.5, dtype))
     result = KINDS[kind](learner(dtype)).estimate(problem, jnp.asarray(s, dtype), None)
-    # Every term is of the order of 1.
-    assert abs(float(result.grad)) <= 10 * float(jnp.finfo(dtype).eps)
+    # Every term is of the order of 1, and rounding is divided by the displacement, here more than a hundredth.
+    assert abs(float(result.grad)) <= 100 * float(jnp.finfo(dtype).eps)
     assert result.diagnostics.status == cm.Status.CONVERGED
 
 

@@ -118,7 +118,7 @@ def _alignment(unfelt: Callable[[Params], Any], at: Params) -> Callable[[Params,
         way = tree.subtract(x, params)
         here = unfelt(x)
         rise = unfelt(tree.add(x, way)) - here
-        share = jnp.where(rise > 0, (unfelt(at) - here) / tree.or_one(rise), 0)
+        share = jnp.where(rise != 0, (unfelt(at) - here) / jnp.where(rise != 0, rise, 1), 0)
         return tree.add_scaled(x, jnp.maximum(share, -0.9), way)
 
     return aligned
