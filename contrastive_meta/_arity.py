@@ -39,6 +39,20 @@ def require_function(value: Any, name: str, arguments: str, returns: str) -> Non
         ) from None
 
 
+def number_of_arguments(function: Callable[..., Any]) -> int:
+    """How many arguments without a default a function takes by position; 0 where that cannot be read.
+
+    Args:
+      function: what the user passed.
+    """
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 0
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return sum(x.kind in positional and x.default is inspect.Parameter.empty for x in arguments)
+
+
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
     # `jax.jit` keeps the arguments; of other wrappers nothing is known but their own.
     while isinstance(function, jax.stages.Wrapped) and hasattr(function, "__wrapped__"):

@@ -150,7 +150,8 @@ class Diagnostics(NamedTuple):
       num_gradients: gradients of the inner (or nudged) loss evaluated, all phases together.
       num_hvps: Hessian-vector products evaluated.
       error_estimate: estimate of ||grad - exact|| / ||exact||; infinite where what was measured says nothing of it,
-        and where no estimate is made. An estimate above 0.1 makes the status at least `APPROXIMATE`.
+        and where no estimate is made. An estimate above 0.1 makes the status at least `APPROXIMATE`, unless the
+        meta-gradient is zero but for rounding: direct and indirect term cancel to the last digits.
       status: value of a `Status`; the most severe wins.
       phases_by: value of a `PhasesBy`: who ran the nudged phases.
 
@@ -171,11 +172,30 @@ class Diagnostics(NamedTuple):
     phases_by: jax.Array | int = PhasesBy.NOBODY.value
 
 
-def make_diagnostics(dtype: Any, **known: Any) -> Diagnostics:
+# A sum of two terms is zero but for rounding if it is below this many roundings of one of them.
+_ROUNDINGS = 1e2
+
+
+def is_rounding(grad: MetaParams, direct: MetaParams, error: Any) -> jax.Array:
+    """Whether a meta-gradient and its error are rounding: direct and indirect term cancel, to the last digits.
+
+    Args:
+      grad: the meta-gradient.
+      direct: its direct term.
+      error: estimated, relative to `grad`.
+    """
+    size, term = tree.norms(grad, direct)
+    known = jnp.isfinite(error)
+    whole = (1 + jnp.where(known, error, 0)) * size
+    return jnp.asarray(known & (whole <= _ROUNDINGS * tree.coarsest_eps(size.dtype, grad) * term))
+
+
+def make_diagnostics(dtype: Any, *, is_zero: Any = False, **known: Any) -> Diagnostics:
     """Diagnostics in one dtype; a large estimated error is a status.
 
     Args:
       dtype: of what is no count.
+      is_zero: whether the meta-gradient is zero but for rounding, of which no error relative to it says anything.
       **known: fields; None, or left out, for what is not known.
     """
     counts = dict.fromkeys(("num_gradients", "num_hvps", "status", "phases_by"), jnp.int32)
@@ -183,8 +203,8 @@ def make_diagnostics(dtype: Any, **known: Any) -> Diagnostics:
     values = {name: jnp.inf if name in errors else 0 for name in Diagnostics._fields}
     values |= {name: value for name, value in known.items() if value is not None}
     told = Diagnostics(**{name: jnp.asarray(value, counts.get(name, dtype)) for name, value in values.items()})
-    estimated = known.get("error_estimate") is not None
-    inaccurate = flag(estimated & (told.error_estimate > LARGEST_ACCURATE_ERROR), Status.APPROXIMATE)
+    is_estimated = jnp.asarray(known.get("error_estimate") is not None) & ~jnp.asarray(is_zero)
+    inaccurate = flag(is_estimated & (told.error_estimate > LARGEST_ACCURATE_ERROR), Status.APPROXIMATE)
     return told._replace(status=jnp.maximum(told.status, inaccurate))
 
 

@@ -125,7 +125,13 @@ def test_the_default_is_right_on_ten_seeds(name: str, dtype: Any) -> None:
         ("lasso", jnp.float64),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("lasso", jnp.float32), ("ball", jnp.float64), ("box", jnp.float64))
+            for case in (
+                ("lasso", jnp.float32),
+                ("ball", jnp.float64),
+                ("ball", jnp.float32),
+                ("box", jnp.float64),
+                ("simplex", jnp.float64),
+            )
         ),
     ],
     ids=lambda x: x if isinstance(x, str) else jnp.dtype(x).name,
@@ -162,7 +168,14 @@ def test_lasso_in_one_dimension() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "inverse"), [("lasso", cm.DenseInverse()), ("box", cm.ConjugateGradient())], ids=["dense", "cg"]
+    ("name", "inverse"),
+    [
+        ("lasso", cm.DenseInverse()),
+        ("box", cm.ConjugateGradient()),
+        ("simplex", cm.DenseInverse()),
+        pytest.param("ball", cm.DenseInverse(), marks=pytest.mark.slow),
+    ],
+    ids=["lasso, dense", "box, cg", "simplex, dense", "ball, dense"],
 )
 def test_implicit_differentiation_is_right_too(name: str, inverse: cm.InverseHessian) -> None:
     estimator = cm.ImplicitDifferentiation(learner(name, jnp.float64), inverse)
@@ -382,6 +395,19 @@ def test_a_support_that_changes_under_the_nudge_is_said(name: str) -> None:
         changes.append(bool(jnp.any(free != away)))
         assert (estimate(task) >= cm.Status.NOT_SMOOTH) == changes[-1], seed
     assert 0 < sum(changes) < len(changes)
+
+
+@pytest.mark.parametrize("name", ["lasso", "box", "ball"])
+def test_complex_schemes_of_a_penalty_are_refused(name: str) -> None:
+    estimator = cm.Contrastive(learner(name, jnp.float64), ALONE, cm.complex_step())
+    with pytest.raises(TypeError, match=r"(?s)Complex schemes cannot follow a learner with a penalty.*`automatic\(\)`"):
+        estimator.estimate(PROBLEM, LOG_STRENGTHS, regression(0))
+
+
+def test_other_rules_are_told_what_to_write() -> None:
+    estimator = cm.Contrastive(learner("lasso", jnp.float64), rule=cm.AnchoredSynapse())
+    with pytest.raises(TypeError, match=r"(?s)Got AnchoredSynapse.*write the penalty into `inner_loss`"):
+        estimator.estimate(PROBLEM, LOG_STRENGTHS, regression(0))
 
 
 # --- Learners that take no loss ---

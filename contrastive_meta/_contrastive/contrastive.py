@@ -21,7 +21,7 @@ from contrastive_meta._nudging import Nudge, NudgeStrength, automatic, is_concre
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
 from contrastive_meta._problem import Params, same_arrays
 from contrastive_meta._pytree import static, strategy
-from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
+from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, is_rounding, make_diagnostics, worst
 from contrastive_meta._row_norms import num_products
 from contrastive_meta._solvers.base import InnerSolver, Solution
 from contrastive_meta._walls import walls_of
@@ -192,7 +192,7 @@ class Contrastive(MetaGradientEstimator):
         original = instance.in_dtype_of_loss()
         walls, params, instance = walls_of(self.solver, original, free.params), free.params, original
         if walls is not None:
-            self._check_rule()
+            self._check_walls(self.solver.bind(original.meta_params))
             params, instance = walls.at, walls.seen_by_estimators(original)
         flattening = tree.Flattening.of(params)
         flat = instance.flattened(flattening)
@@ -288,6 +288,7 @@ class Contrastive(MetaGradientEstimator):
             aux=aux,
             diagnostics=make_diagnostics(
                 instance.dtype,
+                is_zero=is_rounding(kept.contrast.grad, kept.base.outer.in_meta, error),
                 beta=kept.contrast.beta,
                 free_residual=jnp.minimum(convergence.free_residual, phases.norm(start.inner_grad)),
                 nudged_residual=convergence.nudged_residual,
@@ -329,11 +330,20 @@ class Contrastive(MetaGradientEstimator):
             same = ~(far & (start.nudge_norm > 0))
         return certain, same
 
-    def _check_rule(self) -> None:
+    def _check_walls(self, solver: InnerSolver) -> None:
+        """Raise for rules and schemes that a learner with walls cannot have."""
         if not isinstance(self.rule, Autodiff):
             raise TypeError(
                 "A learner with walls needs `rule=Autodiff()`: what its phases measure is the derivative of the whole "
-                f"inner objective, the penalty included. Got {type(self.rule).__name__}."
+                f"inner objective, the penalty included. Got {type(self.rule).__name__}, which measures `inner_loss`. "
+                "For that rule write the penalty into `inner_loss`, in a smooth form; weight decay c of the optimiser "
+                "as c / 2 times the sum of the squares of `params`."
+            )
+        if self.scheme.template().is_complex and (solver.walls is not None or solver.held_to is not None):
+            raise TypeError(
+                "Complex schemes cannot follow a learner with a penalty, bounds or constraints: a proximal step, or "
+                "the choice of what is active, is not holomorphic. Use `automatic()` or another real scheme, such as "
+                "`relative(central_difference)`."
             )
 
     def _strength_to_carry(self, state: EstimatorState, last: LoopState) -> tuple[jax.Array, jax.Array]:

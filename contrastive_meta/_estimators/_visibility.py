@@ -41,8 +41,16 @@ def seen_in_model_state(problem: BilevelProblem, params: Params, meta_params: Me
 
 def seen_in_penalty(solver: InnerSolver, params: Params, meta_params: MetaParams) -> list[bool]:
     """For each leaf, whether the part of the inner objective that the loss leaves out depends on it."""
-    bound = solver.bind(meta_params).walls
-    if bound is None:
+    bound = solver.bind(meta_params)
+    if bound.held_to is not None:
+
+        def rows(meta: MetaParams) -> jax.Array:
+            constraints = solver.bind(meta).held_to
+            assert constraints is not None
+            return constraints.rows(params)
+
+        return used_leaves(rows, meta_params)
+    if bound.walls is None:
         return [False] * len(jax.tree.leaves(meta_params))
 
     def penalty(meta: MetaParams) -> PyTree:

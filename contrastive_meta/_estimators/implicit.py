@@ -30,7 +30,7 @@ from contrastive_meta._linear import (
 )
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._pytree import static, strategy
-from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, make_diagnostics, worst
+from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, is_rounding, make_diagnostics, worst
 from contrastive_meta._solvers.base import InnerSolver
 from contrastive_meta._walls import walls_of
 
@@ -124,6 +124,7 @@ class ImplicitDifferentiation(MetaGradientEstimator):
                 nudged_residual=systems.adjoint.residual,
                 num_gradients=free.num_gradients + NUM_GRADIENTS + 1 + 2 * self.estimate_error,
                 num_hvps=systems.num_hvps,
+                is_zero=False if error is None else is_rounding(grad, base.outer_in_meta, error),
                 error_estimate=None if error is None else jnp.where(certain & ~base.unfit, error, jnp.inf),
                 status=worst(
                     free_status(base, systems.free),

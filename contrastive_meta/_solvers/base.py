@@ -11,6 +11,7 @@ from contrastive_meta import _pytree as tree
 from contrastive_meta._problem import MetaParams, ModelState, Params, Task
 from contrastive_meta._pytree import PyTree
 from contrastive_meta._result import Status, flag, worst
+from contrastive_meta._solvers.constraint import BoundConstraints
 from contrastive_meta._solvers.penalty import BoundPenalty
 
 InnerLoss = Callable[[Params], jax.Array]
@@ -246,6 +247,14 @@ class InnerSolver(abc.ABC):
 
         Where there is one the learner rests at fixed points of w - prox(w - s grad, s), and estimators judge by that.
         Of a bound solver; None for learners that minimise the loss alone.
+        """
+        return None
+
+    @property
+    def held_to(self) -> BoundConstraints | None:
+        """Constraints that the learner keeps to and that no proximal step describes; None for none.
+
+        Of a bound solver. Where there are some, the learner rests where active ones hold the gradient back.
         """
         return None
 

@@ -1,7 +1,6 @@
 """Any function as the learner: a JAX one, or black-box Python on the host."""
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._arity import number_of_arguments
 from contrastive_meta._holomorphic import require_holomorphic
 from contrastive_meta._problem import MetaParams, Params, check_same_structure
 from contrastive_meta._pytree import PyTree, static, strategy
@@ -98,12 +98,7 @@ class CallableSolver(InnerSolver):
     @property
     def _takes_meta_params(self) -> bool:
         """Whether the function has a third argument without a default."""
-        try:
-            arguments = inspect.signature(self.fn).parameters.values()
-        except (TypeError, ValueError):
-            return False
-        positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-        return sum(x.kind in positional and x.default is inspect.Parameter.empty for x in arguments) >= 3
+        return number_of_arguments(self.fn) >= 3
 
     def _call(self, loss: Any, init: Params, meta_params: MetaParams) -> Params:
         return self.fn(loss, init, meta_params) if self._takes_meta_params else self.fn(loss, init)

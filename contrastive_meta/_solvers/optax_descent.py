@@ -24,6 +24,7 @@ from contrastive_meta._solvers._descend import (
     steps_for_backprop,
     steps_to_tolerance,
 )
+from contrastive_meta._solvers._probing import held_by
 from contrastive_meta._solvers.base import (
     Held,
     InnerLoss,
@@ -35,11 +36,7 @@ from contrastive_meta._solvers.base import (
     UnrolledLosses,
     final_status,
 )
-
-# An update that is zero but for rounding is smaller than this many roundings of what it is made of.
-_ROUNDINGS = 1e3
-# Updates are linear in the gradient if twice the gradient gives twice the update up to this fraction.
-_LINEAR = 1e-3
+from contrastive_meta._solvers.penalty import BoundPenalty, Penalty
 
 
 @strategy
@@ -63,10 +60,13 @@ class OptaxDescent(InnerSolver):
       max_steps: budget of a run to a tolerance.
       carry_state: hand the optimiser's state (momentum, moments, step count) from the free phase to the nudged
         ones and to the next call. Off by default: a finished schedule would stop them dead.
+      penalty: where the optimiser rests, if that is not where the gradient vanishes and not found by its updates:
+        AdamW and Lion with weight decay c end at the minimum within `cm.prox.box(-1 / c, 1 / c)`.
       unroll: how many of the `num_steps` steps one iteration of the loop takes, as in `jax.lax.scan`; True for
         all of them.
 
     Raises:
+      TypeError: `penalty` is no `Penalty`.
       ValueError: neither or both of `num_steps` and `tol`; or `tol` with minibatches, whose gradient norm does
         not go to zero; or `unroll` that is no positive number of steps, or goes with `tol`.
 
@@ -86,6 +86,8 @@ class OptaxDescent(InnerSolver):
     max_steps: int | jax.Array = 10_000
     carry_state: bool = static(default=False)
     unroll: int | bool = static(default=1)
+    penalty: Penalty | None = None
+    meta_params: MetaParams = None
 
     def __post_init__(self) -> None:
         """Check that there is one stopping rule, and that its loop can be unrolled as asked."""
@@ -93,6 +95,11 @@ class OptaxDescent(InnerSolver):
             raise ValueError(
                 "OptaxDescent needs one stopping rule: `num_steps=` for a fixed number of steps, "
                 f"or `tol=` for a gradient norm. Got num_steps={self.num_steps}, tol={self.tol}."
+            )
+        given: Any = self.penalty
+        if given is not None and not isinstance(given, Penalty):
+            raise TypeError(
+                f"OptaxDescent's `penalty` must be one such as `cm.prox.box(-1.0, 1.0)`; got a {type(given).__name__}."
             )
         if not isinstance(self.unroll, int) or (self.unroll is not False and self.unroll < 1):
             raise ValueError(
@@ -107,9 +114,15 @@ class OptaxDescent(InnerSolver):
 
     def bind(self, meta_params: MetaParams) -> "OptaxDescent":
         """The solver with its optimiser's settings read from `meta_params`, where they are learned."""
+        solver = self if self.penalty is None else dataclasses.replace(self, meta_params=meta_params)
         if isinstance(self.optimizer, optax.GradientTransformation):
-            return self
-        return dataclasses.replace(self, optimizer=self.optimizer(meta_params))
+            return solver
+        return dataclasses.replace(solver, optimizer=self.optimizer(meta_params))
+
+    @property
+    def walls(self) -> BoundPenalty | None:
+        """As the user gave them."""
+        return BoundPenalty.of(self.penalty, self.meta_params)
 
     @property
     def step_budget(self) -> int | jax.Array:
@@ -122,12 +135,7 @@ class OptaxDescent(InnerSolver):
         return True
 
     def held_at(self, params: Params, gradient: Params) -> Held | None:
-        """By probing updates; None for optimisers whose updates do not depend on `params`, which have no walls.
-
-        An entry is held if the update down its gradient leaves it in place, and the opposite one would not: it is at a
-        bound. Decay is what an update does without a gradient, in units of what it does with one; it is known where
-        updates are linear in the gradient, as those of descent and momentum.
-        """
+        """By probing updates; None for optimisers whose updates do not depend on `params`, which have no walls."""
         update, searches = self._first_update(params), []
 
         def zero_loss(at: Params) -> jax.Array:
@@ -137,34 +145,14 @@ class OptaxDescent(InnerSolver):
         # Line searches ask for the loss: they follow its gradient, and many of them in a program take long to compile.
         if not any(used_leaves(lambda at: update(gradient, at, zero_loss), params)) or searches:
             return None
-        decay, known = self._decay(params, update)
-        resting = jax.tree.map(lambda c, x: -c.astype(x.dtype) * x, decay, params)
-        # A difference that is zero in one kernel and a rounding error in the next would be taken for a frozen leaf.
-        beyond = jax.lax.optimization_barrier(tree.subtract(gradient, resting))
-        size = tree.or_one(jnp.maximum(tree.max_abs(beyond), tree.max_abs(gradient)))
-        down = jax.tree.map(lambda g: jnp.sign(g) * size.astype(jnp.real(g).dtype), beyond)
-        # With the gradient at which it rests, nothing moves that is free. Frozen leaves are not described.
-        gradients = [tree.add_scaled(resting, sign, down) for sign in (1.0, -1.0, 0.0)]
-        follows, opposes, still = _all_at_once(update, gradients, [params] * 3)
-
-        def moves(x: jax.Array, u: jax.Array) -> jax.Array:
-            return x + u.astype(x.dtype) != x
-
-        held = jax.tree.map(lambda x, g, u, o: (g != 0) & ~moves(x, u) & moves(x, o), params, beyond, follows, opposes)
-        eps = tree.coarsest_eps(tree.float_dtype(params), params)
-
-        def rests(fixed: jax.Array, x: jax.Array, u: jax.Array) -> jax.Array:
-            return jnp.all(fixed | (jnp.abs(u) <= _ROUNDINGS * eps * jnp.maximum(jnp.abs(x), jnp.abs(x + u))))
-
-        def free(g: jax.Array, x: jax.Array, u: jax.Array, o: jax.Array) -> jax.Array:
-            return jnp.any(moves(x, u) | moves(x, o)) | ~jnp.any(g != 0)
-
-        stays = jax.tree.leaves(jax.tree.map(rests, held, params, still))
-        movable = jax.tree.leaves(jax.tree.map(free, beyond, params, follows, opposes))
-        return Held(held, decay, known & jnp.all(jnp.stack(stays)) & jnp.all(jnp.stack(movable)))
+        return held_by(update, params, gradient)
 
     def _residual_of(self, like: Params) -> ResidualOf | None:
         """What vanishes where the optimiser rests; None where that is the gradient."""
+        walls = self.walls
+        if walls is not None:
+            # A proximal step of length 1, so that it is the gradient where there is no wall.
+            return lambda at, gradient: tree.subtract(at, walls.prox(tree.subtract(at, gradient), 1.0))
         if self.held_at(like, like) is None:
             return None
 
@@ -174,29 +162,6 @@ class OptaxDescent(InnerSolver):
             return tree.where(held.known, held.residual(params, gradient), gradient)
 
         return residual
-
-    def _decay(self, params: Params, update: Callable[[Params, Params], Params]) -> tuple[Params, jax.Array]:
-        """Factors of weight decay, and whether updates are linear in the gradient where there are any."""
-        ones, nothing = jax.tree.map(jnp.ones_like, params), tree.zeros_like(params)
-        # Small beside the parameters, so that no bound is met on the way.
-        unit = 0.1
-        gradients = [tree.scale(k * unit, ones) for k in (0.0, 1.0, 2.0)]
-        none, single, double, here = _all_at_once(update, [*gradients, nothing], [ones] * 3 + [params])
-        eps = tree.coarsest_eps(tree.float_dtype(params), params)
-        drift = jax.tree.map(lambda x, u: jnp.any(jnp.abs(u) > 4 * eps * jnp.abs(x)), params, here)
-        decays = jnp.any(jnp.stack(jax.tree.leaves(drift)))
-
-        def factor(without: jax.Array, of_one: jax.Array) -> jax.Array:
-            rate = jnp.real(without - of_one) / unit
-            found = -jnp.real(without) / jnp.where(rate > 0, rate, jnp.inf)
-            return jnp.where(decays & (without != 0), found, jnp.zeros_like(found))
-
-        def linear(without: jax.Array, of_one: jax.Array, of_two: jax.Array) -> jax.Array:
-            curved = jnp.abs(of_two - 2 * of_one + without) > _LINEAR * jnp.abs(of_one - without)
-            return ~jnp.any((without != 0) & (curved | (of_one == without)))
-
-        checks = jax.tree.leaves(jax.tree.map(linear, none, single, double))
-        return jax.tree.map(factor, none, single), jnp.all(jnp.stack(checks)) | ~decays
 
     def _first_update(self, like: Params) -> Callable[..., Params]:
         """`(gradient, params, loss) -> updates` of an optimiser that begins at `params`; the loss is 0 by default."""
@@ -372,9 +337,3 @@ class OptaxDescent(InnerSolver):
             optimizer, losses, start, tol=tol, max_steps=max_steps, group=stop.group,
             residual_of=self._residual_of(start.params),
         )  # fmt: skip
-
-
-def _all_at_once(update: Callable[..., Params], gradients: list[Params], params: list[Params]) -> list[Params]:
-    """The update of each pair, from one copy of the optimiser in the program."""
-    stacked = [jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for trees in (gradients, params)]
-    return tree.unstack(jax.vmap(update)(*stacked), len(params))

@@ -51,8 +51,8 @@ class Penalty(abc.ABC):
     def unfelt(self, params: Params, meta_params: MetaParams) -> Any:
         """A number that changes along a way on which the proximal step ends at the same point; None for no such number.
 
-        Only needed where such ways are not parallel, as at the surface of a ball: without it the way is a direction of
-        no curvature, which estimators cannot tell from one of little.
+        Needed where such a way is not one entry alone, as at the surface of a ball or a simplex: without it the way is
+        a direction of no curvature, which estimators cannot tell from one of little.
 
         Args:
           params: from where the step is taken.

@@ -218,6 +218,17 @@ class _Simplex(Penalty):
 
     def prox(self, params: Params, meta_params: MetaParams, step: Any) -> Params:
         flat, unravel = ravel_pytree(params)
+        kept, taken = self._taken(flat, meta_params)
+        projected: Params = unravel(jnp.where(kept, flat - taken, 0))
+        return projected
+
+    def unfelt(self, params: Params, meta_params: MetaParams) -> Any:
+        """The length of what the projection takes from the entries that stay."""
+        kept, taken = self._taken(ravel_pytree(params)[0], meta_params)
+        return taken * jnp.sqrt(jnp.sum(kept).astype(taken.dtype))
+
+    def _taken(self, flat: jax.Array, meta_params: MetaParams) -> tuple[jax.Array, jax.Array]:
+        """Which entries stay, and what is taken from each of them."""
         total = jnp.asarray(self.total.at(meta_params), flat.dtype)
         # How many of the largest entries stay, and what is taken from each of them. Not `optax.projections`, whose
         # derivative fails in float32 where float64 is switched on (optax 0.2.8).
@@ -226,9 +237,7 @@ class _Simplex(Penalty):
         stays = sorted_down * number > jnp.cumsum(sorted_down) - total
         least = jnp.min(jnp.where(stays, sorted_down, jnp.inf))
         kept = flat >= least
-        taken = (jnp.sum(jnp.where(kept, flat, 0)) - total) / jnp.sum(kept)
-        projected: Params = unravel(jnp.where(kept, flat - taken, 0))
-        return projected
+        return kept, (jnp.sum(jnp.where(kept, flat, 0)) - total) / jnp.sum(kept).astype(flat.dtype)
 
     def value(self, params: Params, meta_params: MetaParams) -> Any:
         return jnp.zeros((), tree.float_dtype(params))
