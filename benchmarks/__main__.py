@@ -1,12 +1,13 @@
-"""The command line: `python -m benchmarks` runs the main job; `list`, `run NAME` and `report` do parts of it."""
+"""The command line: `python -m benchmarks` runs the main job; `list`, `run NAME`, `data NAME`, `report`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import datasets, report
 from benchmarks.data import DATA_VARIABLE, DataMissingError
+from benchmarks.download import DownloadError
 from benchmarks.harness import COMMITTED_RECORDS, DEFAULT_RECORDS, PICTURES, Progress, Session
 from benchmarks.registry import BENCHMARKS, Benchmark
 from benchmarks.trust_cases import HALVES
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "report":
         return report.report(options.records or COMMITTED_RECORDS, PICTURES, check=options.check)
+    if options.command == "data":
+        return _download(options.names)
     if options.command == "run":
         if options.name not in (*BENCHMARKS, ALL):
             parser.error(f"there is no benchmark {options.name!r}; known are: {', '.join([*BENCHMARKS, ALL])}")
@@ -54,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--x64", action=argparse.BooleanOptionalAction, default=None, help="float64 or float32")
     run.add_argument("--records", type=Path, default=None, help=f"folder to append records to ({DEFAULT_RECORDS})")
     run.add_argument("--data", type=Path, default=None, help=f"folder with other data (or ${DATA_VARIABLE})")
+    get = commands.add_parser("data", help="download data sets from their public homes into the cache")
+    get.add_argument("names", metavar="NAME", nargs="+", choices=datasets.SETS, help=", ".join(datasets.SETS))
     remake = commands.add_parser("report", help="remake tables, pictures and the README's numbers from records")
     remake.add_argument("--records", type=Path, default=None, help="folder to read (default: the committed ones)")
     remake.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
@@ -64,6 +69,16 @@ def _list(*, names_only: bool) -> None:
     width = max(map(len, BENCHMARKS))
     for name, benchmark in BENCHMARKS.items():
         print(name if names_only else f"{name.ljust(width)}  {benchmark.about}")
+
+
+def _download(names: Sequence[str]) -> int:
+    try:
+        for name in names:
+            print(datasets.get(name))
+    except DownloadError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def _run(chosen: Sequence[Benchmark], options: argparse.Namespace) -> int:
