@@ -70,6 +70,14 @@ def omniglot(folder: Path | None) -> npt.NDArray[np.float32]:
     return images
 
 
+def load_omniglot(
+    folder: Path | None,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """The drawings as bytes, the alphabet of each character, and whether it is one for evaluation."""
+    with np.load(find_file("omniglot28_u8.npz", folder, _DOWNLOAD.format("omniglot"))) as arrays:
+        return arrays["images"], arrays["char_alphabet"].astype(np.int64), arrays["char_split"] == 1
+
+
 def mnist(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split:
     """Handwritten digits of 28 x 28 pixels, grey values from 0 to 1, in 10 classes: of the 60,000 training images."""
     with np.load(find_file("mnist.npz", folder, _DOWNLOAD.format("mnist"))) as arrays:

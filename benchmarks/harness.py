@@ -33,6 +33,7 @@ PACKAGE_FOLDER = Path(__file__).resolve().parent
 COMMITTED_RECORDS = PACKAGE_FOLDER / "results"
 PICTURES = Path("results")
 DEFAULT_RECORDS = PICTURES / "records"
+_QUIET = 10.0  # seconds between lines on a stage that tells of every step
 
 
 @contextlib.contextmanager
@@ -53,6 +54,7 @@ class Progress:
         self._start = time.perf_counter()
         self._live: Any = None
         self._task: Any = None
+        self._told = 0.0
 
     def __enter__(self) -> Self:
         """Start the live line where there is a terminal and rich."""
@@ -99,6 +101,14 @@ class Progress:
             self._say(f"  {what}")
         elif self._task is not None:
             self._live.update(self._task, description=what, advance=1)
+
+    def tell(self, what: str, fraction: float) -> None:
+        """So far has a stage of 100 steps come; outside of a terminal a line every ten seconds."""
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, description=what, completed=round(100 * fraction))
+        elif self.seconds - self._told > _QUIET:
+            self._told = self.seconds
+            self._say(f"  {what}")
 
     def _say(self, what: str) -> None:
         print(f"[{self.seconds:6.1f} s] {what}", file=sys.stderr, flush=True)
