@@ -41,13 +41,26 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare meta-gradient estimators on real data. Without a command: the main job, in about "
         "six to eight minutes on two cores.",
     )
-    parser.set_defaults(seed=0, seeds=None, cases=None, half=None, x64=None, smoke=False, records=None, data=None)
+    parser.set_defaults(
+        seed=0,
+        seeds=None,
+        cases=None,
+        half=None,
+        x64=None,
+        smoke=False,
+        full=False,
+        seconds=None,
+        records=None,
+        data=None,
+    )
     commands = parser.add_subparsers(dest="command", title="commands")
     listing = commands.add_parser("list", help="the benchmarks and what they show")
     listing.add_argument("--names", action="store_true", help="names only, one a line")
     run = commands.add_parser("run", help="run one benchmark")
     run.add_argument("name", metavar="NAME", help="one of: " + ", ".join([*BENCHMARKS, ALL]))
     run.add_argument("--smoke", action="store_true", help="small sizes that only show that it runs")
+    run.add_argument("--full", action="store_true", help="the sizes of the papers, for a GPU (experiments)")
+    run.add_argument("--seconds", type=float, default=None, help="of training, each method and seed (experiments)")
     run.add_argument("--seed", type=int, default=0, help="of data splits and initialisations (default 0)")
     run.add_argument("--seeds", type=int, default=None, help="how many, where a benchmark takes several (speed, trust)")
     run.add_argument(
@@ -97,6 +110,8 @@ def _run(chosen: Sequence[Benchmark], options: argparse.Namespace) -> int:
                 num_seeds=options.seeds,
                 cases=tuple(options.cases.split(",")) if options.cases else (),
                 half=options.half,
+                full=options.full,
+                seconds=options.seconds,
             )
             try:
                 benchmark.run(session)

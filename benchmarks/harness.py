@@ -130,6 +130,8 @@ class Session:
       num_seeds: given by `--seeds`; None for the benchmark's own number.
       cases: names given by `--cases`; empty for all.
       half: given by `--half`; None for both.
+      full: the sizes of the papers, given by `--full`.
+      seconds: a budget of training, given by `--seconds`; None for the benchmark's own.
     """
 
     benchmark: str
@@ -142,6 +144,8 @@ class Session:
     num_seeds: int | None = None
     cases: tuple[str, ...] = ()
     half: str | None = None
+    full: bool = False
+    seconds: float | None = None
     records: list[Record] = dataclasses.field(default_factory=list)
     run: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:12])
     date: str = dataclasses.field(

@@ -100,24 +100,24 @@ class Trained(NamedTuple):
 def outer_step(
     problem: cm.BilevelProblem,
     estimator: cm.MetaGradientEstimator,
-    sample: Callable[[jax.Array], Any],
+    sample: Callable[[jax.Array, Any], Any],
     rate: Callable[[jax.Array], jax.Array],
     transformation: optax.GradientTransformation,
-) -> Callable[[State, jax.Array, jax.Array], tuple[State, Told]]:
+) -> Callable[[State, jax.Array, jax.Array, Any], tuple[State, Told]]:
     """An outer step: sample tasks, estimate, update. A meta-gradient that is not finite changes nothing.
 
     Args:
       problem: of one task.
       estimator: any.
-      sample: `key -> tasks`.
+      sample: `(key, data) -> tasks`.
       rate: of learning, from the fraction of the budget that is spent.
       transformation: of the meta-gradient, such as `optax.scale_by_adam()`; the rate comes after it.
     """
     value_and_grad = cm.value_and_meta_grad(problem, estimator, has_aux=True)
 
-    def step(state: State, key: jax.Array, fraction: jax.Array) -> tuple[State, Told]:
+    def step(state: State, key: jax.Array, fraction: jax.Array, data: Any) -> tuple[State, Told]:
         of_tasks, of_estimator = jax.random.split(key)
-        (value, told), grad = value_and_grad(state.meta_params, sample(of_tasks), key=of_estimator)
+        (value, told), grad = value_and_grad(state.meta_params, sample(of_tasks, data), key=of_estimator)
         direction, memory = transformation.update(grad, state.optimizer, state.meta_params)
         updates = jax.tree.map(lambda u: -rate(fraction) * u, direction)
         moved = State(optax.apply_updates(state.meta_params, updates), memory)
@@ -128,11 +128,16 @@ def outer_step(
     return step
 
 
-def compiled(step: Callable[..., Any], state: State, clock: Callable[[], float] = time.perf_counter) -> Program:
-    """The step compiled for a state of this structure."""
+def compiled(
+    step: Callable[..., Any], state: State, data: Any = (), clock: Callable[[], float] = time.perf_counter
+) -> Program:
+    """The step `(state, key, fraction, data) -> (state, told)` compiled for a state of this structure, and its data.
+
+    What tasks are sampled from is an argument, not a constant of the program: that would take long to compile.
+    """
     begin = clock()
-    call = jax.jit(step).lower(state, jax.random.key(0), jnp.float32(0)).compile()
-    return Program(call, clock() - begin)
+    call = jax.jit(step).lower(state, jax.random.key(0), jnp.float32(0), data).compile()
+    return Program(lambda state, key, fraction: call(state, key, fraction, data), clock() - begin)
 
 
 def train(

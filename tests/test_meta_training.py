@@ -29,9 +29,9 @@ PROBLEM = cm.BilevelProblem(
 )
 
 
-def sample(key: jax.Array) -> jax.Array:
+def sample(key: jax.Array, centre: jax.Array) -> jax.Array:
     """Tasks are numbers around a centre: w = (task + anchor) / 2, so the best anchor is the centre."""
-    return CENTRE + 0.1 * jax.random.normal(key, (4, 3))
+    return centre + 0.1 * jax.random.normal(key, (4, 3))
 
 
 def program(rate: float = 0.3) -> tuple[Program, State]:
@@ -40,7 +40,7 @@ def program(rate: float = 0.3) -> tuple[Program, State]:
     transformation = optax.scale_by_adam()
     state = State(jnp.zeros(3), transformation.init(jnp.zeros(3)))
     step = outer_step(PROBLEM, estimator, sample, lambda fraction: rate * (1 - fraction), transformation)
-    return compiled(step, state), state
+    return compiled(step, state, jnp.array(CENTRE)), state
 
 
 def run(folder: Path, steps: int, **options: Any) -> Any:
@@ -125,7 +125,7 @@ def test_what_diverges_ends_with_its_reason_and_finite_parameters() -> None:
         trained = train(step, state, KEY, Budget(steps=400), progress, "away")
     assert "diverged: mean outer loss" in trained.stopped and len(trained.outer_losses) < 400
 
-    def breaks(state: State, key: jax.Array, fraction: jax.Array) -> tuple[State, Told]:
+    def breaks(state: State, key: jax.Array, fraction: jax.Array, data: Any) -> tuple[State, Told]:
         at = state.meta_params + 1
         told = Told(jnp.where(at > 3, jnp.nan, 1.0), jnp.zeros(2, jnp.int32), jnp.ones(2, jnp.int32))
         return State(jnp.where(at > 3, state.meta_params, at), ()), told
@@ -144,9 +144,9 @@ def test_a_meta_gradient_that_is_not_finite_changes_nothing() -> None:
         lambda theta, task: jnp.zeros(()),
     )
     estimator = cm.BackpropThroughLearning(cm.OptaxDescent(optax.sgd(0.5), num_steps=2))
-    step = outer_step(problem, estimator, lambda key: jnp.array([1.0, jnp.inf]), lambda f: f * 0 + 1, optax.identity())
+    step = outer_step(problem, estimator, lambda key, data: data, lambda f: f * 0 + 1, optax.identity())
     state = State(jnp.array(2.0), ())
-    after, told = jax.jit(step)(state, KEY, jnp.float32(0))
+    after, told = jax.jit(step)(state, KEY, jnp.float32(0), jnp.array([1.0, jnp.inf]))
     assert float(after.meta_params) == 2 and not np.isfinite(told.outer_loss)
 
 

@@ -21,6 +21,8 @@ class Layer(NamedTuple):
 
 # Calibrated on held-out background alphabets, one seed: .94 there by the fast head in 240 s of one CPU.
 LAYERS = Layer(6, 4, 32), Layer(3, 2, 64), Layer(3, 2, 64)
+# As the paper's public code has them for Omniglot: four blocks of stride 2, here normalised image by image.
+PAPER = (Layer(3, 2, 64),) * 4
 SMALL = Layer(8, 8, 8), Layer(3, 2, 8)
 
 
@@ -88,5 +90,6 @@ def _patches(x: jax.Array, layer: Layer) -> jax.Array:
     before = max((places - 1) * stride + reach - side, 0) // 2
     padded = jnp.pad(x, [*[(0, 0)] * (x.ndim - 3), (before, reach), (before, reach), (0, 0)])
     last = (places - 1) * stride + 1
-    seen = [padded[..., i : i + last : stride, j : j + last : stride, :] for i in range(reach) for j in range(reach)]
-    return jnp.concatenate(seen, axis=-1)
+    # Rows, then columns: 2 x reach slices in place of reach^2, which take three times as long to compile.
+    rows = jnp.concatenate([padded[..., i : i + last : stride, :, :] for i in range(reach)], axis=-1)
+    return jnp.concatenate([rows[..., j : j + last : stride, :] for j in range(reach)], axis=-1)
