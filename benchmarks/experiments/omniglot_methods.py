@@ -21,9 +21,9 @@ from benchmarks.experiments.omniglot_network import (
 from benchmarks.experiments.omniglot_tasks import Shape
 from contrastive_meta.problems import SplitData
 
-HEAD, ANIL, ANIL_RIDGE = "fast head, contrast", "ANIL", "ANIL, ridge head at test"
-ANCHOR, IMAML, MAML, FOMAML, REPTILE = "anchor, contrast", "iMAML, CG", "MAML", "FOMAML", "Reptile"
-UNTRAINED, PIXELS = "untrained body", "pixels, nearest neighbour"
+HEAD, ANIL, ANIL_RIDGE = "fast head by contrast", "ANIL", "ANIL with ridge head"
+ANCHOR, IMAML, MAML, FOMAML, REPTILE = "anchor by contrast", "iMAML with CG", "MAML", "FOMAML", "Reptile"
+UNTRAINED, PIXELS = "untrained body", "nearest pixels"
 HEADS = (HEAD, ANIL)
 ALL_WEIGHTS = (ANCHOR, IMAML, MAML, FOMAML, REPTILE)
 
