@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import beta_curves, estimators, loops, plasticity, scaling_steps, speed, speed_scaling, trust, tuning
-from benchmarks.experiments import omniglot
+from benchmarks.experiments import analysis, omniglot
 from benchmarks.harness import Record, Session
 
 
@@ -48,6 +48,7 @@ BENCHMARKS = {
         Benchmark(tuning.NAME, tuning.ABOUT, tuning.run, tuning.show, tuning.draw, main_job=False),
         Benchmark(loops.NAME, loops.ABOUT, loops.run, loops.show, loops.draw, main_job=False),
         Benchmark(plasticity.NAME, plasticity.ABOUT, plasticity.run, plasticity.show, plasticity.draw, main_job=False),
+        Benchmark(analysis.NAME, analysis.ABOUT, analysis.run, analysis.show, main_job=False),
         Benchmark(omniglot.NAME, omniglot.ABOUT, omniglot.run, omniglot.show, main_job=False),
     )
 }

@@ -138,16 +138,13 @@ def _bare(meta_params: Any, tasks: SplitData, layers: tuple[Layer, ...], num_ste
             end = descend(lambda p: nudged(p, zs, beta), free)
             return jax.grad(nudged, 1)(end, zs, beta)
 
-        both = jax.vmap(phase)(_BETAS)
+        both = jax.vmap(phase)(jnp.array([HEAD_BETA, -HEAD_BETA]))
         return outer(free, zs[1], y_val), jax.tree.map(lambda g: (g[0] - g[1]) / (2 * HEAD_BETA), both)
 
     zs, pull = jax.vjp(seen, meta_params)
     values, in_features = jax.vmap(one)(zs, tasks.y_train, tasks.y_val)
     (grad,) = pull(jax.tree.map(lambda g: g / len(values), in_features))
     return jnp.mean(values), grad
-
-
-_BETAS = np.array([HEAD_BETA, -HEAD_BETA], np.float32)
 
 
 def _each(batch: Any) -> list[Any]:
