@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks import datasets, report
 from benchmarks.data import DATA_VARIABLE, DataMissingError
 from benchmarks.download import DownloadError
-from benchmarks.harness import COMMITTED_RECORDS, DEFAULT_RECORDS, PICTURES, Progress, Session
+from benchmarks.harness import COMMITTED_RECORDS, DEFAULT_RECORDS, PICTURES, Progress, Session, compiling_cheaply
 from benchmarks.registry import BENCHMARKS, Benchmark
 from benchmarks.trust_cases import HALVES
 
@@ -97,7 +97,7 @@ def _download(names: Sequence[str]) -> int:
 def _run(chosen: Sequence[Benchmark], options: argparse.Namespace) -> int:
     folder: Path = options.records or DEFAULT_RECORDS
     pictures: list[Path] = []
-    with Progress() as progress:
+    with Progress() as progress, compiling_cheaply(options.smoke):
         for benchmark in chosen:
             session = Session(
                 benchmark.name,

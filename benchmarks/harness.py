@@ -47,6 +47,17 @@ def precision(x64: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def compiling_cheaply(wanted: bool) -> Iterator[None]:
+    """Compile without most optimisations, in a fraction of the time: for smoke runs, whose times mean nothing."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", wanted or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 class Progress:
     """What is going on, on stderr: a live line in a terminal, plain lines elsewhere."""
 
