@@ -77,6 +77,12 @@ class Snapshot(NamedTuple):
     meta_params: Any
 
 
+def within(snapshots: Sequence[Snapshot], *, seconds: float = math.inf, num_gradients: float = math.inf) -> Snapshot:
+    """The last snapshot that took no more than this; the first of all where none did."""
+    kept = [s for s in snapshots if s.seconds <= seconds and s.num_gradients <= num_gradients]
+    return kept[-1] if kept else snapshots[0]
+
+
 class Trained(NamedTuple):
     """What came of meta-training.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import beta_curves, estimators, loops, plasticity, scaling_steps, speed, speed_scaling, trust, tuning
-from benchmarks.experiments import analysis, omniglot
+from benchmarks.experiments import analysis, omniglot, sinusoids
 from benchmarks.harness import Record, Session
 
 
@@ -50,5 +50,6 @@ BENCHMARKS = {
         Benchmark(plasticity.NAME, plasticity.ABOUT, plasticity.run, plasticity.show, plasticity.draw, main_job=False),
         Benchmark(analysis.NAME, analysis.ABOUT, analysis.run, analysis.show, main_job=False),
         Benchmark(omniglot.NAME, omniglot.ABOUT, omniglot.run, omniglot.show, main_job=False),
+        Benchmark(sinusoids.NAME, sinusoids.ABOUT, sinusoids.run, sinusoids.show, main_job=False),
     )
 }

@@ -11,9 +11,10 @@ import numpy as np
 import contrastive_meta as cm
 from benchmarks import scaling_steps
 from benchmarks.experiments.analysis_problems import Analysed, build, contrast, descend, minimum
+from benchmarks.experiments.claims import Claim, claim, show_claims
 from benchmarks.harness import Record, Session, Vector, cosine, precision, relative_error
 from benchmarks.methods import BACKPROP, CONTRASTIVE, IMPLICIT_CG, TWICE
-from benchmarks.tables import decimals, lay_out, scientific, seeds_of
+from benchmarks.tables import lay_out, scientific, seeds_of
 
 NAME = "analysis"
 ABOUT = (
@@ -61,8 +62,8 @@ def run(session: Session) -> None:
                         measure(here, analysed)
     if "memory" in (session.cases or ("memory",)):
         _memory(session)
-    for claim in claims(session.records):
-        session.record(x64=True, kind="claim", case="claims", **claim)
+    for told in claims(session.records):
+        session.record(x64=True, kind="claim", case="claims", **told)
 
 
 def _beta(session: Session, analysed: Analysed) -> None:
@@ -196,14 +197,14 @@ def _memory(session: Session) -> None:
     scaling_steps.measure(session, lengths, methods, kind="memory")
 
 
-def claims(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+def claims(records: Sequence[Record]) -> Iterator[Claim]:
     """Each claim, the mean over seeds and its spread: held where the mean is within its limits."""
     for case, scheme in dict.fromkeys((r["case"], r["scheme"]) for r in records if r["kind"] == "beta"):
         rows = [r for r in records if r["kind"] == "beta" and (r["case"], r["scheme"]) == (case, scheme)]
         order, slack = _ORDERS[scheme]
         yield _near(f"{case}, {scheme}: slope of the error in beta", [r["slope"] for r in rows], order, slack)
         values = [r["cosine"] for r in rows]
-        yield _claim(f"{case}, {scheme}: cosine at beta = .01 is above .999", values, _COSINE, min(values) > _COSINE)
+        yield claim(f"{case}, {scheme}: cosine at beta = .01 is above .999", values, _COSINE, min(values) > _COSINE)
     for case, scheme in dict.fromkeys((r["case"], r["scheme"]) for r in records if r["kind"] == "residual"):
         rows = [r for r in records if r["kind"] == "residual" and (r["case"], r["scheme"]) == (case, scheme)]
         for which, aim in zip(("beta", "error"), _EXPONENTS[scheme], strict=True):
@@ -214,30 +215,25 @@ def claims(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
         for case, scheme in dict.fromkeys((r["case"], r["scheme"]) for r in records if r["kind"] == kind):
             values = [r["below"] for r in records if r["kind"] == kind and (r["case"], r["scheme"]) == (case, scheme)]
             text = f"{case}, {scheme}: errors are below the fitted bound, against {kind}"
-            yield _claim(text, values, 1.0, min(values) == 1.0)
+            yield claim(text, values, 1.0, min(values) == 1.0)
     for name, most in ((CONTRASTIVE, True), (TWICE, True), (BACKPROP, False)):
         sizes = sorted((r["num_steps"], r["temp_bytes"]) for r in records if _measured(r) and r["method"] == name)
         if len(sizes) > 1:
             grown = sizes[-1][1] / sizes[0][1]
             longer = sizes[-1][0] / sizes[0][0]
             if most:
-                yield _claim(f"memory of {name} is the same for all numbers of steps", [grown], 1.0, grown <= 1.05)
+                yield claim(f"memory of {name} is the same for all numbers of steps", [grown], 1.0, grown <= 1.05)
             else:
                 text = f"memory of {name} grows with the steps, at least half as fast"
-                yield _claim(text, [grown], longer / 2, grown >= longer / 2)
+                yield claim(text, [grown], longer / 2, grown >= longer / 2)
 
 
 def _measured(record: Record) -> bool:
     return record["kind"] == "memory" and bool(record.get("temp_bytes"))
 
 
-def _near(text: str, values: Sequence[float], aim: float, slack: float) -> dict[str, Any]:
-    return _claim(f"{text} is {aim:.2f} +- {slack:g}", values, aim, abs(float(np.mean(values)) - aim) <= slack)
-
-
-def _claim(text: str, values: Sequence[float], aim: float, held: bool) -> dict[str, Any]:
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"claim": text, "measured": float(np.mean(values)), "spread": spread, "aim": aim, "held": bool(held)}
+def _near(text: str, values: Sequence[float], aim: float, slack: float) -> Claim:
+    return claim(f"{text} is {aim:.2f} +- {slack:g}", values, aim, abs(float(np.mean(values)) - aim) <= slack)
 
 
 def _slope(x: Sequence[float] | Vector, y: Sequence[float] | Vector) -> float:
@@ -262,16 +258,4 @@ def show(records: Sequence[Record]) -> str:
     memory = [row for row in records if row["kind"] == "memory"]
     if memory:
         blocks.append(scaling_steps.show(memory))
-    told = [row for row in records if row["kind"] == "claim"]
-    if told:
-        rows = [
-            [
-                row["claim"], decimals(row["measured"], 4), decimals(row["spread"], 4), f"{row['aim']:.4g}",
-                "yes" if row["held"] else "NO",
-            ]
-            for row in told
-        ]  # fmt: skip
-        table = lay_out(["claim", "mean", "spread", "aim", "held"], rows)
-        held = sum(row["held"] for row in told)
-        blocks.append(f"{table}\n\n{held} of {len(told)} claims hold.")
-    return "\n\n\n".join(blocks)
+    return "\n\n\n".join([*blocks, show_claims(records)]).rstrip()

@@ -30,7 +30,7 @@ from benchmarks.experiments.omniglot_methods import (
 from benchmarks.experiments.omniglot_network import LAYERS, PAPER, SMALL, Layer, init_body
 from benchmarks.experiments.omniglot_tasks import Shape, Splits, load, sample_tasks
 from benchmarks.harness import Session, precision
-from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, outer_step, train
+from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, outer_step, train, within
 
 NAME = "omniglot"
 ABOUT = (
@@ -182,7 +182,7 @@ class _Experiment:
 
     def _record(self, name: str, seed: int, trained: Trained, fewest: int) -> None:
         method, last = self.methods[name], trained.snapshots[-1]
-        equal = next(s for s in reversed(trained.snapshots) if s.num_gradients <= fewest or s is trained.snapshots[0])
+        equal = within(trained.snapshots, num_gradients=fewest)
         judges = {name: method.judge}
         if name == ANIL:
             judges[ANIL_RIDGE] = ridge_judge(self.sizes.layers, self.shape.ways)
