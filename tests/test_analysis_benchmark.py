@@ -83,7 +83,7 @@ def test_a_claim_that_fails_is_said() -> None:
     assert [claim["held"] for claim in held] == [True, True]
     missed = list(analysis.claims([row(1.4, 0), row(1.2, 1)]))
     assert missed[0]["held"] is False and missed[0]["measured"] == pytest.approx(1.3)
-    text = analysis.show([{**claim, "kind": "claim", "seed": 0} for claim in missed])
+    text = analysis.show([row(1.4, 0), row(1.2, 1)])
     assert "NO" in text and "1 of 2 claims" in text
 
 

@@ -191,7 +191,7 @@ def test_a_difference_holds_beyond_its_spread_only() -> None:
     assert told[f"5-way 1-shot: {HEAD} is at least 0.93"]["held"] is True
     assert told[f"5-way 1-shot: {ANCHOR} is above {REPTILE} at equal time"]["held"] is None
     assert told[f"5-way 1-shot: statuses of {HEAD} pass in 95 % of the tasks"]["held"] is False
-    text = omniglot_tables.show([*rows, *({**claim, "kind": "claim", "seed": 0} for claim in told.values())])
+    text = omniglot_tables.show(rows)
     assert "0.940 +- 0.010" in text and "NO" in text
 
 

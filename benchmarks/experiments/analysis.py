@@ -258,4 +258,4 @@ def show(records: Sequence[Record]) -> str:
     memory = [row for row in records if row["kind"] == "memory"]
     if memory:
         blocks.append(scaling_steps.show(memory))
-    return "\n\n\n".join([*blocks, show_claims(records)]).rstrip()
+    return "\n\n\n".join([*blocks, show_claims([*claims(records)])]).rstrip()

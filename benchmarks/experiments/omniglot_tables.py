@@ -63,7 +63,7 @@ def show(records: Sequence[Record]) -> str:
         blocks.append("\n".join([f"{shape} [{here[0]['data']}, {seeds_of(here)}]", "", _accuracies(here)]))
         stopped = [f"{r['case']}, seed {r['seed']}: {r['stopped']}" for r in here if r["stopped"]]
         blocks += [wrap(text) for text in stopped]
-    return "\n\n".join([*blocks, show_claims(records)]).rstrip()
+    return "\n\n".join([*blocks, show_claims([*claims(records)])]).rstrip()
 
 
 def _accuracies(records: Sequence[Record]) -> str:

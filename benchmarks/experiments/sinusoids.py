@@ -214,7 +214,7 @@ def show(records: Sequence[Record]) -> str:
         rows.append([name, _mean(of, "error"), span, *means, f"{seconds:.0f}", step, passed])
     title = f"Mean squared error on new sinusoids of 10 points [{seeds_of(here)}]"
     stopped = [wrap(f"{r['case']}, seed {r['seed']}: {r['stopped']}") for r in here if r["stopped"]]
-    return "\n\n".join([title, lay_out(header, rows, left=(0,)), *stopped, show_claims(records)]).rstrip()
+    return "\n\n".join([title, lay_out(header, rows, left=(0,)), *stopped, show_claims([*claims(records)])]).rstrip()
 
 
 def _mean(records: Sequence[Record], field: str) -> str:
