@@ -27,7 +27,7 @@ def at_most(text: str, values: Sequence[float], aim: float) -> Claim:
     return claim(text, values, aim, bool(np.mean(values) <= aim) if len(values) else None)
 
 
-def above(text: str, firsts: Mapping[int, float], seconds: Mapping[int, float]) -> Claim:
+def above(text: str, firsts: Mapping[Any, float], seconds: Mapping[Any, float]) -> Claim:
     """The mean difference, seed by seed, is above its standard deviation over seeds; one seed decides nothing.
 
     Args:

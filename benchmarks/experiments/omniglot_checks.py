@@ -14,6 +14,7 @@ import contrastive_meta as cm
 from benchmarks.experiments.omniglot_methods import (
     HEAD_BETA,
     HEAD_MOMENTUM,
+    HEAD_NUDGE,
     HEAD_RATE,
     RIDGE,
     Method,
@@ -48,7 +49,7 @@ def gradients(meta_params: Any, layers: tuple[Layer, ...], ways: int, tasks: Spl
         compared = {
             "default": cm.Contrastive(cm.LBFGS()),
             **{
-                f"{n} + {n} steps": published(head_learner(n), head_learner(n), HEAD_BETA, cm.LossNudge())
+                f"{n} + {n} steps": published(head_learner(n), head_learner(n), HEAD_BETA, HEAD_NUDGE)
                 for n in (num_steps, 2 * num_steps, 4 * num_steps)
             },
         }

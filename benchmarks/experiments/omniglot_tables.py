@@ -1,6 +1,7 @@
 """What the records on Omniglot come to: a table of accuracies, and for each claim whether it holds."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,8 +52,11 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
             yield at_most("a step of the package over the bare contrast", [record["ratio"]], _OVERHEAD_AIM)
 
 
-def _of(records: Sequence[Record], name: str, column: str) -> dict[int, float]:
-    return {r["seed"]: r[column] for r in records if r["case"] == name}
+def _of(records: Sequence[Record], name: str, column: str) -> dict[Any, float]:
+    """By seed; at equal gradients by their number as well, which only runs that were made together share."""
+    key = "seed" if column != "accuracy_at_equal_gradients" else "equal"
+    rows = [{**r, "equal": (r["seed"], r.get("fewest_gradients"))} for r in records if r["case"] == name]
+    return {row[key]: row[column] for row in rows}
 
 
 def show(records: Sequence[Record]) -> str:
