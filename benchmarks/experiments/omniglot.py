@@ -75,7 +75,8 @@ SMOKE = Sizes(
     Budget(steps=2), Budget(steps=2), 1, 10, Steps(3, 2, 2, Shape(4, 1, 1), 2, Shape(3, 1, 1), 2), SMALL,
     (Shape(3, 1, 2),), 2,
 )  # fmt: skip
-# As published (Zucchet et al., 2022, and its public code): 30 x 125 outer steps, 200 free and 100 nudged ones.
+# Sizes as published (Zucchet et al., 2022, and its public code): 30 x 125 outer steps, 200 free and 100 nudged ones, 64
+# channels. Strengths and rates are those of the default; its strength of the anchor was 0.5 with one shot, less with 5.
 _PAPER_STEPS = Steps(200, 200, 100, Shape(10, 1, 5), 32, Shape(5, 1, 15), 32)
 FULL = Sizes(
     Budget(steps=3750), Budget(steps=3750), 3, 300, _PAPER_STEPS, PAPER,

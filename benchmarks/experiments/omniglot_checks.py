@@ -129,18 +129,19 @@ def _bare(meta_params: Any, tasks: SplitData, layers: tuple[Layer, ...], num_ste
         return jax.lax.scan(step, (params, jax.tree.map(jnp.zeros_like, params)), None, num_steps)[0][0]
 
     def one(zs: tuple[jax.Array, jax.Array], y: jax.Array, y_val: jax.Array) -> tuple[jax.Array, Any]:
-        def nudged(p: Any, zs: tuple[jax.Array, jax.Array], beta: jax.Array) -> jax.Array:
-            return inner(p, zs[0], y) + beta * outer(p, zs[1], y_val)
-
         start = {"kernel": jnp.zeros((zs[0].shape[-1], ways)), "bias": jnp.zeros(ways)}
         free = descend(lambda p: inner(p, zs[0], y), start)
+        value, (pulled, direct) = jax.value_and_grad(outer, (0, 1))(free, zs[1], y_val)
 
-        def phase(beta: jax.Array) -> Any:
-            end = descend(lambda p: nudged(p, zs, beta), free)
-            return jax.grad(nudged, 1)(end, zs, beta)
+        def phase(beta: jax.Array) -> jax.Array:
+            def nudged(p: Any) -> jax.Array:
+                products = jax.tree.map(lambda v, x: jnp.sum(v * x), pulled, p)
+                return inner(p, zs[0], y) + beta * sum(jax.tree.leaves(products))
+
+            return jax.grad(inner, 1)(descend(nudged, free), zs[0], y)
 
         both = jax.vmap(phase)(jnp.array([HEAD_BETA, -HEAD_BETA]))
-        return outer(free, zs[1], y_val), jax.tree.map(lambda g: (g[0] - g[1]) / (2 * HEAD_BETA), both)
+        return value, ((both[0] - both[1]) / (2 * HEAD_BETA), direct)
 
     zs, pull = jax.vjp(seen, meta_params)
     values, in_features = jax.vmap(one)(zs, tasks.y_train, tasks.y_val)

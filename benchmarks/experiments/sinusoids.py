@@ -36,7 +36,7 @@ ABOUT = (
     "few-shot regression: anchor, strengths and gains by contrast against MAML, FOMAML, Reptile, ANIL, iMAML, CAVIA, "
     "and negative controls; 10 minutes on two cores"
 )
-# Prototypes were tried on seed 0, which is not reported.
+# Seed 0 is for trying things, and is not reported.
 _FIRST_SEED = 1
 # Conditions of the experiments R6 and R8.
 _IMPROVEMENT, _OF_MAML, _COSINE = 3.0, 1.5, 0.9
