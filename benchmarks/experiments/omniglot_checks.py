@@ -135,10 +135,11 @@ def _bare(meta_params: Any, tasks: SplitData, layers: tuple[Layer, ...], num_ste
 
         def phase(beta: jax.Array) -> jax.Array:
             def nudged(p: Any) -> jax.Array:
-                products = jax.tree.map(lambda v, x: jnp.sum(v * x), pulled, p)
-                return inner(p, zs[0], y) + beta * sum(jax.tree.leaves(products))
+                line = jax.tree.map(lambda v, x: jnp.sum(v * x), pulled, p)
+                return inner(p, zs[0], y) + beta * jnp.sum(jnp.stack(jax.tree.leaves(line)))
 
-            return jax.grad(inner, 1)(descend(nudged, free), zs[0], y)
+            in_features: jax.Array = jax.grad(inner, 1)(descend(nudged, free), zs[0], y)
+            return in_features
 
         both = jax.vmap(phase)(jnp.array([HEAD_BETA, -HEAD_BETA]))
         return value, ((both[0] - both[1]) / (2 * HEAD_BETA), direct)
