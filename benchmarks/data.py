@@ -7,17 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.datasets import cache_folder
+
 DATA_VARIABLE = "CONTRASTIVE_META_DATA"
 
 
-_MNIST = "mnist.npz holds the set of http://yann.lecun.com/exdb/mnist as x_train (60000, 28, 28) and y_train."
-_LIBSVM = "from https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html"
-_IJCNN1 = f"ijcnn1.npz holds ijcnn1 {_LIBSVM} as X_train (49990, 22) and y_train (0 or 1)."
-_A9A = f"a9a_bits.npz holds a9a {_LIBSVM} as bits_train (numpy.packbits of its features by row), y_train, n_features."
-_OMNIGLOT = (
-    "omniglot28_u8.npz holds the drawings of https://github.com/brendenlake/omniglot, 28 x 28 and inverted (ink is "
-    "255), as images (characters, drawings, 28, 28)."
-)
+_DOWNLOAD = "`python -m benchmarks data {}` downloads it."
 _NEWSGROUPS = (
     "newsgroups20_counts.npz holds 20news-bydate from http://qwone.com/~jason/20Newsgroups as word counts in rows "
     "(CSR): indptr_train, indices_train, counts_train, y_train."
@@ -70,14 +65,22 @@ def fours_and_nines(seed: int) -> Split:
 
 def omniglot(folder: Path | None) -> npt.NDArray[np.float32]:
     """1,623 characters of many alphabets, each drawn by 20 people: (characters, drawings, 28, 28), ink is 1."""
-    with np.load(find_file("omniglot28_u8.npz", folder, _OMNIGLOT)) as arrays:
+    with np.load(find_file("omniglot28_u8.npz", folder, _DOWNLOAD.format("omniglot"))) as arrays:
         images: npt.NDArray[np.float32] = arrays["images"].astype(np.float32) / 255
     return images
 
 
+def load_omniglot(
+    folder: Path | None,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """The drawings as bytes, the alphabet of each character, and whether it is one for evaluation."""
+    with np.load(find_file("omniglot28_u8.npz", folder, _DOWNLOAD.format("omniglot"))) as arrays:
+        return arrays["images"], arrays["char_alphabet"].astype(np.int64), arrays["char_split"] == 1
+
+
 def mnist(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split:
     """Handwritten digits of 28 x 28 pixels, grey values from 0 to 1, in 10 classes: of the 60,000 training images."""
-    with np.load(find_file("mnist.npz", folder, _MNIST)) as arrays:
+    with np.load(find_file("mnist.npz", folder, _DOWNLOAD.format("mnist"))) as arrays:
         x, y = arrays["x_train"], arrays["y_train"]
     chosen = np.random.default_rng(seed).permutation(len(y))[: num_train + num_val]
     return _cut(x[chosen].reshape(len(chosen), -1) / 255.0, y[chosen].astype(np.int32), num_train)
@@ -85,14 +88,14 @@ def mnist(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split
 
 def ijcnn1(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split:
     """Time series of an engine's misfires, 22 features between -1 and 1, labels 0 and 1: of the 49,990 for training."""
-    with np.load(find_file("ijcnn1.npz", folder, _IJCNN1)) as arrays:
+    with np.load(find_file("ijcnn1.npz", folder, _DOWNLOAD.format("ijcnn1"))) as arrays:
         x, y = arrays["X_train"], arrays["y_train"]
     return _shuffled_halves(np.asarray(x, np.float64), y.astype(np.int32), seed, num_train, num_val)
 
 
 def a9a(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split:
     """Census data, 123 features that are 0 or 1, labels 0 and 1 (income): of the 32,561 for training."""
-    with np.load(find_file("a9a_bits.npz", folder, _A9A)) as arrays:
+    with np.load(find_file("a9a_bits.npz", folder, _DOWNLOAD.format("a9a"))) as arrays:
         x = np.unpackbits(arrays["bits_train"], axis=1)[:, : int(arrays["n_features"])]
         y = (arrays["y_train"] > 0).astype(np.int32)
     return _shuffled_halves(x.astype(np.float64), y, seed, num_train, num_val)
@@ -123,18 +126,19 @@ def newsgroups(seed: int, num_train: int, num_val: int, num_terms: int, folder: 
 
 
 def find_file(name: str, folder: Path | None, how_to_get: str) -> Path:
-    """A data file in `folder` (`--data`) or in the folder that the environment variable names.
+    """A data file in `folder` (`--data`), in the folder that the environment variable names, or in the cache.
 
     Raises:
-      DataMissingError: it is in neither; the message ends with `how_to_get`.
+      DataMissingError: it is in none; the message ends with `how_to_get`.
     """
     named = os.environ.get(DATA_VARIABLE)
-    folders = [place for place in (folder, Path(named) if named else None) if place is not None]
+    given = [place for place in (folder, Path(named) if named else None) if place is not None]
+    folders = [*given, cache_folder()]
     for place in folders:
         if (place / name).exists():
             return place / name
-    searched = " or ".join(str(place) for place in folders) or f"no folder (give --data or {DATA_VARIABLE})"
-    raise DataMissingError(f"{name} is not in {searched}. {how_to_get}")
+    searched = " or ".join(str(place) for place in folders)
+    raise DataMissingError(f"{name} is not in {searched} (give another by --data or {DATA_VARIABLE}). {how_to_get}")
 
 
 def _load(name: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:

@@ -33,6 +33,7 @@ PACKAGE_FOLDER = Path(__file__).resolve().parent
 COMMITTED_RECORDS = PACKAGE_FOLDER / "results"
 PICTURES = Path("results")
 DEFAULT_RECORDS = PICTURES / "records"
+_QUIET = 10.0  # seconds between lines on a stage that tells of every step
 
 
 @contextlib.contextmanager
@@ -46,6 +47,17 @@ def precision(x64: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def compiling_cheaply(wanted: bool) -> Iterator[None]:
+    """Compile without most optimisations, in a fraction of the time: for smoke runs, whose times mean nothing."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", wanted or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 class Progress:
     """What is going on, on stderr: a live line in a terminal, plain lines elsewhere."""
 
@@ -53,6 +65,7 @@ class Progress:
         self._start = time.perf_counter()
         self._live: Any = None
         self._task: Any = None
+        self._told = 0.0
 
     def __enter__(self) -> Self:
         """Start the live line where there is a terminal and rich."""
@@ -100,6 +113,14 @@ class Progress:
         elif self._task is not None:
             self._live.update(self._task, description=what, advance=1)
 
+    def tell(self, what: str, fraction: float) -> None:
+        """So far has a stage of 100 steps come; outside of a terminal a line every ten seconds."""
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, description=what, completed=round(100 * fraction))
+        elif self.seconds - self._told > _QUIET:
+            self._told = self.seconds
+            self._say(f"  {what}")
+
     def _say(self, what: str) -> None:
         print(f"[{self.seconds:6.1f} s] {what}", file=sys.stderr, flush=True)
 
@@ -120,6 +141,8 @@ class Session:
       num_seeds: given by `--seeds`; None for the benchmark's own number.
       cases: names given by `--cases`; empty for all.
       half: given by `--half`; None for both.
+      full: the sizes of the papers, given by `--full`.
+      seconds: a budget of training, given by `--seconds`; None for the benchmark's own.
     """
 
     benchmark: str
@@ -132,6 +155,8 @@ class Session:
     num_seeds: int | None = None
     cases: tuple[str, ...] = ()
     half: str | None = None
+    full: bool = False
+    seconds: float | None = None
     records: list[Record] = dataclasses.field(default_factory=list)
     run: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:12])
     date: str = dataclasses.field(

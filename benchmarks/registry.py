@@ -16,6 +16,7 @@ from benchmarks import (
     trust,
     tuning,
 )
+from benchmarks.experiments import analysis, omniglot, sinusoids
 from benchmarks.harness import Record, Session
 
 
@@ -59,5 +60,8 @@ BENCHMARKS = {
         Benchmark(sparse.NAME, sparse.ABOUT, sparse.run, sparse.show, sparse.draw, main_job=False),
         Benchmark(loops.NAME, loops.ABOUT, loops.run, loops.show, loops.draw, main_job=False),
         Benchmark(plasticity.NAME, plasticity.ABOUT, plasticity.run, plasticity.show, plasticity.draw, main_job=False),
+        Benchmark(analysis.NAME, analysis.ABOUT, analysis.run, analysis.show, main_job=False),
+        Benchmark(omniglot.NAME, omniglot.ABOUT, omniglot.run, omniglot.show, main_job=False),
+        Benchmark(sinusoids.NAME, sinusoids.ABOUT, sinusoids.run, sinusoids.show, main_job=False),
     )
 }

@@ -19,13 +19,18 @@ _METHODS = (CONTRASTIVE, TWICE, IMPLICIT_CG, BACKPROP, CHECKPOINTED)
 
 def run(session: Session) -> None:
     """Logistic regression on breast cancer; every number of steps is a program of its own."""
+    lengths = (10, 100) if session.smoke else (10, 100, 1000, 10_000)
+    measure(session, lengths, (CONTRASTIVE, BACKPROP) if session.smoke else _METHODS)
+
+
+def measure(session: Session, lengths: Sequence[int], chosen: Sequence[str], **fields: str) -> None:
+    """Memory, time and error of each method at each number of inner steps; `fields` go into every record."""
     x64 = bool(session.x64)
     session.progress.begin(f"{LOGISTIC.name}: the reference", 1)
     prepared = prepare(LOGISTIC, session, x64)
     instance = prepared.instance
-    for num_steps in (10, 100) if session.smoke else (10, 100, 1000, 10_000):
+    for num_steps in lengths:
         methods = all_methods(prepared.tuning._replace(num_steps=num_steps))
-        chosen = (CONTRASTIVE, BACKPROP) if session.smoke else _METHODS
         calls = {
             name: (_estimate, (methods[name].estimator, instance.problem, instance.meta_params, instance.task))
             for name in chosen
@@ -33,7 +38,7 @@ def run(session: Session) -> None:
         with precision(x64):
             measured = session.measure(f"{num_steps} inner steps", calls, repeats=3)
         for name, outcome in measured.items():
-            common = {"case": LOGISTIC.name, "title": LOGISTIC.title, "method": name, "num_steps": num_steps}
+            common = {"case": LOGISTIC.name, "title": LOGISTIC.title, "method": name, "num_steps": num_steps, **fields}
             if isinstance(outcome, Exception):
                 session.record(x64=x64, status="RAISED", error=first_line(outcome), **common)
                 continue

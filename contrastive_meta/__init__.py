@@ -94,3 +94,4 @@ from contrastive_meta._solvers import ProximalDescent as ProximalDescent
 from contrastive_meta._solvers import ScipyMinimize as ScipyMinimize
 from contrastive_meta._solvers import Solution as Solution
 from contrastive_meta._solvers import Stop as Stop
+from contrastive_meta._stages import in_two_stages as in_two_stages

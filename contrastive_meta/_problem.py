@@ -44,6 +44,7 @@ class BilevelProblem:
       init_model_state: `(meta_params, task) -> model_state`, any pytree of arrays, integers included. Then the losses
         are `inner_loss(params, meta_params, task, model_state) -> (scalar, new_model_state)`, whatever `has_aux`, and
         `outer_loss(params, meta_params, task, model_state) -> scalar`, or `(scalar, aux)` with `has_aux`.
+      stages: of a problem that `in_two_stages` made; not for callers.
 
     Raises:
       TypeError: an argument is no function, or none of the arguments that it will be called with.
@@ -78,6 +79,7 @@ class BilevelProblem:
     has_aux: bool = static(default=False)
     sample: Callable[[jax.Array, Task, jax.Array], Task] | None = static(default=None)
     init_model_state: Callable[[MetaParams, Task], ModelState] | None = static(default=None)
+    stages: Any = static(default=None)
 
     def __post_init__(self) -> None:
         """Check that all are functions of what they will be called with."""

@@ -26,6 +26,7 @@ ORDER = (
     "_tracing",
     "_holomorphic",
     "_problem",
+    "_stages",
     "_result",
     "_dependence",
     "_response",

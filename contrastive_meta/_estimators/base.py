@@ -1,6 +1,7 @@
 """One interface and one result for every meta-gradient estimator."""
 
 import abc
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from contrastive_meta._problem import (
 )
 from contrastive_meta._result import EstimatorState, MetaGradient
 from contrastive_meta._solvers.base import InnerSolver
+from contrastive_meta._stages import last_stage, last_stage_of_each
 
 Prepare = Callable[..., tuple[Instance, EstimatorState]]
 
@@ -197,10 +199,12 @@ def _estimate(
     # In `jax.shard_map` each device has a meta-gradient of its own, where JAX would add up those of all.
     meta_params, task, state, key = varying((meta_params, task, state, key))
     # The estimate is the derivative: nothing is differentiated through the phases by accident.
-    held = jax.lax.stop_gradient((meta_params, task, state))
-    instance, start = _prepared(estimator, problem, *held, key)
-    unseen = _unseen(estimator, problem, start.params, instance.meta_params, instance.task)
-    return _finished(estimator._estimate(instance, start), unseen, meta_params, task)
+    held_meta, held_task, held_state = jax.lax.stop_gradient((meta_params, task, state))
+    rest, staged, pull_back = last_stage(problem, held_meta, held_task)
+    instance, start = _prepared(estimator, rest, staged, held_task, held_state, key)
+    unseen = _unseen(estimator, problem, start.params, held_meta, held_task)
+    result = estimator._estimate(instance, start)
+    return _finished(dataclasses.replace(result, grad=pull_back(result.grad)), unseen, meta_params, task)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -220,19 +224,23 @@ def _estimate_batch(
         return lonely
     meta_params, tasks, states, keys = varying((meta_params, tasks, states, keys))
     held_meta, held_tasks, held_states = jax.lax.stop_gradient((meta_params, tasks, states))
+    rest, staged, pull_back = last_stage_of_each(problem, held_meta, held_tasks)
     unseen: list[str] = []
 
-    def prepare(task: Task, state: EstimatorState | None, key: jax.Array) -> tuple[Instance, EstimatorState]:
-        return _prepared(estimator, problem, held_meta, task, state, key)
+    def prepare(
+        task: Task, state: EstimatorState | None, key: jax.Array, own: MetaParams = held_meta
+    ) -> tuple[Instance, EstimatorState]:
+        return _prepared(estimator, rest, own, task, state, key)
 
-    def find_unseen(task: Task, state: EstimatorState | None, key: jax.Array) -> jax.Array:
-        instance, start = prepare(task, state, key)
-        unseen[:] = _unseen(estimator, problem, start.params, instance.meta_params, instance.task)
+    def find_unseen(task: Task, *others: Any) -> jax.Array:
+        _, start = prepare(task, *others)
+        unseen[:] = _unseen(estimator, problem, start.params, held_meta, task)
         return jnp.zeros(())
 
-    inputs = held_tasks, held_states, keys
+    inputs = held_tasks, held_states, keys, *staged
     jax.eval_shape(find_unseen, *jax.tree.map(lambda xs: xs[0], inputs))
     results = estimator._estimate_each(prepare, inputs)
+    results = dataclasses.replace(results, grad=pull_back(results.grad))
     finished: MetaGradient = jax.vmap(lambda result, task: _finished(result, tuple(unseen), meta_params, task))(
         results, tasks
     )

@@ -9,6 +9,7 @@ from contrastive_meta.architectures._mlp import with_gains as with_gains
 from contrastive_meta.architectures._mlp import with_modules as with_modules
 from contrastive_meta.architectures._networks import context_parameters as context_parameters
 from contrastive_meta.architectures._networks import fast_head as fast_head
+from contrastive_meta.architectures._networks import fast_head_on_features as fast_head_on_features
 from contrastive_meta.architectures._networks import gain_modulation as gain_modulation
 from contrastive_meta.architectures._networks import modular_hypernetwork as modular_hypernetwork
 from contrastive_meta.architectures._split import Architecture as Architecture

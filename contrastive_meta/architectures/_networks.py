@@ -1,10 +1,16 @@
 """Networks with slow weights: gain modulation, fast head, context parameters, modular hypernetwork."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from contrastive_meta._plasticity import Context, FastHead, GainModulation, ModuleBank
+import jax
+import jax.numpy as jnp
+
+from contrastive_meta._plasticity import Autodiff, Context, FastHead, GainModulation, ModuleBank
+from contrastive_meta._problem import BilevelProblem, MetaParams, Params
 from contrastive_meta._pytree import PyTree
-from contrastive_meta.architectures._split import Apply, Architecture, TargetLoss, fast_and_slow
+from contrastive_meta._stages import in_two_stages
+from contrastive_meta.architectures._split import Apply, Architecture, SplitTask, TargetLoss, fast_and_slow
 
 
 def gain_modulation(
@@ -63,6 +69,63 @@ def fast_head(
       ['readout/bias', 'readout/kernel']
     """
     return fast_and_slow(apply, loss, network, _named(fast), FastHead(), strength)
+
+
+def fast_head_on_features(
+    features: Apply, loss: TargetLoss, body: PyTree, num_outputs: int, strength: float = 1.0
+) -> Architecture:
+    """An affine readout learns each task from features that are computed once; the body that makes them is learned.
+
+        params       {"kernel": (features, outputs), "bias": (outputs,)}, zeros at first
+        meta_params  {"slow": body}
+        L_in       = loss(readout of features(body, x_train), y_train) + 1/2 strength |params|^2
+        L_out      = loss(readout of features(body, x_val), y_val)
+
+    The body runs forward once and backward once for each task, however many steps learning takes, see `in_two_stages`.
+    The contrast is taken in the features: with a convex `loss`, learning is convex. The readout starts at zero and is
+    pulled back there, not to a learned start as in `fast_head`: classes that change places from task to task have none.
+
+    Args:
+      features: `(body, x) -> features` of shape (..., number of features), any network. Examples to learn from and
+        examples to judge by are seen apart.
+      loss: `(outputs, targets) -> scalar`.
+      body: its first parameters, any pytree.
+      num_outputs: of the readout.
+      strength: of the pull of the readout to zero; more than 0 for a solution that is unique.
+
+    Reference:
+      Bertinetto et al. (2019), R2D2, and Lee et al. (2019), MetaOptNet, for convex readouts on learned features.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import contrastive_meta as cm
+      >>> split = cm.architectures.fast_head_on_features(
+      ...     lambda w, x: jnp.tanh(x @ w), lambda y, t: jnp.mean((y - t) ** 2), jnp.ones((3, 8)), 2
+      ... )
+      >>> task = cm.problems.SplitData(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.ones((5, 3)), jnp.ones((5, 2)))
+      >>> cm.Contrastive(cm.LBFGS()).estimate(split.problem, split.meta_params, task).params["kernel"].shape
+      (8, 2)
+    """
+    head = FastHead()
+
+    def prepare(meta_params: MetaParams, task: SplitTask) -> dict[str, Any]:
+        return {"train": features(meta_params["slow"], task.x_train), "val": features(meta_params["slow"], task.x_val)}
+
+    def inner(params: Params, seen: Mapping[str, jax.Array], task: SplitTask) -> Any:
+        pull = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params)) / 2
+        return loss(head.readout(params, seen["train"]), task.y_train) + strength * pull
+
+    def outer(params: Params, seen: Mapping[str, jax.Array], task: SplitTask) -> Any:
+        return loss(head.readout(params, seen["val"]), task.y_val)
+
+    def init(seen: Mapping[str, jax.Array], task: SplitTask) -> Params:
+        size = (seen["train"].shape[-1], num_outputs)
+        return {"kernel": jnp.zeros(size, seen["train"].dtype), "bias": jnp.zeros(size[1:], seen["train"].dtype)}
+
+    problem = in_two_stages(prepare, BilevelProblem(inner, outer, init))
+    return Architecture(
+        problem, Autodiff(), {"slow": body}, lambda params, meta: {"body": meta["slow"], "readout": params}
+    )
 
 
 def context_parameters(
