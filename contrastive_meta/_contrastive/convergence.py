@@ -70,7 +70,9 @@ def converged(
     start, contrast = setup.start, line.contrast
     pull, length, residual = tree.norms(line.base.outer.in_params, line.response, contrast.residual)
     nudge = usual_nudge(start, pull.astype(setup.dtype))
-    unresponsive = (residual > UNCONVERGED * nudge) | (missing > UNCONVERGED * length)
+    # A nudge that vanishes where learning ends asks for no response.
+    vanishes = pull <= NOISE_FLOOR * start.eps * nudge
+    unresponsive = (residual > UNCONVERGED * nudge) | ((missing > UNCONVERGED * length) & ~vanishes)
     gain = setup.stencil.gain / tree.or_one(contrast.beta)
     # A response that never came leaves a zero that any noise exceeds: that is not the noise's doing.
     drowned = (start.noise * gain * NOISE_FLOOR > nudge) | ((contrast.noise * NOISE_FLOOR > 1) & ~unresponsive)

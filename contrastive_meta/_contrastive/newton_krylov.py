@@ -25,6 +25,9 @@ from contrastive_meta._contrastive.phases import PhaseSetup
 from contrastive_meta._control import cast_like, settle
 from contrastive_meta._pytree import static, strategy
 
+# Near a minimum with curvature the loss falls as predicted, to the second order. A ratio of actual to predicted
+# reduction that is farther from 1 than this at the last step is a sign of a minimum without: along t^4 it stays at 1.3.
+_UNSETTLED = 0.25
 # A residual larger than this fraction of the residual before is a sign of too large a nudge.
 _SUSPICIOUS = 0.3
 # It is taken for truncation if that is expected to be at least this part of it.
@@ -216,6 +219,8 @@ def accept_or_reject(
     # Along low curvature a small residual is much of the response: what the pass changed tells.
     change = response_step / tree.or_one(length) * jnp.minimum(left / tree.or_one(left_before), 1.0)
     change = jnp.where(unknown, region.change, change).astype(setup.dtype)
+    # A nudge that vanishes where learning ends asks for no response.
+    change = jnp.where(pull <= target * nudge, 0, change)
     response_converged = (left <= target * nudge) & (change <= 10 * target)
 
     # A base point that converges takes its own measurement along, whatever the residual was before.
@@ -242,7 +247,7 @@ def accept_or_reject(
     if setup.sought:
         # Measured at much too strong a nudge, the residual tells little: what it asks for would spoil the response.
         wanted = taken.contrast.displacement * start.scale / tree.or_one(length)
-        too_strong = ~away & (wanted < _TOO_STRONG * taken.contrast.beta)
+        too_strong = ~away & truncated & (wanted < _TOO_STRONG * taken.contrast.beta)
         progress |= too_strong
     progress |= delayed & ~(stalled & response_converged)
     done = better & response_converged & converged & ~away
@@ -270,6 +275,9 @@ def accept_or_reject(
         indefinite=jnp.where(unknown, region.indefinite, solved.indefinite),
         unresolved=jnp.where(unknown, region.unresolved, unresolved_length(setup, before.line.base, region, solved)),
         too_strong=too_strong & better,
+        unsettled=jnp.where(
+            better & (trial.distance > 0) & ~near_noise, jnp.abs(trial.ratio - 1) > _UNSETTLED, region.unsettled
+        ),
     )
     attempt = Attempt(
         line=tree.where(better, cast_like(taken, before.line), before.line),
@@ -293,6 +301,7 @@ def outcome_of(setup: PhaseSetup, attempt: Attempt) -> Outcome:
     failed = anything & (region.indefinite | unresponsive)
     # At the dtype's floor the inner gradient is noise, which nobody learns.
     unconverged = ~region.converged & (norm(line.base.inner_grad) > NOISE_FLOOR * setup.start.noise)
+    unconverged |= region.unsettled
     close = attempt.measured & ~(region.indefinite | unconverged | region.uncertain)
     return Outcome(failed, unconverged, region.uncertain, close)
 

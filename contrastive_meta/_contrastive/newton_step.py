@@ -56,6 +56,7 @@ class Region(NamedTuple):
       indefinite: whether the response met downward curvature.
       unresolved: least length of the response along directions too flat for differences.
       too_strong: whether the residual of the nudge was measured at too strong a nudge to be solved for.
+      unsettled: whether the curvature still changed much along the last step of the base point that was no noise.
     """
 
     radius: jax.Array
@@ -71,6 +72,7 @@ class Region(NamedTuple):
     indefinite: jax.Array
     unresolved: jax.Array
     too_strong: jax.Array
+    unsettled: jax.Array
 
     @classmethod
     def around(cls, setup: PhaseSetup, inner_grad: Params) -> "Region":
@@ -91,6 +93,7 @@ class Region(NamedTuple):
             indefinite=false,
             unresolved=zero,
             too_strong=false,
+            unsettled=false,
         )
 
 
