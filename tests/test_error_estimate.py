@@ -168,7 +168,7 @@ def test_an_error_that_hardly_shows_in_a_residual_shows_in_estimate_and_status(n
     if error > 1e-4:
         assert told == pytest.approx(error, rel=1e-2)
     assert status == (cm.Status.APPROXIMATE if error > 0.1 else cm.Status.CONVERGED)
-    # Such a tolerance hides most of the answer from plain conjugate gradients. Those of the contrast are preconditioned.
+    # A tolerance hides most of the answer from plain conjugate gradients. Those of the contrast are preconditioned.
     assert (error > 0.7) == (name == "implicit" and tol >= 1e-3)
 
 

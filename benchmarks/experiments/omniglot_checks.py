@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,9 @@ from contrastive_meta.problems import SplitData
 _REPEATS = 15
 
 
-def gradients(meta_params: Any, layers: tuple[Layer, ...], ways: int, tasks: SplitData, num_steps: int) -> Record:
+def gradients(
+    meta_params: Any, layers: tuple[Layer, ...], ways: int, tasks: SplitData, lengths: Sequence[int]
+) -> Record:
     """Cosines to the exact meta-gradient at these weights, in float64, task by task.
 
     Exact is implicit differentiation at a solution of gradient norm 1e-10, its linear system solved to 1e-10.
@@ -40,7 +42,7 @@ def gradients(meta_params: Any, layers: tuple[Layer, ...], ways: int, tasks: Spl
       layers: of it.
       ways: of the tasks.
       tasks: with a leading axis.
-      num_steps: of the contrast that it was trained with.
+      lengths: steps of contrasts to compare, such as the one that it was trained with.
     """
     with precision(x64=True):
         meta, batch = jax.tree.map(_double, (meta_params, tasks))
@@ -48,10 +50,7 @@ def gradients(meta_params: Any, layers: tuple[Layer, ...], ways: int, tasks: Spl
         exact = cm.ImplicitDifferentiation(cm.LBFGS(tol=1e-10), cm.ConjugateGradient(tol=1e-10))
         compared = {
             "default": cm.Contrastive(cm.LBFGS()),
-            **{
-                f"{n} + {n} steps": published(head_learner(n), head_learner(n), HEAD_BETA, HEAD_NUDGE)
-                for n in (num_steps, 2 * num_steps, 4 * num_steps)
-            },
+            **{f"{n} + {n} steps": published(head_learner(n), head_learner(n), HEAD_BETA, HEAD_NUDGE) for n in lengths},
         }
         references, residuals = [], []
         for task in _each(batch):
