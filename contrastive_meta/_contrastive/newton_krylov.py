@@ -247,7 +247,7 @@ def accept_or_reject(
     if setup.sought:
         # Measured at much too strong a nudge, the residual tells little: what it asks for would spoil the response.
         wanted = taken.contrast.displacement * start.scale / tree.or_one(length)
-        too_strong = ~away & truncated & (wanted < _TOO_STRONG * taken.contrast.beta)
+        too_strong = ~away & truncated & (wanted > 0) & (wanted < _TOO_STRONG * taken.contrast.beta)
         progress |= too_strong
     progress |= delayed & ~(stalled & response_converged)
     done = better & response_converged & converged & ~away
