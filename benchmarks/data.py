@@ -65,8 +65,7 @@ def fours_and_nines(seed: int) -> Split:
 
 def omniglot(folder: Path | None) -> npt.NDArray[np.float32]:
     """1,623 characters of many alphabets, each drawn by 20 people: (characters, drawings, 28, 28), ink is 1."""
-    with np.load(find_file("omniglot28_u8.npz", folder, _DOWNLOAD.format("omniglot"))) as arrays:
-        images: npt.NDArray[np.float32] = arrays["images"].astype(np.float32) / 255
+    images: npt.NDArray[np.float32] = load_omniglot(folder)[0].astype(np.float32) / np.float32(255)
     return images
 
 

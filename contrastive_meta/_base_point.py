@@ -56,7 +56,7 @@ class BasePoint(NamedTuple):
       curvature: the norm of H v over the norm of v; of H 1 over the norm of 1 where v is 0.
       jump: norm of a jump of the inner gradient next to `params`, along the direction of v; 0 where there is none.
       asymmetry: of the inner loss's second derivatives, see `_symmetry`; 0 where no operation can cause any.
-      preconditioner: one over the norms of the Hessian's rows, see `row_norms`; () where none was asked for.
+      preconditioner: one over the norms of the Hessian's rows, see `_row_norms`; () where none was asked for.
       eps: relative rounding of the coarser one of the losses' dtype and the dtypes of `params`.
     """
 

@@ -113,7 +113,7 @@ def measure_noise(
     points = jax.vmap(lambda distance: tree.add_scaled(at, distance, direction))(steps)
     size = sum(x.size for x in jax.tree.leaves(at)) ** 0.5
     apart = (_PRODUCT_STEP * eps**0.5 / size * scale).astype(scale.dtype)
-    number = len(jax.tree.leaves(signs)) and jax.tree.leaves(signs)[0].shape[0]
+    number = next((xs.shape[0] for xs in jax.tree.leaves(signs)), 0)
     if number:
         aside = jax.vmap(lambda sign: tree.add_scaled(at, apart, sign))(signs)
         points = jax.tree.map(lambda *xs: jnp.concatenate(xs), points, aside)

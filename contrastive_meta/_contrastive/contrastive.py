@@ -190,13 +190,13 @@ class Contrastive(MetaGradientEstimator):
         instance = instance.at(free.model_state)
         init = instance.problem.init(instance.meta_params, instance.task)
         original = instance.in_dtype_of_loss()
+        own = self.solver.bind(original.meta_params)
         walls, params, instance = walls_of(self.solver, original, free.params), free.params, original
         if walls is not None:
-            self._check_walls(self.solver.bind(original.meta_params))
+            self._check_walls(own)
             params, instance = walls.at, walls.seen_by_estimators(original)
         flattening = tree.Flattening.of(params)
         flat = instance.flattened(flattening)
-        own = self.solver.bind(instance.meta_params)
         by = self.nudged_by(instance)
         template = self.scheme.template()
         if template.is_complex:

@@ -45,7 +45,7 @@ class GradientDifference(NamedTuple):
     two_sided: jax.Array
     sequential: bool
     dtype: Any
-    preconditioner: Params = ()
+    preconditioner: Params
 
     def products(self, directions: Params, active: jax.Array, number: jax.Array) -> Params:
         """H times two unit directions.

@@ -256,8 +256,8 @@ def accept_or_reject(
     grew = region.grew | (better & trial.decreases & (new > GROWN * old))
     uncertain = region.uncertain | (grew & better & (gone > LONG * start.scale))
     progress, reduction, stalled, done = settle(progress, reduction, stalled, done)
-    common_curvature = (left > _BENT * start.eps**FORCING * solved.lengths[1]) & (trial.distance == 0) & ~unknown
-    common_curvature &= ~too_strong
+    told = (trial.distance == 0) & ~unknown & ~too_strong
+    common_curvature = told & (left > _BENT * start.eps**FORCING * solved.lengths[1])
     wider = jnp.where(converging & trial.at_boundary & (trial.ratio > GOOD_RATIO), 2.0, 1.0) * region.radius
     converged_now = jnp.where(better, converged, region.converged) | over | stalled | trial.arrived
     after = Region(

@@ -10,11 +10,6 @@ from contrastive_meta._solvers.base import InnerSolver
 NudgedLearner = InnerSolver | NewtonKrylov
 
 
-def reruns(nudged: NudgedLearner) -> bool:
-    """Whether a learner of nudged phases is a solver that runs every phase, rather than an iteration on all of them."""
-    return isinstance(nudged, InnerSolver)
-
-
 class NudgedBy(NamedTuple):
     """Who runs the nudged phases.
 

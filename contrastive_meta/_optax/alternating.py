@@ -9,7 +9,7 @@ import optax
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._contrastive.contrastive import Contrastive
-from contrastive_meta._contrastive.nudged_by import NudgedLearner, reruns
+from contrastive_meta._contrastive.nudged_by import NudgedLearner
 from contrastive_meta._control import cast_like, only_if
 from contrastive_meta._nudging import (
     LossNudge,
@@ -24,6 +24,7 @@ from contrastive_meta._problem import Number, Params
 from contrastive_meta._pytree import PyTree, static, strategy
 from contrastive_meta._response import Probe
 from contrastive_meta._result import EstimatorState
+from contrastive_meta._solvers.base import InnerSolver
 from contrastive_meta._solvers.optax_descent import OptaxDescent
 
 # What may be spent to find the least strength that rounding allows: its order of magnitude will do.
@@ -137,20 +138,20 @@ class Alternating(TuningMode):
             return OptaxDescent(optimizer, num_steps=number, carry_state=True, unroll=self.unroll)
 
         nudged = self.nudged_solver or steps(self.num_nudged_steps)
-        # A run that diverges is reported. There is no fallback: a second pair would double the time to compile.
-        nudge = LossNudge() if reruns(nudged) else None
+        reruns = isinstance(nudged, InnerSolver)
         return Contrastive(
             steps(0),
             nudged,
-            self._strength(),
-            nudge,
+            self._strength(reruns),
+            # A run that diverges is reported. There is no fallback: a second pair would double the time to compile.
+            LossNudge() if reruns else None,
             sequential=self.sequential,
             estimate_error=self.estimate_error,
         )
 
-    def _strength(self) -> NudgeStrength:
+    def _strength(self, reruns: bool) -> NudgeStrength:
         if self.beta is not None:
             return self.scheme(self.beta)  # type: ignore[arg-type]
         least = relative(self.scheme, num_pilot_steps=_NUM_PILOT_STEPS)
         # The fast learner goes to where learning ends, and the strength that follows learning with it.
-        return _AsStrongAsLearning(least) if self.nudged_solver is None or reruns(self.nudged_solver) else least
+        return _AsStrongAsLearning(least) if reruns else least

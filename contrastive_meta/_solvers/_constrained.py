@@ -10,12 +10,10 @@ import scipy.sparse.linalg
 
 from contrastive_meta._solvers._host_sessions import HostLoss, Vector
 from contrastive_meta._solvers._watched_loss import EndOfRunError
+from contrastive_meta._solvers.constraint import NEAR
 
 Matrix = np.ndarray[Any, np.dtype[Any]]
 Limits = tuple[Vector, Vector] | None
-
-# A constraint this power of epsilon, times the length of the point, from its boundary may be active: as in `ActiveSet`.
-_NEAR = 1 / 3
 
 
 class Asked(NamedTuple):
@@ -99,7 +97,7 @@ class ConstrainedLoss:
             rows = np.concatenate([rows, asked.point - low, high - asked.point])
             jacobian = np.concatenate([jacobian, eye, -eye])
             equal = np.concatenate([equal, np.zeros(2 * low.size, bool)])
-        reach = self._epsilon**_NEAR * max(float(np.linalg.norm(asked.point)), 1.0)
+        reach = self._epsilon**NEAR * max(float(np.linalg.norm(asked.point)), 1.0)
         near = equal | (rows <= reach * np.linalg.norm(jacobian, axis=1))
         lowest = np.where(equal[near], -np.inf, 0.0)
         free = asked.gradient

@@ -19,7 +19,7 @@ from contrastive_meta._pytree import static, strategy
 
 # A constraint may be active within this power of epsilon, times the length of `params`, of its boundary: minimisers
 # with line searches of values stop at about eps^(1/2).
-_NEAR = 1 / 3
+NEAR = 1 / 3
 # How often constraints that pull the wrong way are left out. Each time some are; more than a few at once are rare.
 _ROUNDS = 4
 
@@ -213,7 +213,7 @@ class ActiveSet(NamedTuple):
         vector, slope = ravel_pytree(params)[0], ravel_pytree(gradient)[0]
         equal = jnp.asarray(bound.equal(params))
         rows, jacobian = bound.evaluated(params)
-        reach = jnp.finfo(vector.dtype).eps ** _NEAR * jnp.maximum(jnp.linalg.norm(vector), 1)
+        reach = jnp.finfo(vector.dtype).eps ** NEAR * jnp.maximum(jnp.linalg.norm(vector), 1)
         near = equal | (rows <= reach * jnp.linalg.norm(jacobian, axis=1))
 
         def leave_out(_: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -192,7 +192,7 @@ class ScipyMinimize(InnerSolver):
 
         if _METHODS[self.method].takes_constraints:
             budget = self.max_steps if stop.max_steps is None else stop.max_steps
-            return self._solve_constrained(loss, init, tol, budget)
+            return self._solve_constrained(loss, init, tol, budget, epsilon)
         method = _METHODS[self.method]
         # Bounds travel to the host as a part of the start.
         bounds = () if self.bounds is None else self.bounds.bounds(init, self.meta_params)
@@ -230,15 +230,13 @@ class ScipyMinimize(InnerSolver):
             memory=(),
         )
 
-    def _solve_constrained(self, loss: InnerLoss, init: Params, tol: Any, max_steps: Any) -> Solution:
+    def _solve_constrained(self, loss: InnerLoss, init: Params, tol: Any, max_steps: Any, epsilon: float) -> Solution:
         """With constraints: their rows and their Jacobian reach the host as derivatives in zeros beside the point."""
         bound = BoundConstraints.of(self.constraints, self.bounds, self.meta_params)
         general = BoundConstraints.of(self.constraints, None, self.meta_params)
         box = () if self.bounds is None else self.bounds.bounds(init, self.meta_params)
         equal, size = general.equal(init), sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(init))
-        dtypes = tree.float_dtype(init), tree.float_dtype(jax.eval_shape(loss, init))
-        epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-        zeros = jnp.zeros((equal.size * (1 + size),), dtypes[0])
+        zeros = jnp.zeros((equal.size * (1 + size),), tree.float_dtype(init))
         endless = _METHODS[self.method].endless(0.0) | {"maxiter": 2**31 - 1} | dict(self.options)
 
         def learn(host_loss: HostLoss, start: Vector, tol: float, max_steps: int) -> Vector:
