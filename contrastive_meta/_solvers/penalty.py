@@ -142,6 +142,14 @@ class Box(Penalty):
         return jnp.zeros((), tree.float_dtype(params))
 
 
+def secant_step(params: Params, gradient: Params, other: Params, other_gradient: Params) -> jax.Array:
+    """An inverse curvature between two points, by the change of the gradient; 1 where that is not known."""
+    way = tree.norm(tree.subtract(params, other))
+    change = tree.norm(tree.subtract(gradient, other_gradient))
+    known = (way > 0) & (change > 0) & jnp.isfinite(change)
+    return jnp.where(known, way / tree.or_one(change), 1.0)
+
+
 def fixed_point_residual(
     walls: BoundPenalty, params: Params, gradient: Params, other: Params, other_gradient: Params
 ) -> jax.Array:
@@ -150,9 +158,6 @@ def fixed_point_residual(
     It is the gradient norm where there are no walls, and of the order of the distance to the fixed point times the
     curvature otherwise (Parikh & Boyd, 2014, section 4.2).
     """
-    way = tree.norm(tree.subtract(params, other))
-    change = tree.norm(tree.subtract(gradient, other_gradient))
-    known = (way > 0) & (change > 0) & jnp.isfinite(change)
-    step = jnp.where(known, way / tree.or_one(change), 1.0)
+    step = secant_step(params, gradient, other, other_gradient)
     moved = walls.prox(tree.add_scaled(params, -step, gradient), step)
     return tree.norm(tree.subtract(params, moved)) / step

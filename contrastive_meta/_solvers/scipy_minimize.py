@@ -20,7 +20,7 @@ from contrastive_meta._solvers._host_sessions import HostLoss, PaddedLoss, Vecto
 from contrastive_meta._solvers._watched_loss import EndOfRunError, StalledError, WatchedLoss
 from contrastive_meta._solvers.base import InnerLoss, InnerSolver, MinibatchLoss, Solution, Stop, final_status
 from contrastive_meta._solvers.constraint import BoundConstraints, constraint_of, residual_of
-from contrastive_meta._solvers.penalty import BoundPenalty, Box, fixed_point_residual
+from contrastive_meta._solvers.penalty import BoundPenalty, Box, fixed_point_residual, secant_step
 
 Options = tuple[tuple[str, Any], ...]
 
@@ -258,9 +258,7 @@ class ScipyMinimize(InnerSolver):
         end = learn_on_host(learn, with_constraints, (init, zeros, box), tol=tol, max_steps=max_steps)
         params = end.params[0]
         gradients = [tree.grad(loss)(at) for at in (params, init)]
-        way, change = tree.norms(tree.subtract(params, init), tree.subtract(*gradients))
-        known = (way > 0) & (change > 0) & jnp.isfinite(change)
-        residual = residual_of(bound, params, gradients[0], jnp.where(known, way / tree.or_one(change), 1.0))
+        residual = residual_of(bound, params, gradients[0], secant_step(params, gradients[0], init, gradients[1]))
         finite = tree.all_finite(params) & jnp.isfinite(residual) & jnp.isfinite(end.loss)
         status = worst(flag(~(residual <= tol), Status.FREE_NOT_CONVERGED), flag(~finite, Status.NOT_FINITE))
         return Solution(params, residual, end.num_gradients, end.num_evaluations, status, ())
