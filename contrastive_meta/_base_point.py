@@ -10,7 +10,7 @@ from contrastive_meta._instance import Instance
 from contrastive_meta._problem import MetaParams, Params
 from contrastive_meta._response import DIFFERENCE, measure_noise
 from contrastive_meta._result import Status, flag, worst
-from contrastive_meta._row_norms import inverse_row_norms, random_signs
+from contrastive_meta._row_norms import NUM_PRODUCTS, inverse_row_norms, random_signs
 from contrastive_meta._solvers.base import Solution
 from contrastive_meta._symmetry import LARGEST_ASYMMETRY, asymmetry_of
 
@@ -90,6 +90,11 @@ class BasePoint(NamedTuple):
     def unfit(self) -> jax.Array:
         """Whether estimators do not apply here, so that no error can be estimated."""
         return self.at_kink | self.inconsistent
+
+    @property
+    def num_gradients(self) -> int:
+        """Gradients of the inner loss that were spent on all this."""
+        return NUM_GRADIENTS + (NUM_PRODUCTS if jax.tree.leaves(self.preconditioner) else 0)
 
     def without_constants(self) -> "BasePoint":
         """What a mapped program can return."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._base_point import NUM_GRADIENTS, UNCONVERGED, BasePoint, survey
+from contrastive_meta._base_point import UNCONVERGED, BasePoint, survey
 from contrastive_meta._contrastive.loop_state import LoopState, Strategy
 from contrastive_meta._contrastive.newton_krylov import NewtonKrylov
 from contrastive_meta._contrastive.nudged_by import NudgedBy
@@ -203,7 +203,9 @@ class Contrastive(MetaGradientEstimator):
             require_complex_capable(flat, template, flattening.flatten(params))
         if start is None:
             at = flattening.flatten(params)
-            start = survey(flat, at, free, flattening.flatten(init), num_products(at))
+            # Products that reach across a wall say nothing of the rows on this side of it.
+            products = num_products(at) if walls is None else 0
+            start = survey(flat, at, free, flattening.flatten(init), products)
         start = start._replace(eps=tree.coarsest_eps(instance.dtype, params))
         may_rerun = (by.reruns or by.in_reserve) and not defer
         setup = PhaseSetup(
@@ -294,7 +296,7 @@ class Contrastive(MetaGradientEstimator):
                 nudged_residual=convergence.nudged_residual,
                 displacement=convergence.displacement,
                 error_estimate=error if self.estimate_error else None,
-                num_gradients=free.num_gradients + NUM_GRADIENTS + num_products(start.params) + last.num_gradients,
+                num_gradients=free.num_gradients + start.num_gradients + last.num_gradients,
                 phases_by=phases.run_by(last),
                 status=worst(
                     phases.status(last),
