@@ -73,8 +73,10 @@ from contrastive_meta._problem import BilevelProblem as BilevelProblem
 from contrastive_meta._report import CheckReport as CheckReport
 from contrastive_meta._report import Comparison as Comparison
 from contrastive_meta._report import Diagnosis as Diagnosis
+from contrastive_meta._report import HorizonReport as HorizonReport
 from contrastive_meta._report import Measurement as Measurement
 from contrastive_meta._report import check as check
+from contrastive_meta._report import check_horizon as check_horizon
 from contrastive_meta._report import compare as compare
 from contrastive_meta._report import diagnose as diagnose
 from contrastive_meta._report import measure as measure

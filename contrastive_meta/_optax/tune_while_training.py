@@ -77,7 +77,7 @@ def tune_while_training(
     init_meta_params: MetaParams,
     every: int | Schedule | None = None,
     mode: TuningMode | None = None,
-    on_failure: Literal["keep", "skip"] = "keep",
+    on_failure: Literal["keep", "skip"] = "skip",
     allow: tuple[Status, ...] = _USABLE_IN_TRAINING,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -98,8 +98,9 @@ def tune_while_training(
       every: training steps from one meta-step to the next, or a function of the training step; by default 10 for
         `Alternating` and 1 for `SingleLoop`.
       mode: `Alternating()`, the default, or `SingleLoop()`.
-      on_failure: what becomes of a meta-gradient whose status is neither `CONVERGED` nor in `allow`. "keep": it is
-        used, the status is in the state. "skip": meta-parameters and their optimiser stay as they were.
+      on_failure: what becomes of a meta-gradient whose status is neither `CONVERGED` nor in `allow`. "skip":
+        meta-parameters and their optimiser stay as they were, and `num_failed` in the state counts it. "keep": it is
+        used, and counted too.
       allow: statuses that are no failure, besides `CONVERGED`; by default also `FREE_NOT_CONVERGED`,
         `NUDGED_NOT_CONVERGED` and `UNBOUNDED_NUDGE`, since neither training nor the short phases are over.
       seed: of the PRNG keys that `problem.sample` draws with.

@@ -1,4 +1,4 @@
-"""Reports on estimators: comparisons, checks and diagnoses, each in numbers and in sentences."""
+"""Reports on estimators: comparisons, checks, diagnoses and horizons, each in numbers and in sentences."""
 
 from contrastive_meta._report.check import CheckReport as CheckReport
 from contrastive_meta._report.check import check as check
@@ -9,3 +9,5 @@ from contrastive_meta._report.compare import measure as measure
 from contrastive_meta._report.compare import measure_interleaved as measure_interleaved
 from contrastive_meta._report.diagnose import Diagnosis as Diagnosis
 from contrastive_meta._report.diagnose import diagnose as diagnose
+from contrastive_meta._report.horizon import HorizonReport as HorizonReport
+from contrastive_meta._report.horizon import check_horizon as check_horizon
