@@ -284,6 +284,16 @@ def test_no_exception_is_left_behind() -> None:
         assert used == allowed, f"PRIVATE_TESTED_BY[{name!r}] allows {allowed}, the file uses {used}"
 
 
+def test_the_map_of_the_files_is_complete_and_names_no_other() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`(_?[a-z][\w/]*(?:\.py|/))`", page))
+    absent = sorted(name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / PACKAGE)))
+    assert not absent, listed("files that docs/architecture.md names and the package does not have", absent)
+    units = {name.split("/")[0].removesuffix(".py") for name in named}
+    forgotten = sorted(set(ORDER) - units)
+    assert not forgotten, listed("modules that docs/architecture.md does not name", forgotten)
+
+
 def test_public_names_have_docstrings_with_examples() -> None:
     found = []
     for name, value in public_names():
