@@ -92,6 +92,13 @@ class BasePoint(NamedTuple):
         return self.at_kink | self.inconsistent
 
     @property
+    def units(self) -> jax.Array:
+        """Orders of magnitude: inner gradients, nudges, responses to a unit nudge, steps, meta-gradients."""
+        nudge, response = self.nudge_norm, self.nudge_norm / tree.or_one(self.curvature)
+        units = jnp.stack([self.curvature * self.scale, nudge, response, self.scale, nudge * self.scale])
+        return jnp.where(jnp.isfinite(units) & (units > 0), units, 1)
+
+    @property
     def num_gradients(self) -> int:
         """Gradients of the inner loss that were spent on all this."""
         return NUM_GRADIENTS + (NUM_PRODUCTS if jax.tree.leaves(self.preconditioner) else 0)

@@ -116,14 +116,17 @@ def norm(a: PyTree) -> jax.Array:
     return norms(a)[0].astype(float_dtype(leaves)) if leaves else jnp.zeros(())
 
 
-def norms(*trees: PyTree) -> jax.Array:
+def norms(*trees: PyTree, units: jax.Array | None = None) -> jax.Array:
     """The Euclidean norms of trees of one structure, one for each, safe from overflow and underflow of the squares.
 
-    Entries are divided by the largest of their tree. Several norms at once are one kernel.
+    Entries are divided by the largest of their tree, or by what is about as large. Several norms are one kernel.
     Norms only ever measure (residuals, scales): no derivative passes through them.
 
     Args:
       trees: with the same structure and shapes.
+      units: a positive number for all trees, or for each. Entries that are 1e19 times larger or smaller (in float64
+        1e154 times) overflow, or count as 0. By default the largest entries, a search that nearly doubles what is
+        compiled.
 
     Returns:
       A vector in the finest dtype of all leaves, float32 at least.
@@ -134,12 +137,15 @@ def norms(*trees: PyTree) -> jax.Array:
         return jnp.zeros((len(trees),), fine)
     stacks = [jnp.stack([jnp.abs(x).astype(fine) for x in column]) for column in columns]
     axes = [tuple(range(1, stack.ndim)) for stack in stacks]
-    peaks = [jnp.max(stack, axis=axis, initial=0.0) for stack, axis in zip(stacks, axes, strict=True)]
-    peak = functools.reduce(jnp.maximum, peaks)
-    unit = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
+    if units is None:
+        peaks = [jnp.max(stack, axis=axis, initial=0.0) for stack, axis in zip(stacks, axes, strict=True)]
+        peak = functools.reduce(jnp.maximum, peaks)
+        unit = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
+    else:
+        unit = jnp.asarray(units, fine)
 
     def sums(stack: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-        return jnp.sum(jnp.square(stack / unit.reshape(-1, *[1] * len(axis))), axis=axis)
+        return jnp.sum(jnp.square(stack / (unit.reshape(-1, *[1] * len(axis)) if unit.ndim else unit)), axis=axis)
 
     total = sum_of_leaves([sums(stack, axis) for stack, axis in zip(stacks, axes, strict=True)])
     return unit * jnp.sqrt(total)

@@ -213,6 +213,7 @@ class Contrastive(MetaGradientEstimator):
             tree_instance=instance,
             flattening=flattening,
             start=start,
+            units=start.units,
             scheme=self.scheme,
             stencil=Stencil.of(template, instance.dtype),
             nudge=self.nudge or by.default_nudge,
@@ -321,14 +322,13 @@ class Contrastive(MetaGradientEstimator):
         if setup.walls is not None:
             instance = instance.at(free.model_state).in_dtype_of_loss()
             at = setup.flattening.unflatten(base.params)
-            certain = setup.walls.is_certain(instance, at, setup.instance.norm(base.inner_grad))
+            certain = setup.walls.is_certain(instance, at, setup.norm(base.inner_grad))
             certain &= ~setup.crosses_walls(base.params, last.kept.response, last.kept.contrast.beta)
         if not self.solver.bind(instance.meta_params).takes_losses:
             start = setup.start
-            lengths = tree.norms(
-                tree.subtract(base.params, start.params), tree.subtract(base.of_outer_loss, start.outer_grad)
-            )
-            far = (lengths[0] > UNCONVERGED * start.scale) | (lengths[1] > UNCONVERGED * start.nudge_norm)
+            changes = tree.subtract(base.of_outer_loss, start.outer_grad), tree.subtract(base.params, start.params)
+            change, distance = setup.norms(nudges=changes[:1], steps=changes[1:])
+            far = (distance > UNCONVERGED * start.scale) | (change > UNCONVERGED * start.nudge_norm)
             same = ~(far & (start.nudge_norm > 0))
         return certain, same
 

@@ -68,8 +68,9 @@ def converged(
       downward: whether the inner loss was found to curve downwards.
     """
     start, contrast = setup.start, line.contrast
-    pull, length, residual = tree.norms(line.base.outer.in_params, line.response, contrast.residual)
-    nudge = usual_nudge(start, pull.astype(setup.dtype))
+    nudges = [line.base.outer.in_params, contrast.residual]
+    pull, residual, length = setup.norms(nudges=nudges, responses=[line.response])
+    nudge = usual_nudge(start, pull)
     # A nudge that vanishes where learning ends asks for no response.
     vanishes = pull <= NOISE_FLOOR * start.eps * nudge
     unresponsive = (residual > UNCONVERGED * nudge) | ((missing > UNCONVERGED * length) & ~vanishes)

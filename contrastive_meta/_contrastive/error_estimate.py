@@ -55,7 +55,7 @@ class ErrorEstimate(StageSystems):
     def _after_response(self, now: LoopState, found: Found) -> LoopState:
         """The refined result is there to be compared with the kept one."""
         # Truncation is no failure of the learner.
-        residual, sought = self.norm(now.kept.contrast.residual), found.solved.lengths[1]
+        residual, sought = self.setup.norm_of_nudge(now.kept.contrast.residual), found.solved.lengths[1]
         missing = found.solved.cauchy[1] * jnp.minimum(residual / tree.or_one(sought), 1.0)
         after = now._replace(
             attempt=now.attempt._replace(line=found.line),
@@ -72,7 +72,7 @@ class ErrorEstimate(StageSystems):
         """The refined result against the kept one, at the same strength, so that truncation cancels."""
         kept, refined = last.kept.contrast, last.attempt.line.contrast
         missing_gradient = tree.add(tree.subtract(refined.plain, kept.plain), kept.correction)
-        size, whole = tree.norms(missing_gradient, tree.add(kept.grad, missing_gradient)).astype(self.dtype)
+        size, whole = self.setup.statistic_norms(missing_gradient, tree.add(kept.grad, missing_gradient))
         relative = jnp.where(size == 0, 0.0, size / whole)
         # A zero that nothing changes is exact.
         error = jnp.where(whole == 0, jnp.where(size == 0, 0.0, jnp.inf), jnp.sqrt(relative**2 + kept.error**2))
@@ -89,14 +89,14 @@ class ErrorEstimate(StageSystems):
                 (refined.response, kept.response),
             )
         ]
-        residual, distance, shift, _ = tree.norms(kept.base.inner_grad, *changes).astype(self.dtype)
+        residual, shift, distance = self.setup.norms([kept.base.inner_grad], [changes[1]], steps=changes[:1])
         # The whole step may go far along low curvature, where it hardly matters: the statuses go by what is certain.
         certain = jnp.minimum(last.missing[0] / tree.or_one(distance), 1.0)
         distance, shift, missing = certain * distance, certain * shift, last.missing[1]
         # Phases that are centred off the minimum take nothing from what the free phase learned.
         start = self.norm(self.setup.start.inner_grad)
         nearer = jnp.minimum(start / tree.or_one(residual), 1.0)
-        pull = self.norm(kept.base.outer.in_params)
+        pull = self.setup.norm_of_nudge(kept.base.outer.in_params)
         left = FreeResidual(jnp.minimum(residual, start), nearer * distance, nearer * shift, pull)
         ended = ~last.by_solver | learning_ended(self.setup, self.norm(last.origin.inner_grad), kept.contrast.beta)
         nudge_unbounded = (ended & kept.contrast.downward) | (last.by_solver & last.ran.nudge_unbounded)

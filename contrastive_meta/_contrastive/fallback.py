@@ -92,7 +92,7 @@ class Fallback(ErrorEstimate):
         setup, norm, runs, line, ran = self.setup, self.norm, found.runs, found.line, now.ran
         assert runs is not None and self.strategy.rerun is not None
         strength = ran.beta
-        left, residual = norm(now.origin.inner_grad), norm(line.base.inner_grad)
+        left, residual, response = setup.norms([now.origin.inner_grad, line.base.inner_grad], responses=[line.response])
         settled = learning_ended(setup, left, strength)
         nudge_unbounded = jnp.any(runs.status >= Status.DIVERGED) | (settled & line.contrast.downward)
         again = jnp.asarray(False)
@@ -102,14 +102,16 @@ class Fallback(ErrorEstimate):
         # Nudges that lead through walls: weaker ones need not.
         weaker = jnp.asarray(False)
         if setup.walls is not None and setup.scheme.adapts:
-            far = strength * norm(line.response) > setup.start.eps**LEAST_NUDGE * setup.start.scale
+            far = strength * response > setup.start.eps**LEAST_NUDGE * setup.start.scale
             weaker = ~again & far & setup.crosses_walls(line.base.params, line.response, 2 * strength)
             again |= weaker
 
         # Where the line through the phases' ends misses the free solution, the way was not straight.
         nudges = strength * setup.stencil.nudges
         on_path = tree.add_scaled(mean_of(runs.ends), jnp.mean(jnp.real(nudges)), line.response)
-        missed_by = norm(tree.subtract(on_path, now.origin.params)) / tree.or_one(strength * norm(line.response))
+        off = tree.subtract(on_path, now.origin.params)
+        off, gone = setup.norms(steps=[off, tree.subtract(line.base.params, now.origin.params)])
+        missed_by = off / tree.or_one(strength * response)
         crooked = jnp.where(settled & ~(residual < left), missed_by, 0.0)
         crooked = jnp.maximum(line.contrast.nonlinearity, crooked).astype(self.dtype)
         line = line._replace(contrast=line.contrast._replace(nonlinearity=crooked))
@@ -117,10 +119,10 @@ class Fallback(ErrorEstimate):
         # From far off a minimum either may learn further. Of two inaccurate responses, the better one.
         fast = now.kept
         further = ~now.close | now.uncertain | (residual < norm(fast.base.inner_grad))
-        better = now.close & (norm(fast.contrast.residual) <= norm(line.contrast.residual))
+        missing_of_fast, missing = setup.norms(nudges=[fast.contrast.residual, line.contrast.residual])
+        better = now.close & (missing_of_fast <= missing)
         chosen = jnp.asarray(self.strategy.fast is None) | (further & ~better)
         # On such a way phases may find another minimum than learning would have.
-        gone = norm(tree.subtract(line.base.params, now.origin.params)) > LONG * setup.start.scale
         after = now._replace(
             kept=tree.where(chosen, cast_like(line, now.kept), now.kept),
             ran=ran._replace(
@@ -132,7 +134,7 @@ class Fallback(ErrorEstimate):
                 num_steps=ran.num_steps + runs.num_steps,
             ),
             by_solver=chosen,
-            uncertain=now.uncertain & gone,
+            uncertain=now.uncertain & (gone > LONG * setup.start.scale),
         )
         # A nudge that takes the minimum away: its linearisation cannot.
         after = self._kept(after, ~again)

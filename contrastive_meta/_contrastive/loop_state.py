@@ -162,7 +162,7 @@ class PhaseLoop:
     def __init__(self, setup: PhaseSetup, strategy: Strategy) -> None:
         self.setup, self.strategy = setup, strategy
         self.dtype = setup.dtype
-        self.norm = setup.instance.norm
+        self.norm = setup.norm
         self.sought = setup.sought
         self.template = setup.scheme.template()
         self.number = len(self.template.nudges)

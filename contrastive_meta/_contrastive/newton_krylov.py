@@ -153,21 +153,21 @@ def target_residual(setup: PhaseSetup, line: Line, tol: jax.Array, nudge_norm: j
 
 def nudge_norm_at(setup: PhaseSetup, line: Line) -> jax.Array:
     """What residuals are measured in: the larger norm of what nudges at the free solution and at the base point."""
-    norms = setup.start.nudge_norm, setup.instance.norm(line.base.outer.in_params)
+    norms = setup.start.nudge_norm, setup.norm_of_nudge(line.base.outer.in_params)
     return tree.or_one(jnp.maximum(*norms))
 
 
 def may_start(setup: PhaseSetup, line: Line, region: Region) -> jax.Array:
     """Whether there is anything to look for: a nudge, or a base point that may come to one."""
     finite = tree.all_finite((line.base.outer.in_params, line.base.inner_grad))
-    return finite & ((setup.instance.norm(line.base.outer.in_params) > 0) | ~region.converged)
+    return finite & ((setup.norm_of_nudge(line.base.outer.in_params) > 0) | ~region.converged)
 
 
 def may_continue(setup: PhaseSetup, attempt: Attempt, max_steps: Any, max_passes: Any, leave_basin: bool) -> jax.Array:
     """Whether passes are left, and the way is one to follow."""
     region, passes = attempt.region, attempt.num_passes
     within: jax.Array = (passes < max_passes) & jnp.all(attempt.num_steps < max_steps)
-    left, start = tree.norms(attempt.line.base.inner_grad, setup.start.inner_grad).astype(setup.dtype)
+    left, start = setup.norms([attempt.line.base.inner_grad, setup.start.inner_grad])
     wanders = left > start * 2.0 ** (1 - passes / _PASSES_TO_HALVE).astype(setup.dtype)
     within &= ~wanders | region.converged | (passes < _PASSES_TO_HALVE)
     return within if leave_basin else within & ~region.uncertain
@@ -195,14 +195,12 @@ def accept_or_reject(
     """
     start, region = setup.start, before.region
     gone = tree.subtract(taken.base.params, start.params)
-    left, pull, response_step, length, new, gone = tree.norms(
-        taken.contrast.residual,
-        taken.base.outer.in_params,
-        solved.response_step,
-        taken.response,
-        taken.base.inner_grad,
-        gone,
-    ).astype(setup.dtype)
+    new, left, pull, response_step, length, gone = setup.norms(
+        [taken.base.inner_grad],
+        [taken.contrast.residual, taken.base.outer.in_params],
+        [solved.response_step, taken.response],
+        [gone],
+    )
     unknown = away | region.too_strong
     left_before = jnp.where(unknown, jnp.inf, solved.lengths[1]).astype(setup.dtype)
     nudge = tree.or_one(jnp.maximum(start.nudge_norm, pull))
@@ -292,15 +290,15 @@ def accept_or_reject(
 
 def outcome_of(setup: PhaseSetup, attempt: Attempt) -> Outcome:
     """What an attempt came to in the end."""
-    norm, line, region = setup.instance.norm, attempt.line, attempt.region
+    line, region = attempt.line, attempt.region
     enough = jnp.maximum(UNCONVERGED, attempt.tol)
-    left = norm(line.contrast.residual)
+    gradient, left, response = setup.norms([line.base.inner_grad], [line.contrast.residual], [line.response])
     unresponsive = (left > enough * nudge_norm_at(setup, line)) | (region.change > enough)
-    unresponsive |= region.unresolved > enough * norm(line.response)
+    unresponsive |= region.unresolved > enough * response
     anything = (setup.start.nudge_norm > 0) | (left > 0)
     failed = anything & (region.indefinite | unresponsive)
     # At the dtype's floor the inner gradient is noise, which nobody learns.
-    unconverged = ~region.converged & (norm(line.base.inner_grad) > NOISE_FLOOR * setup.start.noise)
+    unconverged = ~region.converged & (gradient > NOISE_FLOOR * setup.start.noise)
     unconverged |= region.unsettled
     close = attempt.measured & ~(region.indefinite | unconverged | region.uncertain)
     return Outcome(failed, unconverged, region.uncertain, close)

@@ -85,7 +85,7 @@ class Region(NamedTuple):
             grew=false,
             uncertain=false,
             delayed=false,
-            converged=tree.norm(inner_grad) <= 2 * setup.start.noise,
+            converged=setup.norm(inner_grad) <= 2 * setup.start.noise,
             two_sided=false,
             least=jnp.full((), jnp.inf, dtype),
             change=one,
@@ -235,7 +235,7 @@ def assess_trial(setup: PhaseSetup, before: Base, trial: Base, solved: Solved, r
     """Whether a trial point is one to stay at: the gradient there is smaller, or the loss fell as predicted."""
     start = setup.start
     moved, way = tree.subtract(trial.params, before.params), tree.subtract(trial.params, start.params)
-    distance, step, gone, new = tree.norms(moved, solved.step, way, trial.inner_grad).astype(setup.dtype)
+    new, distance, step, gone = setup.norms([trial.inner_grad], steps=[moved, solved.step, way])
     # Actual reduction by the trapezoidal rule, from the slopes along the step.
     here, there = tree.vdot(solved.step, before.inner_grad), tree.vdot(solved.step, trial.inner_grad)
     expected = here - solved.slack
@@ -267,10 +267,10 @@ def systems_of_a_step(
       budget: most steps of each system.
       guess: first direction of the response.
     """
-    start, norm = setup.start, setup.instance.norm
+    start = setup.start
     forcing = start.eps**FORCING
     unresponsive, _, left = nudge_residual(setup, line)
-    lefts = norm(line.base.inner_grad), left
+    lefts = setup.norm(line.base.inner_grad), left
     size = sum(x.size for x in jax.tree.leaves(start.params))
     # Rounding noise of the gradient in one direction of many.
     resolved = 2 * start.noise / size**0.5
@@ -294,7 +294,7 @@ def systems_of_a_step(
 
 def nudge_residual(setup: PhaseSetup, line: Line) -> tuple[Params, jax.Array, jax.Array]:
     """The residual of the nudge, whether the response is to start anew since it leaves more than none, and its norm."""
-    left, whole = tree.norms(line.contrast.residual, line.base.outer.in_params).astype(setup.dtype)
+    left, whole = setup.norms(nudges=[line.contrast.residual, line.base.outer.in_params])
     anew = ~(left <= whole)
     residual: Params = tree.where(anew, line.base.outer.in_params, line.contrast.residual)
     return residual, anew, jnp.where(anew, whole, left)

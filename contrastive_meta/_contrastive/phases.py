@@ -1,10 +1,11 @@
 """The nudged phases: what they are to be, and the gradients of both losses where they end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from contrastive_meta import _pytree as tree
 from contrastive_meta._base_point import BasePoint, OuterGradients, outer_gradients
@@ -120,6 +121,7 @@ class PhaseSetup(NamedTuple):
       tree_instance: the problem as the user wrote it.
       flattening: of `params`; solvers and rules see the tree.
       start: the end of the free phase.
+      units: see `BasePoint.units`.
       scheme: the strengths, or a way to find them.
       stencil: the scheme as arrays.
       nudge: what is added to the inner loss of phases.
@@ -137,6 +139,7 @@ class PhaseSetup(NamedTuple):
     tree_instance: Instance
     flattening: tree.Flattening
     start: BasePoint
+    units: jax.Array
     scheme: NudgeStrength
     stencil: Stencil
     nudge: Nudge
@@ -152,6 +155,25 @@ class PhaseSetup(NamedTuple):
     def dtype(self) -> Any:
         """Of scalars."""
         return self.instance.dtype
+
+    def norms(self, gradients: Any = (), nudges: Any = (), responses: Any = (), steps: Any = ()) -> jax.Array:
+        """Norms of gradients of the inner loss, of nudges and what is left of them, of responses, of steps: in turn."""
+        lists: list[Sequence[Params]] = [gradients, nudges, responses, steps]
+        kinds = np.repeat(np.arange(4), [len(trees) for trees in lists])
+        units = self.units[kinds[0]] if len(set(kinds)) == 1 else self.units[kinds]
+        return tree.norms(*(x for trees in lists for x in trees), units=units).astype(self.dtype)
+
+    def norm(self, gradient: Params) -> jax.Array:
+        """The norm of a gradient of the inner loss."""
+        return self.norms([gradient])[0]
+
+    def norm_of_nudge(self, nudge: Params) -> jax.Array:
+        """The norm of a nudge, or of what is left of one."""
+        return self.norms(nudges=[nudge])[0]
+
+    def statistic_norms(self, *contrasts: MetaParams) -> jax.Array:
+        """Norms of what is like a meta-gradient."""
+        return tree.norms(*contrasts, units=self.units[4]).astype(self.dtype)
 
     @property
     def sought(self) -> bool:

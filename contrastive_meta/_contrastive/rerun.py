@@ -199,7 +199,7 @@ def tolerances_for(setup: PhaseSetup, origin: Base, nudges: jax.Array, nudged_to
     relative_tol = start.eps ** (2 / 3) if nudged_tol is None else nudged_tol
     sizes = jnp.abs(nudges)
     smallest = jnp.min(jnp.where(sizes > 0, sizes, jnp.inf))
-    nudge_norm = setup.instance.norm(origin.outer.in_params)
+    nudge_norm = setup.norm_of_nudge(origin.outer.in_params)
     # The matched control stops with the weakest nudge.
     wanted = jnp.asarray(relative_tol, dtype) * jnp.where(sizes > 0, sizes, smallest) * nudge_norm
     return jnp.maximum(wanted, 2 * start.noise).astype(dtype)

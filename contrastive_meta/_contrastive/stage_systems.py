@@ -84,16 +84,16 @@ class StageSystems(PhaseLoop):
         possible = kept.residual_error
         # Where the strength is not sought, truncation is not made good: what it takes is known.
         left = tree.where(jnp.asarray(self.sought) & ~now.by_solver, left, tree.add(left, possible))
-        sizes = self.norm(possible), self.norm(left)
+        sizes = setup.norms(nudges=[possible, left, kept.residual])
         gain = setup.stencil.gain / tree.or_one(kept.beta)
         noise = self._noise_in_one_direction * gain
-        largest = jnp.maximum(sizes[1], self.norm(kept.residual))
+        largest = jnp.maximum(sizes[1], sizes[2])
         limits = jnp.stack([_POSSIBLE_TOL * sizes[0], _RESPONSE_TOL * largest])
         limits = jnp.maximum(noise, limits)
         prepared = self._prepare(now)
         systems = prepared.systems._replace(
             rhs=(possible, left),
-            active=jnp.stack(sizes) > limits,
+            active=sizes[:2] > limits,
             residual=limits,
             radius=jnp.full((), jnp.inf, self.dtype),
             num_steps=jnp.full((2,), MOST_STEPS, jnp.int32),
@@ -103,7 +103,7 @@ class StageSystems(PhaseLoop):
     def _prepare_pilot(self, now: LoopState) -> Prepared:
         """The response to the nudge, roughly."""
         pull, zero = now.attempt.line.base.outer.in_params, jnp.zeros((), self.dtype)
-        length = self.norm(pull)
+        length = self.setup.norm_of_nudge(pull)
         prepared = self._prepare(now)
         systems = prepared.systems._replace(
             rhs=(prepared.systems.rhs[0], pull),
@@ -176,7 +176,7 @@ class StageSystems(PhaseLoop):
             beta = jnp.where(rerun, now.ran.beta, beta)
             ends = runs.ends
         zero, false = jnp.zeros((), self.dtype), jnp.asarray(False)
-        length, distance = tree.norms(response, step).astype(self.dtype)
+        length, distance = setup.norms(responses=[response], steps=[step])
         trial = Trial(zero, false, known & (distance > 0), zero, false, jnp.isfinite(solved.gradient_norm))
         settled = (setup.displacement > 0) & (region.reduction == 1) & (line.contrast.displacement > 0)
         plan = Plan(

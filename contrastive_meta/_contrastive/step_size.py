@@ -190,8 +190,9 @@ def measure(setup: PhaseSetup, plan: Plan, assess: Any, trial: Any) -> Ladder:
         common = tree.subtract(mean_of(found.residuals), base.inner_grad)
         newest = jax.tree.map(lambda xs: xs[-1], (last.statistics, last.residuals))
         changes = tree.subtract((statistic, residual), newest)
-        size, changed, mean = tree.norms(statistic, changes[0], mean_of(found.statistics)).astype(dtype)
-        residual_changed, off_center, curved = tree.norms(changes[1], center, common).astype(dtype)
+        size, changed = setup.statistic_norms(statistic, changes[0])
+        mean = tree.norm(mean_of(found.statistics)).astype(dtype)
+        off_center, curved, residual_changed = setup.norms([center, common], [changes[1]])
 
         # Relative to the meta-gradient and to the nudge.
         unit = tree.or_one(size)
@@ -317,8 +318,8 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
     fixed = _weights_of_first(setup, plan, ladder, eye)
     if setup.sought:
         upper, lower = _extrapolations(setup, eye)
-        gap, size = tree.norms(combined(upper - lower, ladder.statistics), combined(upper, ladder.statistics))
-        residual_gap = tree.norm(combined(upper - lower, ladder.residuals))
+        gap, size = setup.statistic_norms(*(combined(w, ladder.statistics) for w in (upper - lower, upper)))
+        residual_gap = setup.norm_of_nudge(combined(upper - lower, ladder.residuals))
         gap = _root(gap / tree.or_one(size), residual_gap / plan.nudge_norm).astype(dtype)
         best = _weights_of_best(setup, ladder, eye, gap)
         fixed = tree.where(plan.fixed, fixed, cast_like(best, fixed))
@@ -336,7 +337,7 @@ def select(setup: PhaseSetup, plan: Plan, ladder: Ladder, otherwise: Contrast) -
     residual, residual_error = (combined(w, ladder.residuals) for w in (chosen.residual, chosen.error_weights))
     marks = jax.tree.map(lambda xs: jnp.sum(jnp.where(chosen.plain > 0, xs, jnp.zeros_like(xs))), ladder.marks)
     marks = marks._replace(downward=marks.downward > 0, finite=marks.finite > 0)
-    size, error_norm = tree.norms(grad, error_weights).astype(dtype)
+    size, error_norm = setup.statistic_norms(grad, error_weights)
     expected = ladder.noise[0] / marks.beta
     error = jnp.where(chosen.measured, _root(error_norm / tree.or_one(size), chosen.least), chosen.least)
     # In a fixed contrast the error_weights is in the correction.
