@@ -34,7 +34,7 @@ KEY = jax.random.key(0)
 
 
 def test_methods_start_from_the_same_network() -> None:
-    made = methods(Steps(4, 3), width=4)
+    made = methods(Steps(4, 3), widths=(4, 4))
     anchor = made[ANCHOR].build(KEY).meta_params["anchor"]
     for name in (MAML, FOMAML, REPTILE, WEAK, CONSTANT):
         for ours, theirs in zip(
@@ -48,7 +48,7 @@ def test_methods_start_from_the_same_network() -> None:
 
 def test_the_error_is_of_the_learned_task() -> None:
     """Written out: ten steps of gradient descent on the sum of squares of a ReLU network, then the mean of squares."""
-    made = methods(Steps(4, 3), width=4)[MAML]
+    made = methods(Steps(4, 3), widths=(4, 4))[MAML]
     split = made.build(KEY)
     task = jax.tree.map(lambda leaf: leaf[0], sinusoid_tasks(KEY, 1))
 
