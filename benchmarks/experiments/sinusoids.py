@@ -129,8 +129,12 @@ def _train(session: Session, name: str, method: Method, sizes: Sizes, seeds: Seq
 def _tester(method: Method) -> Callable[[Any, Any], jax.Array]:
     """The mean error over tasks, from meta-parameters and tasks."""
     split = method.build(jax.random.key(0))
-    test = jax.vmap(lambda meta_params, task: mean_squared_error(split, method.learner, meta_params, task), (None, 0))
-    return jax.jit(lambda meta_params, tasks: jnp.mean(test(meta_params, tasks)))
+
+    @jax.jit
+    def test(meta_params: Any, tasks: Any) -> jax.Array:
+        return jnp.mean(jax.vmap(lambda task: mean_squared_error(split, method.learner, meta_params, task))(tasks))
+
+    return test
 
 
 def _record(

@@ -28,8 +28,8 @@ CONTRASTS = (ANCHOR, STRENGTHS, GAINS, HEAD, IMAML)
 THROUGH = (MAML, FOMAML, REPTILE, ANIL, CAVIA)
 CONTROLS = (WEAK, CONSTANT)
 
-# Half the strength times the sum of squares. On seed 100, by the outer rate 1e-2: strengths of 1 and 2 learn (to errors
-# of 0.36 and 0.26 in 80 steps), 0.5 does not (from 0.87 to 1.5), since the inner problem then has many minima (control).
+# Half the strength times the sum of squares. On seed 100 and by the outer rate 1e-2 the error falls to 0.36 and 0.26 in
+# 80 steps with strengths of 1 and 2; with 0.5 it rises from 0.87 to 1.5: the inner problem has many minima (control).
 STRENGTH, WEAK_STRENGTH = 2.0, 0.1
 BETA, LARGE_BETA = 0.3, 3.0
 FREE_RATE, NUDGED_RATE, CONSTANT_RATE = 0.02, 0.005, 0.01
