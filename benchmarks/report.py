@@ -3,18 +3,27 @@
 import gzip
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from benchmarks import estimators, plasticity, scaling_steps, sparse, speed, speed_scaling, speed_tables, trust, tuning
+from benchmarks.experiments import regularisation, sinusoids
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE
 from benchmarks.registry import BENCHMARKS, Benchmark
 from benchmarks.tables import memory, milliseconds, scientific, seeds_of
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+# Pages of docs/ that show the tables of benchmarks as they are.
+_SHOWN: Mapping[str, Sequence[ModuleType]] = {
+    "trust.md": (trust,),
+    "optax.md": (tuning,),
+    "plasticity.md": (plasticity,),
+    "sparse.md": (sparse,),
+    "experiments.md": (sinusoids, regularisation),
+}
 
 
 def report(folder: Path, pictures: Path, *, check: bool) -> int:
@@ -28,10 +37,10 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
     pages = {PACKAGE_FOLDER.parent / "README.md": render_readme_block(records)}
     if newest_runs(records, speed.NAME):
         pages[PACKAGE_FOLDER.parent / "docs" / "performance.md"] = render_speed_block(records)
-    shown = ((trust, "trust.md"), (tuning, "optax.md"), (plasticity, "plasticity.md"), (sparse, "sparse.md"))
-    for module, name in shown:
-        if newest_runs(records, module.NAME):
-            pages[PACKAGE_FOLDER.parent / "docs" / name] = render_shown_block(records, module)
+    for name, modules in _SHOWN.items():
+        blocks = [render_shown_block(records, module) for module in modules if newest_runs(records, module.NAME)]
+        if blocks:
+            pages[PACKAGE_FOLDER.parent / "docs" / name] = "\n\n".join(blocks)
     if check:
         return max(_check(page, block) for page, block in pages.items())
     for benchmark in BENCHMARKS.values():
