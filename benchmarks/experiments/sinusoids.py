@@ -36,8 +36,8 @@ ABOUT = (
     "few-shot regression: anchor, strengths and gains by contrast against MAML, FOMAML, Reptile, ANIL, iMAML, CAVIA, "
     "and negative controls; 10 minutes on two cores"
 )
-# Choices were made on seeds of 100 and above, which are not reported.
-_FIRST_SEED = 1
+# Choices were made on seeds of 100 and above, after a run on seeds 1 to 3 whose settings failed: none is reported.
+_FIRST_SEED = 4
 # Largest norm of a meta-gradient: a task in a batch whose learning runs away must not decide the next hundred steps.
 _CLIP = 10.0
 # Conditions of the experiments R6 and R8.
