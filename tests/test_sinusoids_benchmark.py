@@ -103,9 +103,11 @@ def test_claims_are_of_ratios_and_logarithms() -> None:
 @pytest.mark.slow
 def test_sinusoids_in_small(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "sinusoids", "--smoke", "--cases", f"{MAML},{CAVIA},{REPTILE}"]) == 0
+    assert main(["run", "sinusoids", "--smoke", "--cases", f"{GAINS},{MAML},{CAVIA},{REPTILE}"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results/records/sinusoids.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["kind"] == "method"]
-    assert [row["case"] for row in trained] == [MAML, REPTILE, CAVIA]
+    assert [row["case"] for row in trained] == [GAINS, MAML, REPTILE, CAVIA]
     assert all(row["num_steps"] == 2 and row["error"] > 0 and not row["stopped"] for row in trained)
+    (checked,) = (row for row in rows if row["kind"] == "gradients")
+    assert len(checked["cosines"]) == 2 and all(abs(c) <= 1 + 1e-9 for c in checked["cosines"])
     assert "claims that could be decided hold" in capsys.readouterr().out

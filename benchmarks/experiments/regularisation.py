@@ -96,8 +96,11 @@ def run(session: Session) -> None:
     first = session.seed or _FIRST_SEED
     seeds = range(first, first + (session.num_seeds or sizes.num_seeds))
     with precision(x64=False):
-        for name in session.cases or sizes.names:
-            _Experiment(session, sizes, name, table[name], seeds).run()
+        for number, name in enumerate(session.cases or sizes.names):
+            experiment = _Experiment(session, sizes, name, table[name], seeds)
+            experiment.run()
+            if number == 0:
+                experiment.memory()
     for told in claims(session.records):
         session.record(x64=False, kind="claim", case="claims", **told)
 
@@ -112,7 +115,7 @@ class _Experiment:
         self.learn = jax.jit(self._learn)
 
     def run(self) -> None:
-        """The fixed strengths, then a method at a time, its program compiled once; then memory."""
+        """The fixed strengths, then a method at a time, its program compiled once."""
         for seed, task in zip(self.seeds, self.tasks, strict=True):
             self._fixed(seed, task)
         table = estimators(self.sizes.settings)
@@ -122,7 +125,6 @@ class _Experiment:
             least = (min(end.seconds for end in ends), min(end.num_gradients for end in ends))
             for name, runs in trained.items():
                 self._learned(name, seed, self.tasks[number], runs[number], least)
-        self._memory()
 
     def _learn(self, log_strengths: Any, task: Task) -> dict[str, jax.Array]:
         """What a network that learned with these strengths is worth; without any where they are -inf."""
@@ -201,7 +203,7 @@ class _Experiment:
         at = dataclasses.replace(self.session, seed=seed)
         at.record(x64=False, kind="method", case=self.name, method=name, settings=self.sizes.settings, **fields)
 
-    def _memory(self) -> None:
+    def memory(self) -> None:
         """Temporary bytes of one meta-gradient against the steps of the free phase, of programs compiled cheaply."""
         settings, task = self.sizes.settings, self.tasks[0]
         meta = strengths(task, settings.strength)
@@ -285,7 +287,8 @@ def show(records: Sequence[Record]) -> str:
         blocks.append(f"{case}: accuracy with learned strengths [{seeds_of(here)}]\n\n{lay_out(header, rows)}")
         sizes = [r for r in records if r["kind"] == "memory" and r["case"] == case]
         cells = [[r["method"], f"{r['num_steps']:,}", memory(r["temp_bytes"])] for r in sizes]
-        blocks.append(lay_out(["meta-gradient by", "inner steps", "memory"], cells, left=(0,)))
+        if cells:
+            blocks.append(lay_out(["meta-gradient by", "inner steps", "memory"], cells, left=(0,)))
     blocks += [wrap(f"{r['case']}, {r['method']}, seed {r['seed']}: {r['stopped']}") for r in here if r.get("stopped")]
     return "\n\n".join([*blocks, show_claims([*claims(records)])]).rstrip()
 
