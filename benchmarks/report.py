@@ -180,9 +180,11 @@ def _provenance(runs: Sequence[Sequence[Record]], command: str) -> str:
     shown = [row for rows in runs for row in rows]
     newest = max(shown, key=lambda row: str(row["date"]))
     days = sorted({str(row["date"])[:10] for row in shown})
+    # Claims are of all seeds, and have none of their own.
+    by_seed = [row for row in shown if row.get("kind", "method") == "method"] or shown
     measured, environment = " to ".join(dict.fromkeys([days[0], days[-1]])), newest["environment"]
     return (
         f"Measured {measured} with jax {environment['jax']} on {environment['cpu_count']} cores of "
-        f"{environment['device']}, {seeds_of(shown)}. Remake: `{command}` to measure anew, "
+        f"{environment['device']}, {seeds_of(by_seed)}. Remake: `{command}` to measure anew, "
         "`python -m benchmarks report` to rewrite this block from the committed records (`benchmarks/results`)."
     )
