@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from benchmarks.harness import CHEAP_XLA_FLAGS
+
 # Nearly all of a test's time is compilation of a program that runs for a millisecond. Whoever sets XLA_FLAGS has them,
-# and `XLA_FLAGS= python -m pytest` compiles as users do. XLA dies of a flag it does not know, and these two are known
-# until JAX 0.10; xdist's workers find what its controller has set.
-_CHEAP = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-if os.environ.get("XLA_FLAGS", _CHEAP) == _CHEAP:
+# and `XLA_FLAGS= python -m pytest` compiles as users do; xdist's workers find what its controller has set.
+if os.environ.get("XLA_FLAGS", CHEAP_XLA_FLAGS) == CHEAP_XLA_FLAGS:
     jax.config.update("jax_disable_most_optimizations", True)
     if jax.__version_info__ < (0, 11):
-        os.environ["XLA_FLAGS"] = _CHEAP
+        os.environ["XLA_FLAGS"] = CHEAP_XLA_FLAGS
 
 
 @pytest.fixture(autouse=True)

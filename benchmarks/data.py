@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.datasets import cache_folder
+from benchmarks.datasets import SETS, cache_folder
 
 DATA_VARIABLE = "CONTRASTIVE_META_DATA"
 
@@ -83,6 +83,12 @@ def mnist(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split
         x, y = arrays["x_train"], arrays["y_train"]
     chosen = np.random.default_rng(seed).permutation(len(y))[: num_train + num_val]
     return _cut(x[chosen].reshape(len(chosen), -1) / 255.0, y[chosen].astype(np.int32), num_train)
+
+
+def images(name: str, folder: Path | None) -> tuple[npt.NDArray[Any], ...]:
+    """Official training images, their labels, official test images and theirs, as bytes: of `mnist` or `cifar10`."""
+    with np.load(find_file(SETS[name].file, folder, _DOWNLOAD.format(name))) as arrays:
+        return tuple(arrays[key] for key in ("x_train", "y_train", "x_test", "y_test"))
 
 
 def ijcnn1(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split:

@@ -61,11 +61,21 @@ class State(NamedTuple):
     optimizer: Any
 
 
-class Program(NamedTuple):
-    """A compiled outer step, `(state, key, fraction) -> (state, told)`, and the seconds that it took to compile."""
+Step = Callable[[State, jax.Array, jax.Array], tuple[State, Told]]
 
-    call: Callable[[State, jax.Array, jax.Array], tuple[State, Told]]
+
+class Program(NamedTuple):
+    """A compiled outer step.
+
+    Attributes:
+      call: `(state, key, fraction) -> (state, told)`.
+      seconds: that it took to compile.
+      on: the same step on other data of the same shapes; None where a step has none.
+    """
+
+    call: Step
     seconds: float
+    on: Callable[[Any], Step] | None = None
 
 
 class Snapshot(NamedTuple):
@@ -143,7 +153,11 @@ def compiled(
     """
     begin = clock()
     call = jax.jit(step).lower(state, jax.random.key(0), jnp.float32(0), data).compile()
-    return Program(lambda state, key, fraction: call(state, key, fraction, data), clock() - begin)
+
+    def on(data: Any) -> Step:
+        return lambda state, key, fraction: call(state, key, fraction, data)
+
+    return Program(on(data), clock() - begin, on)
 
 
 def train(

@@ -16,7 +16,7 @@ from benchmarks import (
     trust,
     tuning,
 )
-from benchmarks.experiments import analysis, omniglot, sinusoids
+from benchmarks.experiments import analysis, omniglot, regularisation, sinusoids
 from benchmarks.harness import Record, Session
 
 
@@ -62,6 +62,7 @@ BENCHMARKS = {
         Benchmark(plasticity.NAME, plasticity.ABOUT, plasticity.run, plasticity.show, plasticity.draw, main_job=False),
         Benchmark(analysis.NAME, analysis.ABOUT, analysis.run, analysis.show, main_job=False),
         Benchmark(omniglot.NAME, omniglot.ABOUT, omniglot.run, omniglot.show, main_job=False),
+        Benchmark(regularisation.NAME, regularisation.ABOUT, regularisation.run, regularisation.show, main_job=False),
         Benchmark(sinusoids.NAME, sinusoids.ABOUT, sinusoids.run, sinusoids.show, main_job=False),
     )
 }

@@ -3,18 +3,27 @@
 import gzip
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from benchmarks import estimators, plasticity, scaling_steps, sparse, speed, speed_scaling, speed_tables, trust, tuning
+from benchmarks.experiments import regularisation, sinusoids
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE
 from benchmarks.registry import BENCHMARKS, Benchmark
 from benchmarks.tables import memory, milliseconds, scientific, seeds_of
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+# Pages of docs/ that show the tables of benchmarks as they are.
+_SHOWN: Mapping[str, Sequence[ModuleType]] = {
+    "trust.md": (trust,),
+    "optax.md": (tuning,),
+    "plasticity.md": (plasticity,),
+    "sparse.md": (sparse,),
+    "experiments.md": (sinusoids, regularisation),
+}
 
 
 def report(folder: Path, pictures: Path, *, check: bool) -> int:
@@ -28,10 +37,10 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
     pages = {PACKAGE_FOLDER.parent / "README.md": render_readme_block(records)}
     if newest_runs(records, speed.NAME):
         pages[PACKAGE_FOLDER.parent / "docs" / "performance.md"] = render_speed_block(records)
-    shown = ((trust, "trust.md"), (tuning, "optax.md"), (plasticity, "plasticity.md"), (sparse, "sparse.md"))
-    for module, name in shown:
-        if newest_runs(records, module.NAME):
-            pages[PACKAGE_FOLDER.parent / "docs" / name] = render_shown_block(records, module)
+    for name, modules in _SHOWN.items():
+        blocks = [render_shown_block(records, module) for module in modules if newest_runs(records, module.NAME)]
+        if blocks:
+            pages[PACKAGE_FOLDER.parent / "docs" / name] = "\n\n".join(blocks)
     if check:
         return max(_check(page, block) for page, block in pages.items())
     for benchmark in BENCHMARKS.values():
@@ -171,9 +180,11 @@ def _provenance(runs: Sequence[Sequence[Record]], command: str) -> str:
     shown = [row for rows in runs for row in rows]
     newest = max(shown, key=lambda row: str(row["date"]))
     days = sorted({str(row["date"])[:10] for row in shown})
+    # Claims are of all seeds, and have none of their own.
+    by_seed = [row for row in shown if row.get("kind", "method") == "method"] or shown
     measured, environment = " to ".join(dict.fromkeys([days[0], days[-1]])), newest["environment"]
     return (
         f"Measured {measured} with jax {environment['jax']} on {environment['cpu_count']} cores of "
-        f"{environment['device']}, {seeds_of(shown)}. Remake: `{command}` to measure anew, "
+        f"{environment['device']}, {seeds_of(by_seed)}. Remake: `{command}` to measure anew, "
         "`python -m benchmarks report` to rewrite this block from the committed records (`benchmarks/results`)."
     )

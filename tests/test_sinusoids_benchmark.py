@@ -34,7 +34,7 @@ KEY = jax.random.key(0)
 
 
 def test_methods_start_from_the_same_network() -> None:
-    made = methods(Steps(4, 3), width=4)
+    made = methods(Steps(4, 3), widths=(4, 4))
     anchor = made[ANCHOR].build(KEY).meta_params["anchor"]
     for name in (MAML, FOMAML, REPTILE, WEAK, CONSTANT):
         for ours, theirs in zip(
@@ -48,7 +48,7 @@ def test_methods_start_from_the_same_network() -> None:
 
 def test_the_error_is_of_the_learned_task() -> None:
     """Written out: ten steps of gradient descent on the sum of squares of a ReLU network, then the mean of squares."""
-    made = methods(Steps(4, 3), width=4)[MAML]
+    made = methods(Steps(4, 3), widths=(4, 4))[MAML]
     split = made.build(KEY)
     task = jax.tree.map(lambda leaf: leaf[0], sinusoid_tasks(KEY, 1))
 
@@ -103,9 +103,11 @@ def test_claims_are_of_ratios_and_logarithms() -> None:
 @pytest.mark.slow
 def test_sinusoids_in_small(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "sinusoids", "--smoke", "--cases", f"{MAML},{CAVIA},{REPTILE}"]) == 0
+    assert main(["run", "sinusoids", "--smoke", "--cases", f"{GAINS},{MAML},{CAVIA},{REPTILE}"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results/records/sinusoids.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["kind"] == "method"]
-    assert [row["case"] for row in trained] == [MAML, REPTILE, CAVIA]
+    assert [row["case"] for row in trained] == [GAINS, MAML, REPTILE, CAVIA]
     assert all(row["num_steps"] == 2 and row["error"] > 0 and not row["stopped"] for row in trained)
+    (checked,) = (row for row in rows if row["kind"] == "gradients")
+    assert len(checked["cosines"]) == 2 and all(abs(c) <= 1 + 1e-9 for c in checked["cosines"])
     assert "claims that could be decided hold" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from benchmarks.experiments.sinusoids_methods import (
     GAINS,
     HEAD,
     MAML,
-    OUTER_RATE,
+    REPTILE,
     Method,
     Steps,
     mean_squared_error,
@@ -36,8 +36,10 @@ ABOUT = (
     "few-shot regression: anchor, strengths and gains by contrast against MAML, FOMAML, Reptile, ANIL, iMAML, CAVIA, "
     "and negative controls; 10 minutes on two cores"
 )
-# Seed 0 is for trying things, and is not reported.
-_FIRST_SEED = 1
+# Choices were made on seeds of 100 and above, after a run on seeds 1 to 3 whose settings failed: none is reported.
+_FIRST_SEED = 4
+# Largest norm of a meta-gradient: a task in a batch whose learning runs away must not decide the next hundred steps.
+_CLIP = 10.0
 # Conditions of the experiments R6 and R8.
 _IMPROVEMENT, _OF_MAML, _COSINE = 3.0, 1.5, 0.9
 
@@ -52,42 +54,48 @@ class Sizes(NamedTuple):
       num_tasks: in a batch.
       num_tests: tasks tested on.
       num_seeds: reported.
-      width: of the network.
+      widths: of the hidden layers.
     """
 
     steps: Steps = Steps()
-    outer: int = 200
-    through: int = 2000
+    outer: int = 60
+    through: int = 1000
     num_tasks: int = 25
     num_tests: int = 100
     num_seeds: int = 3
-    width: int = 40
+    widths: tuple[int, ...] = (40, 40)
 
 
-SMOKE = Sizes(Steps(4, 3), 2, 2, 2, 4, 1, 4)
-# 25,000 training tasks, as published.
-FULL = Sizes(outer=1000, through=10_000)
+# One of each kind of estimator: each contrast takes ten seconds to compile.
+_SMOKE_CASES = (ANCHOR, MAML, REPTILE)
+SMOKE = Sizes(Steps(4, 3), 2, 2, 2, 4, 1, (4,))
+# Inner steps of the reproduction that was calibrated, and 25,000 training tasks, as published.
+FULL = Sizes(Steps(300, 150), outer=1000, through=10_000)
 
 
 def run(session: Session) -> None:
     """Every method on every seed: equal starts for equal networks, equal tests."""
     sizes = SMOKE if session.smoke else FULL if session.full else Sizes()
     if session.smoke and session.full:
-        sizes = FULL._replace(outer=1, through=1, num_seeds=1)
-    table = methods(sizes.steps, sizes.width)
+        sizes = FULL._replace(outer=1, through=1, num_tests=4, num_seeds=1)
+    table = methods(sizes.steps, sizes.widths)
     unknown = set(session.cases) - set(table)
     if unknown:
         raise SystemExit(f"sinusoids has no case {', '.join(sorted(unknown))}; known are: {', '.join(table)}")
     first = session.seed or _FIRST_SEED
     seeds = range(first, first + (session.num_seeds or sizes.num_seeds))
+    cases = session.cases or (_SMOKE_CASES if session.smoke else tuple(table))
     with precision(x64=False):
-        chosen = {name: method for name, method in table.items() if name in (session.cases or table)}
+        chosen = {name: method for name, method in table.items() if name in cases}
         trained = {name: _train(session, name, method, sizes, seeds) for name, method in chosen.items()}
+        tests = {name: _tester(method) for name, method in chosen.items()}
         for number, seed in enumerate(seeds):
             ends = [runs[number].snapshots[-1] for name, runs in trained.items() if name not in CONTROLS]
             least = (min((e.seconds for e in ends), default=0.0), min((e.num_gradients for e in ends), default=0))
             for name, method in chosen.items():
-                _record(dataclasses.replace(session, seed=seed), name, method, sizes, trained[name][number], least)
+                at = dataclasses.replace(session, seed=seed)
+                start = method.build(jax.random.key(seed)).meta_params
+                _record(at, name, tests[name], sizes, start, trained[name][number], least)
         if GAINS in trained:
             _check(session, chosen[GAINS], sizes, trained[GAINS][0])
     for told in claims(session.records):
@@ -98,14 +106,16 @@ def _train(session: Session, name: str, method: Method, sizes: Sizes, seeds: Seq
     """Of each seed; compiled once."""
     converges = name in CONTRASTS + CONTROLS
     budget = Budget(steps=sizes.outer if converges else sizes.through, clock=time.process_time)
-    transformation = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e-4))
+    transformation = optax.chain(
+        optax.clip_by_global_norm(_CLIP), optax.scale_by_adam(), optax.add_decayed_weights(1e-4)
+    )
     split = method.build(jax.random.key(0))
 
     def sample(key: jax.Array, data: Any) -> Any:
         return sinusoid_tasks(key, sizes.num_tasks)
 
     def rate(fraction: jax.Array) -> jax.Array:
-        return jnp.full_like(fraction, OUTER_RATE)
+        return method.outer_rate * (1 + jnp.cos(jnp.pi * fraction)) / 2
 
     step = outer_step(split.problem, method.estimator, sample, rate, transformation)
     session.progress.begin(f"{name}: compiling", 1)
@@ -118,25 +128,36 @@ def _train(session: Session, name: str, method: Method, sizes: Sizes, seeds: Seq
     return runs
 
 
-def _record(
-    session: Session, name: str, method: Method, sizes: Sizes, trained: Trained, least: tuple[float, int]
-) -> None:
-    split, last = method.build(jax.random.key(session.seed)), trained.snapshots[-1]
-    first = Snapshot(0, 0, 0.0, split.meta_params)
-    tests = sinusoid_tasks(jax.random.fold_in(jax.random.key(23), session.seed), sizes.num_tests)
+def _tester(method: Method) -> Callable[[Any, Any], jax.Array]:
+    """The mean error over tasks, from meta-parameters and tasks."""
+    split = method.build(jax.random.key(0))
 
     @jax.jit
-    def judged(meta_params: Any) -> jax.Array:
-        return jnp.mean(jax.vmap(lambda task: mean_squared_error(split, method.learner, meta_params, task))(tests))
+    def test(meta_params: Any, tasks: Any) -> jax.Array:
+        return jnp.mean(jax.vmap(lambda task: mean_squared_error(split, method.learner, meta_params, task))(tasks))
 
+    return test
+
+
+def _record(
+    session: Session,
+    name: str,
+    test: Callable[[Any, Any], jax.Array],
+    sizes: Sizes,
+    start: Any,
+    trained: Trained,
+    least: tuple[float, int],
+) -> None:
+    first, last = Snapshot(0, 0, 0.0, start), trained.snapshots[-1]
+    tasks = sinusoid_tasks(jax.random.fold_in(jax.random.key(23), session.seed), sizes.num_tests)
     at_time = within([first, *trained.snapshots], seconds=least[0])
     at_gradients = within([first, *trained.snapshots], num_gradients=least[1])
     session.progress.begin(f"{name}: testing, seed {session.seed}", 1)
     session.record(
-        x64=False, kind="method", case=name, sizes=sizes, error=judged(last.meta_params).item(),
-        error_at_equal_time=judged(at_time.meta_params).item(),
-        error_at_equal_gradients=judged(at_gradients.meta_params).item(),
-        error_unlearned=judged(first.meta_params).item(), seconds=last.seconds, num_steps=last.step,
+        x64=False, kind="method", case=name, sizes=sizes, error=test(last.meta_params, tasks).item(),
+        error_at_equal_time=test(at_time.meta_params, tasks).item(),
+        error_at_equal_gradients=test(at_gradients.meta_params, tasks).item(),
+        error_unlearned=test(first.meta_params, tasks).item(), seconds=last.seconds, num_steps=last.step,
         num_gradients=last.num_gradients, equal_seconds=least[0], equal_gradients=least[1],
         statuses=trained.statuses, passed=trained.passed, stopped=trained.stopped,
     )  # fmt: skip
@@ -153,12 +174,15 @@ def _check(session: Session, method: Method, sizes: Sizes, trained: Trained) -> 
         learner = cm.LBFGS(tol=1e-8, max_steps=5 if session.smoke else 5000)
         implicit = cm.ImplicitDifferentiation(learner, cm.ConjugateGradient(tol=1e-8))
         contrast = cm.Contrastive(learner)
+
+        @jax.jit
+        def of_both(task: Any) -> tuple[Any, Any]:
+            return implicit.estimate(problem, meta, task).grad, contrast.estimate(problem, meta, task).grad
+
         cosines = []
         for k in range(num_checked):
-            task = jax.tree.map(lambda leaf, k=k: leaf[k], tasks)
-            exact = implicit.estimate(problem, meta, task)
-            ours = contrast.estimate(problem, meta, task)
-            cosines.append(cosine(ours.grad, flatten(exact.grad)))
+            exact, ours = of_both(jax.tree.map(lambda leaf, k=k: leaf[k], tasks))
+            cosines.append(cosine(ours, flatten(exact)))
     session.record(x64=True, kind="gradients", case=GAINS, cosines=cosines, num_tasks=num_checked)
 
 
