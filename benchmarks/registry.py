@@ -16,7 +16,7 @@ from benchmarks import (
     trust,
     tuning,
 )
-from benchmarks.experiments import analysis, omniglot, sinusoids
+from benchmarks.experiments import analysis, bandit, omniglot, sinusoids
 from benchmarks.harness import Record, Session
 
 
@@ -63,5 +63,6 @@ BENCHMARKS = {
         Benchmark(analysis.NAME, analysis.ABOUT, analysis.run, analysis.show, main_job=False),
         Benchmark(omniglot.NAME, omniglot.ABOUT, omniglot.run, omniglot.show, main_job=False),
         Benchmark(sinusoids.NAME, sinusoids.ABOUT, sinusoids.run, sinusoids.show, main_job=False),
+        Benchmark(bandit.NAME, bandit.ABOUT, bandit.run, bandit.show, main_job=False),
     )
 }
