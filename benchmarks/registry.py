@@ -16,7 +16,7 @@ from benchmarks import (
     trust,
     tuning,
 )
-from benchmarks.experiments import analysis, bandit, omniglot, sinusoids
+from benchmarks.experiments import analysis, bandit, bilevel_suite, omniglot, sinusoids
 from benchmarks.harness import Record, Session
 
 
@@ -64,5 +64,6 @@ BENCHMARKS = {
         Benchmark(omniglot.NAME, omniglot.ABOUT, omniglot.run, omniglot.show, main_job=False),
         Benchmark(sinusoids.NAME, sinusoids.ABOUT, sinusoids.run, sinusoids.show, main_job=False),
         Benchmark(bandit.NAME, bandit.ABOUT, bandit.run, bandit.show, main_job=False),
+        Benchmark(bilevel_suite.NAME, bilevel_suite.ABOUT, bilevel_suite.run, bilevel_suite.show, main_job=False),
     )
 }
