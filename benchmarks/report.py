@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import estimators, plasticity, scaling_steps, sparse, speed, speed_scaling, speed_tables, trust, tuning
+from benchmarks.experiments import bandit, bilevel_suite
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE
 from benchmarks.registry import BENCHMARKS, Benchmark
@@ -28,7 +29,10 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
     pages = {PACKAGE_FOLDER.parent / "README.md": render_readme_block(records)}
     if newest_runs(records, speed.NAME):
         pages[PACKAGE_FOLDER.parent / "docs" / "performance.md"] = render_speed_block(records)
-    shown = ((trust, "trust.md"), (tuning, "optax.md"), (plasticity, "plasticity.md"), (sparse, "sparse.md"))
+    shown = (
+        (trust, "trust.md"), (tuning, "optax.md"), (plasticity, "plasticity.md"), (sparse, "sparse.md"),
+        (bandit, "bandit.md"), (bilevel_suite, "bilevel_suite.md"),
+    )  # fmt: skip
     for module, name in shown:
         if newest_runs(records, module.NAME):
             pages[PACKAGE_FOLDER.parent / "docs" / name] = render_shown_block(records, module)

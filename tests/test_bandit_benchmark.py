@@ -104,7 +104,7 @@ def test_posterior_of_linear_rewards() -> None:
     truth = jax.random.normal(jax.random.key(3), (5, 3))
     reward = jnp.sum(truth[arm] * x, axis=1) + 1e-3 * jax.random.normal(of_noise, (500,))
     belief = posterior(LINEAR_PRIOR, x, Pulls(arm, reward), jnp.ones(500))
-    mean = jnp.linalg.solve(belief.precision, belief.moment[..., None])[..., 0]
+    mean = jnp.einsum("aij,aj->ai", belief.inverse, belief.moment)
     expected = jnp.stack([
         jnp.linalg.solve(
             x[arm == a].T @ x[arm == a] + LINEAR_PRIOR.strength * jnp.eye(3), x[arm == a].T @ reward[arm == a]

@@ -161,8 +161,8 @@ class _Norms:
         )
 
         def norm(meta_params: jax.Array, whole: Any) -> jax.Array:
-            grad: jax.Array = estimator.estimate(suite.problem, meta_params, whole).grad
-            return jnp.linalg.norm(grad)
+            length: jax.Array = jnp.linalg.norm(estimator.estimate(suite.problem, meta_params, whole).grad)
+            return length
 
         self._all = jax.jit(lambda metas, whole: jax.lax.map(lambda meta: norm(meta, whole), metas))
 
