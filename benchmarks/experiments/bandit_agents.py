@@ -200,7 +200,8 @@ def _inverse(matrices: jax.Array) -> jax.Array:
         a = a.at[..., k, :].set(row / pivot).at[..., :, k].set(-column / pivot)
         return a.at[..., k, k].set(1 / pivot[..., 0])
 
-    return jax.lax.fori_loop(0, matrices.shape[-1], eliminate, matrices)
+    inverse: jax.Array = jax.lax.fori_loop(0, matrices.shape[-1], eliminate, matrices)
+    return inverse
 
 
 def thompson(prior: Prior, belief: Posterior, key: jax.Array, features: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ class Budget(NamedTuple):
     choices: int | None = None
 
 
-DEFAULT = Budget(30_000, 10, {QUADRATIC: Sizes(1000, 50), IJCNN: Sizes(5000, 100), CLEANING: Sizes(500, 50)})
+DEFAULT = Budget(20_000, 10, {QUADRATIC: Sizes(1000, 50), IJCNN: Sizes(5000, 100), CLEANING: Sizes(500, 50)})
 SMOKE = Budget(300, 2, {QUADRATIC: Sizes(40, 10), IJCNN: Sizes(40, 10), CLEANING: Sizes(40, 10)}, 1, 1)
 FULL = Budget(
     1_000_000, 20, {QUADRATIC: Sizes(30_000, 64), IJCNN: Sizes(24_960, 64), CLEANING: Sizes(20_000, 64)}, 10

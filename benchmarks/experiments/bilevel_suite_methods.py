@@ -18,7 +18,9 @@ OURS, CENTRAL = "single loop", "single loop, central"
 SOBA, SABA, STOCBIO, F2SA, F2SA_2, F2SA_4 = "SOBA", "SABA", "stocBiO", "F2SA", "F2SA-2", "F2SA-4"
 # Step sizes fall by so much in all: as 1 / sqrt(1 + 20 t / T) in step t of T. SABA's do not fall.
 _FALL = 20.0
-_INNER, _OUTER = (0.03, 0.1, 0.3, 1.0), (0.01, 0.1, 1.0)
+_INNER, _OUTER = (0.03, 0.1, 0.3, 1.0), (0.001, 0.01, 0.1, 1.0)
+# Strong negative nudges take the minimum away: on the quadratic those of .3 did.
+_NUDGES = (0.01, 0.1)
 # stocBiO: Ji, Yang & Liang (2021) have 10 inner steps and as many terms of the series.
 _LOOP = 10
 # F2SA-p: inner steps of each of its problems.
@@ -233,7 +235,7 @@ def f2sa() -> Method:
         gradient = direct + penalty * (in_x(y, x, third) - in_x(z, x, third))
         return x - choice.outer * _falling(number, num_steps, 5 / 7) * gradient, z, y
 
-    return Method(6, start, step, _grid((3.0, 30.0)))
+    return Method(6, start, step, _grid((10.0, 100.0), (0.003, 0.03, 0.3)))
 
 
 # Finite differences of an even order: the strengths as multiples of nu, and their weights.
@@ -273,7 +275,7 @@ def f2sa_p(order: int) -> Method:
         length = jnp.linalg.norm(gradient)
         return x - choice.outer * fall * gradient / jnp.where(length > 0, length, 1.0), ys
 
-    grid = _grid((0.03, 0.3), (0.001, 0.01, 0.1))
+    grid = _grid(_NUDGES, (0.001, 0.01, 0.1))
     return Method(2 * order * (_STEPS + 1), start, step, grid, is_normalised=True)
 
 
@@ -281,7 +283,7 @@ METHODS: dict[str, Method] = {
     # The parameters' gradient and statistic, and of every nudged iterate four gradients.
     OURS: single_loop(lambda choice: cm.SingleLoop(), 6, _grid()),
     CENTRAL: single_loop(
-        lambda choice: cm.SingleLoop(beta=choice.strength, scheme=cm.central_difference), 9, _grid((0.03, 0.3))
+        lambda choice: cm.SingleLoop(beta=choice.strength, scheme=cm.central_difference), 9, _grid(_NUDGES)
     ),
     SOBA: soba(),
     SABA: saba(),
