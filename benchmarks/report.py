@@ -173,11 +173,13 @@ def _memory_lines(rows: Sequence[Record]) -> list[str]:
 def _provenance(runs: Sequence[Sequence[Record]], command: str) -> str:
     """When and where what is shown was measured, and how to make it again."""
     shown = [row for rows in runs for row in rows]
+    # Claims are of all seeds, and have none of their own.
+    measured_on = [row for row in shown if row.get("kind") != "claim"]
     newest = max(shown, key=lambda row: str(row["date"]))
     days = sorted({str(row["date"])[:10] for row in shown})
     measured, environment = " to ".join(dict.fromkeys([days[0], days[-1]])), newest["environment"]
     return (
         f"Measured {measured} with jax {environment['jax']} on {environment['cpu_count']} cores of "
-        f"{environment['device']}, {seeds_of(shown)}. Remake: `{command}` to measure anew, "
+        f"{environment['device']}, {seeds_of(measured_on)}. Remake: `{command}` to measure anew, "
         "`python -m benchmarks report` to rewrite this block from the committed records (`benchmarks/results`)."
     )

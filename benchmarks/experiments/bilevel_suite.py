@@ -219,11 +219,12 @@ def show(records: Sequence[Record]) -> str:
         for name in dict.fromkeys(r["method"] for r in of_problem):
             of = [r for r in of_problem if r["method"] == name]
             looks = len(of[0]["norms"]) - 1
-            cells = [_mean([_value(r["norms"][k]) for r in of]) for k in (0, round(looks / 5), looks // 2, looks)]
-            ends = [_last(r) for r in of]
+            cells = [_mean([r["norms"][k] for r in of]) for k in (0, round(looks / 5), looks // 2, looks)]
+            ends = [r["norms"][-1] for r in of if r["norms"][-1] is not None]
             seconds = float(np.mean([r["seconds"][-1] for r in of]))
             chosen = ", ".join(f"{value:.3g}" for value in of[0]["chosen"] if value)
-            span = f"{scientific(min(ends))}-{scientific(max(ends))}"
+            span = f"{scientific(min(ends))}-{scientific(max(ends))}" if ends else "-"
+            span += f", {len(of) - len(ends)} lost" if len(ends) < len(of) else ""
             rows.append([name, *cells, span, f"{of[0]['calls'][-1]:,}", f"{seconds:.2f}", chosen])
         header = ["method", "start", "a fifth", "half", "end", "range", "calls", "s", "chosen"]
         title = f"{problem}: true norm of the meta-gradient by calls of minibatches [{seeds_of(of_problem)}]"
@@ -231,6 +232,7 @@ def show(records: Sequence[Record]) -> str:
     return "\n\n".join([*parts, show_claims([*claims(records)])]).rstrip()
 
 
-def _mean(norms: Sequence[float]) -> str:
-    """Geometric."""
-    return scientific(float(np.exp(np.mean(np.log(np.maximum(norms, 1e-300))))))
+def _mean(norms: Sequence[float | None]) -> str:
+    """Geometric, of the runs that were not lost."""
+    kept = [np.log(max(norm, 1e-300)) for norm in norms if norm is not None]
+    return scientific(float(np.exp(np.mean(kept)))) if kept else "-"
