@@ -27,9 +27,11 @@ LOOSE = cm.OptaxDescent(optax.sgd(0.02), tol=1.0, max_steps=2000)
         (cm.Contrastive(cm.LBFGS(), cm.LBFGS()), 5, 3),
         (cm.Contrastive(cm.LBFGS(), ALONE), 4, 2),
         (cm.Contrastive(cm.LBFGS(), estimate_error=False), 5, 2),
+        # No linear system, of a response or of an error.
+        (cm.Contrastive(SGD, SGD, cm.forward_difference(0.1), cm.LinearNudge(), estimate_error=False), 4, 2),
         (cm.ImplicitDifferentiation(cm.LBFGS()), 4, 2),
     ],
-    ids=["L-BFGS", "descent", "target", "published", "no fallback", "no estimate", "implicit"],
+    ids=["L-BFGS", "descent", "target", "published", "no fallback", "no estimate", "typed strength", "implicit"],
 )
 def test_each_purpose_has_one_call_site(estimator, inner, outer):
     case = small_problem("logistic")

@@ -172,8 +172,10 @@ class PhaseLoop:
         stages += [Stage.AHEAD, Stage.RESPONSE] if setup.estimate_error else []
         if strategy.rerun is not None:
             stages += [Stage.LEARN_ON] if strategy.fast is not None else []
-            stages += [Stage.PILOT, Stage.RERUN]
+            stages += [Stage.PILOT, Stage.RERUN] if setup.scheme.num_pilot_steps else [Stage.RERUN]
         self.stages = stages
+        # A typed strength of a learner that runs again needs no linear system, unless an error is to be estimated.
+        self.solves = any(hasattr(self, f"_prepare_{stage.name.lower()}") for stage in stages)
 
     def _unmeasured(self, base: Base, displacement: jax.Array, beta: jax.Array) -> Line:
         """A line without a response: all of the nudge is left."""

@@ -140,6 +140,16 @@ class Solved(NamedTuple):
     num_steps: jax.Array
     num_gradients: jax.Array
 
+    @classmethod
+    def nothing(cls, setup: PhaseSetup, base: Base) -> "Solved":
+        """Where there is no system to solve."""
+        two, none, false = jnp.zeros((2,), setup.dtype), tree.zeros_like(base.params), jnp.asarray(False)
+        steps, infinite = jnp.zeros((2,), jnp.int32), jnp.full((), jnp.inf, setup.dtype)
+        norm = setup.norm(base.inner_grad)
+        return cls(
+            none, none, two, norm, two, two[0], two, infinite, false, false, false, steps, steps[0],
+        )  # fmt: skip
+
 
 class Trial(NamedTuple):
     """A trial point, assessed by the gradient there.

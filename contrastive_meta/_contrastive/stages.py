@@ -33,6 +33,7 @@ from contrastive_meta._contrastive.newton_krylov import (
 )
 from contrastive_meta._contrastive.newton_step import (
     Line,
+    Solved,
     Trial,
     assess_trial,
     solve_systems,
@@ -91,7 +92,8 @@ class Phases(Fallback):
         # Linear systems: a step of the base point, and a step of the response.
         otherwise = self._prepare(now)
         prepared = self._by_stage(now, "_prepare", lambda method: method(now), otherwise, lambda: otherwise)
-        solved = solve_systems(setup, line.base, region, prepared.systems)
+        nothing = Solved.nothing(setup, line.base)
+        solved = solve_systems(setup, line.base, region, prepared.systems) if self.solves else nothing
 
         # Measurement: a base point, and the phases around it.
         plan, trial = self._plan(now, prepared, solved, runs)
