@@ -6,6 +6,10 @@ import optax
 
 import contrastive_meta as cm
 
+# A nudge must not lift a weight off 0, nor push one there. It is far weaker in float64. In float32 a step or two of
+# the 30 come so close that the status says `NUDGED_NOT_CONVERGED` or `FELL_BACK`.
+jax.config.update("jax_enable_x64", True)
+
 KEYS = jax.random.split(jax.random.key(0), 5)
 truth = jnp.where(jnp.arange(50) < 8, jax.random.normal(KEYS[0], (50,)), 0.0)  # 8 of 50 weights matter
 x, x_val = jax.random.normal(KEYS[1], (200, 50)), jax.random.normal(KEYS[2], (200, 50))
@@ -27,7 +31,7 @@ optimizer = optax.adam(0.2)
 memory, state = optimizer.init(log_strength), estimator.init_state(problem, log_strength, None)
 for step in range(30):
     result = estimate(log_strength, state)
-    cm.raise_if_failed(result, allow=(cm.Status.NOT_SMOOTH,))  # a weight may be just about to leave 0
+    cm.raise_if_failed(result)
     updates, memory = optimizer.update(result.grad, memory)
     if step % 10 == 0:
         print(f"step {step:2d}: strength {jnp.exp(log_strength):.4f}, validation loss {result.outer_loss:.4f}")

@@ -157,7 +157,7 @@ class PhaseSetup(NamedTuple):
         return self.instance.dtype
 
     def norms(self, gradients: Any = (), nudges: Any = (), responses: Any = (), steps: Any = ()) -> jax.Array:
-        """Norms of gradients of the inner loss, of nudges and what is left of them, of responses, of steps: in turn."""
+        """Norms of gradients of the inner loss, of nudges and their residuals, of responses, of steps: in turn."""
         lists: list[Sequence[Params]] = [gradients, nudges, responses, steps]
         kinds = np.repeat(np.arange(4), [len(trees) for trees in lists])
         units = self.units[kinds[0]] if len(set(kinds)) == 1 else self.units[kinds]
@@ -168,7 +168,7 @@ class PhaseSetup(NamedTuple):
         return self.norms([gradient])[0]
 
     def norm_of_nudge(self, nudge: Params) -> jax.Array:
-        """The norm of a nudge, or of what is left of one."""
+        """The norm of a nudge, or of its residual."""
         return self.norms(nudges=[nudge])[0]
 
     def statistic_norms(self, *contrasts: MetaParams) -> jax.Array:
