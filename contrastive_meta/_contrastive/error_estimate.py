@@ -81,15 +81,10 @@ class ErrorEstimate(StageSystems):
     def conclude(self, last: LoopState) -> tuple[Convergence, jax.Array]:
         """How far the phases came, and the estimated error: from what refining the kept line changed."""
         kept, refined = last.kept, last.attempt.line
-        changes = [
-            tree.subtract(new, old)
-            for new, old in (
-                (refined.base.params, kept.base.params),
-                (refined.base.outer.in_params, kept.base.outer.in_params),
-                (refined.response, kept.response),
-            )
-        ]
-        residual, shift, distance = self.setup.norms([kept.base.inner_grad], [changes[1]], steps=changes[:1])
+        new, old = refined.base, kept.base
+        moved = tree.subtract(new.params, old.params)
+        bent = tree.subtract(new.outer.in_params, old.outer.in_params)
+        residual, shift, distance = self.setup.norms([old.inner_grad], [bent], steps=[moved])
         # The whole step may go far along low curvature, where it hardly matters: the statuses go by what is certain.
         certain = jnp.minimum(last.missing[0] / tree.or_one(distance), 1.0)
         distance, shift, missing = certain * distance, certain * shift, last.missing[1]

@@ -89,7 +89,7 @@ class Fallback(ErrorEstimate):
 
     def _after_rerun(self, now: LoopState, found: Found) -> LoopState:
         """Keep what the solver found, unless a nudge was unbounded or the fast answer is better."""
-        setup, norm, runs, line, ran = self.setup, self.norm, found.runs, found.line, now.ran
+        setup, runs, line, ran = self.setup, found.runs, found.line, now.ran
         assert runs is not None and self.strategy.rerun is not None
         strength = ran.beta
         left, residual, response = setup.norms([now.origin.inner_grad, line.base.inner_grad], responses=[line.response])
@@ -109,8 +109,7 @@ class Fallback(ErrorEstimate):
         # Where the line through the phases' ends misses the free solution, the way was not straight.
         nudges = strength * setup.stencil.nudges
         on_path = tree.add_scaled(mean_of(runs.ends), jnp.mean(jnp.real(nudges)), line.response)
-        off = tree.subtract(on_path, now.origin.params)
-        off, gone = setup.norms(steps=[off, tree.subtract(line.base.params, now.origin.params)])
+        off, gone = setup.norms(steps=[tree.subtract(x, now.origin.params) for x in (on_path, line.base.params)])
         missed_by = off / tree.or_one(strength * response)
         crooked = jnp.where(settled & ~(residual < left), missed_by, 0.0)
         crooked = jnp.maximum(line.contrast.nonlinearity, crooked).astype(self.dtype)
@@ -118,7 +117,7 @@ class Fallback(ErrorEstimate):
 
         # From far off a minimum either may learn further. Of two inaccurate responses, the better one.
         fast = now.kept
-        further = ~now.close | now.uncertain | (residual < norm(fast.base.inner_grad))
+        further = ~now.close | now.uncertain | (residual < self.norm(fast.base.inner_grad))
         missing_of_fast, missing = setup.norms(nudges=[fast.contrast.residual, line.contrast.residual])
         better = now.close & (missing_of_fast <= missing)
         chosen = jnp.asarray(self.strategy.fast is None) | (further & ~better)

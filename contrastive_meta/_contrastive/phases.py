@@ -156,12 +156,17 @@ class PhaseSetup(NamedTuple):
         """Of scalars."""
         return self.instance.dtype
 
-    def norms(self, gradients: Any = (), nudges: Any = (), responses: Any = (), steps: Any = ()) -> jax.Array:
+    def norms(
+        self,
+        gradients: Sequence[Params] = (),
+        nudges: Sequence[Params] = (),
+        responses: Sequence[Params] = (),
+        steps: Sequence[Params] = (),
+    ) -> jax.Array:
         """Norms of gradients of the inner loss, of nudges and their residuals, of responses, of steps: in turn."""
-        lists: list[Sequence[Params]] = [gradients, nudges, responses, steps]
-        kinds = np.repeat(np.arange(4), [len(trees) for trees in lists])
+        kinds = np.repeat(np.arange(4), [len(gradients), len(nudges), len(responses), len(steps)])
         units = self.units[kinds[0]] if len(set(kinds)) == 1 else self.units[kinds]
-        return tree.norms(*(x for trees in lists for x in trees), units=units).astype(self.dtype)
+        return tree.norms(*gradients, *nudges, *responses, *steps, units=units).astype(self.dtype)
 
     def norm(self, gradient: Params) -> jax.Array:
         """The norm of a gradient of the inner loss."""

@@ -92,8 +92,10 @@ class Phases(Fallback):
         # Linear systems: a step of the base point, and a step of the response.
         otherwise = self._prepare(now)
         prepared = self._by_stage(now, "_prepare", lambda method: method(now), otherwise, lambda: otherwise)
-        nothing = Solved.nothing(setup, line.base)
-        solved = solve_systems(setup, line.base, region, prepared.systems) if self.solves else nothing
+        if self.solves:
+            solved = solve_systems(setup, line.base, region, prepared.systems)
+        else:
+            solved = Solved.nothing(setup, line.base)
 
         # Measurement: a base point, and the phases around it.
         plan, trial = self._plan(now, prepared, solved, runs)
