@@ -7,10 +7,10 @@ import jax
 from jax.extend import core
 
 
-def leaf_names(values: Any) -> list[str]:
-    """A readable name for every leaf, such as `['layer']['weight']`; `meta_params` for a bare array."""
+def leaf_names(values: Any, bare: str = "meta_params") -> list[str]:
+    """A readable name for every leaf, such as `['layer']['weight']`; `bare` for an array that is no tree."""
     paths = jax.tree_util.tree_flatten_with_path(values)[0]
-    return [jax.tree_util.keystr(path) or "meta_params" for path, _ in paths]
+    return [jax.tree_util.keystr(path) or bare for path, _ in paths]
 
 
 def used_leaves(function: Callable[[Any], Any], argument: Any) -> list[bool]:

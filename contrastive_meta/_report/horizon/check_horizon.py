@@ -12,10 +12,11 @@ import optax
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import fori_loop, scan, usual_promotion
 from contrastive_meta._dependence import leaf_names
-from contrastive_meta._optax import Alternating, TuningMode, tune_while_training
+from contrastive_meta._optax import TuningMode, tune_while_training
 from contrastive_meta._optax._interop import as_transformation
 from contrastive_meta._problem import BilevelProblem, MetaParams, ModelState, Params, Task, as_float_arrays
 from contrastive_meta._pytree import PyTree
+from contrastive_meta._report.gradients import flatten, norm
 from contrastive_meta._report.horizon.report import HorizonReport, HorizonRow
 from contrastive_meta._result import Status
 
@@ -113,7 +114,7 @@ def check_horizon(
     directions = [_direction(part) for part in jax.tree.leaves(now)]
     later, doubled = _later(run, params, opt_state, meta_params, directions, (0, *horizons), step)
     errors = np.abs(later - doubled)
-    sizes = [float(np.linalg.norm(np.asarray(part))) for part in jax.tree.leaves(now)]
+    sizes = [norm(flatten(part)) for part in jax.tree.leaves(now)]
     rows = [
         HorizonRow(name, size, tuple(map(float, slopes)), tuple(map(float, error)))
         for name, size, slopes, error in zip(leaf_names(meta_params), sizes, later, errors, strict=True)
@@ -169,19 +170,16 @@ def _now(
 ) -> tuple[MetaParams, jax.Array]:
     """The meta-gradient, its mean over training steps in which the meta-parameters stay; and the statuses."""
 
-    def init(like: MetaParams) -> MetaParams:
-        return tree.zeros_like(like)
-
     def add(grads: MetaParams, total: MetaParams, _: Any = None) -> tuple[MetaParams, MetaParams]:
         return tree.zeros_like(grads), tree.add(total, grads)
 
     tune = tune_while_training(
         run.optimizer,
-        meta_optimizer=optax.GradientTransformation(init, add),
+        meta_optimizer=optax.GradientTransformation(tree.zeros_like, add),
         problem=problem,
         init_meta_params=meta_params,
         every=1,
-        mode=Alternating() if mode is None else mode,
+        mode=mode,
         on_failure="keep",
     )
     extra = {} if problem.init_model_state is None else {"model_state": model_state}
@@ -198,13 +196,13 @@ def _now(
         (_, state), statuses = scan(step, (params, state), jnp.arange(number))
         return tree.scale(1 / number, state.meta_optimizer), statuses
 
-    mean, statuses = go(params, opt_state)
-    return mean, statuses
+    found: tuple[MetaParams, jax.Array] = go(params, opt_state)
+    return found
 
 
 def _direction(part: jax.Array) -> jax.Array:
     """Of unit length, along a leaf's meta-gradient; along ones where that vanishes or is not finite."""
-    length = jnp.linalg.norm(part)
+    length = tree.norm(part).astype(part.dtype)
     known = jnp.isfinite(length) & (length > 0)
     return jnp.where(known, part / jnp.where(known, length, 1), jnp.ones_like(part) / max(part.size, 1) ** 0.5)
 
@@ -248,11 +246,11 @@ def _scale_free(run: _Run, params: Params, meta_params: MetaParams) -> tuple[str
     leaves, structure = jax.tree.flatten(params)
     outer = jax.jit(lambda at: run.outer(at, meta_params))
     here, found = outer(params), []
-    for index, (name, leaf) in enumerate(zip(leaf_names(params), leaves, strict=True)):
+    for index, (name, leaf) in enumerate(zip(leaf_names(params, "params"), leaves, strict=True)):
         way = jax.random.normal(jax.random.fold_in(run.key, index), leaf.shape, leaf.dtype)
         aside = (_STRETCH - 1) * jnp.linalg.norm(leaf) / jnp.linalg.norm(way) * way
         others = [[*leaves[:index], x, *leaves[index + 1 :]] for x in (_STRETCH * leaf, leaf + aside)]
         stretched, moved = (jnp.abs(outer(jax.tree.unflatten(structure, other)) - here) for other in others)
         if leaf.size > 1 and stretched < _SCALE_FREE * moved:
-            found.append(name.replace("meta_params", "params"))
+            found.append(name)
     return tuple(found)
