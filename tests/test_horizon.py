@@ -96,6 +96,27 @@ def test_weights_before_a_normalisation_are_named_and_no_others() -> None:
     assert "before a normalisation" in " ".join(str(found).split())
 
 
+@pytest.mark.parametrize("slope", [-1.0, 1.0])
+def test_a_leaf_without_a_meta_gradient_is_unseen_and_not_wrong(slope: float) -> None:
+    """The outer loss is flat where training starts, and no longer where training ends."""
+
+    def without(w: Any, meta_params: Any, task: Any) -> Any:
+        # The meta-parameter moves the second weight alone.
+        return 0.5 * jnp.sum((w - jnp.array([1.0, slope * meta_params])) ** 2)
+
+    def late(w: Any, meta_params: Any, task: Any) -> Any:
+        return jnp.sum(jax.nn.relu(slope * w[1] - 0.5)) * slope
+
+    problem = cm.BilevelProblem(without, late, lambda s, t: jnp.zeros(2))
+    found = cm.check_horizon(
+        problem, optax.sgd(0.1), jnp.zeros(2), jnp.array(1.0), TASKS, horizons=(1, 100), num_averaged=1
+    )
+    (row,) = found.rows
+    assert row.now == 0 and row.unseen and row.wrong_from is None and not found.agree
+    assert np.sign(row.later[-1]) == slope
+    assert "does not see" in str(found) and "wrong way" not in str(found)
+
+
 @pytest.mark.parametrize("horizons", [(), (0, 5), (5, 5), (9, 3)])
 def test_horizons_increase(horizons: Any) -> None:
     with pytest.raises(ValueError, match="increase"):

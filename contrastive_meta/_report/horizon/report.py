@@ -35,9 +35,20 @@ class HorizonRow(NamedTuple):
         return tuple(abs(x) > max(error, least) for x, error in zip(self.later, self.errors, strict=True))
 
     @property
+    def finite(self) -> bool:
+        """Whether training and the meta-gradient stayed finite."""
+        return bool(np.isfinite([self.now, *self.later]).all())
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the long run depends on the leaf, and the meta-gradient does not."""
+        return self.now == 0 and any(self.certain)
+
+    @property
     def wrong_from(self) -> int | None:
         """Index of the first horizon from which on the sign is another than that of `now`; None where it never is."""
-        wrong = [x < 0 and certain for x, certain in zip(self.later, self.certain, strict=True)]
+        # Without a meta-gradient the direction is none of its own.
+        wrong = [self.now > 0 and x < 0 and certain for x, certain in zip(self.later, self.certain, strict=True)]
         if not wrong or not wrong[-1]:
             return None
         return len(wrong) - next((k for k, right in enumerate(reversed(wrong)) if not right), len(wrong))
@@ -67,8 +78,8 @@ class HorizonReport:
 
     @property
     def agree(self) -> bool:
-        """Whether no leaf's meta-gradient points away from the longest horizon's."""
-        return not any(row.wrong_from is not None or not np.isfinite([row.now, *row.later]).all() for row in self.rows)
+        """Whether no leaf's meta-gradient points away from the longest horizon's, or misses it."""
+        return not any(row.wrong_from is not None or row.unseen or not row.finite for row in self.rows)
 
     def __str__(self) -> str:
         """The table, and what follows from it, in at most 120 columns."""
@@ -88,8 +99,8 @@ class HorizonReport:
     def _sentences(self) -> list[str]:
         said = []
         longest = f"{self.horizons[-1]:,} steps"
-        finite = [row for row in self.rows if np.isfinite([row.now, *row.later]).all()]
-        if lost := [row.leaf for row in self.rows if row not in finite]:
+        finite = [row for row in self.rows if row.finite]
+        if lost := [row.leaf for row in self.rows if not row.finite]:
             said.append(f"Training diverges, or the meta-gradient does: {text.listing(lost)}.")
         for row in finite:
             if (index := row.wrong_from) is not None:
@@ -101,8 +112,8 @@ class HorizonReport:
                 said.append(f"{row.leaf}: differences after {longest} are too uncertain for a sign.")
             elif row.now > 0:
                 said.append(f"{row.leaf}: the meta-gradient has the sign of the long run.")
-        if blind := [row.leaf for row in finite if row.now == 0 and any(row.later)]:
-            said.append(f"The meta-gradient does not see {text.listing(blind)}, and the long run does.")
+        if unseen := [row.leaf for row in finite if row.unseen]:
+            said.append(f"The meta-gradient does not see {text.listing(unseen)}, and the long run does.")
         if any(row.wrong_from is not None for row in finite):
             said.append(
                 "What helps: let training come nearer to its end before the meta-parameters move (`every` as a "
