@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -170,6 +170,17 @@ class Session:
     date: str = dataclasses.field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
+
+    def refuse_unknown_cases(self, known: Iterable[str]) -> None:
+        """End with the names that are known where `--cases` has another."""
+        known = list(known)
+        if unknown := sorted(set(self.cases) - set(known)):
+            raise SystemExit(f"{self.benchmark} has no case {', '.join(unknown)}; known are: {', '.join(known)}")
+
+    def seeds(self, first: int, number: int) -> range:
+        """What is reported on: `--seed` and `--seeds`, where given, in the place of the first seed and their number."""
+        first = self.seed or first
+        return range(first, first + (self.num_seeds or number))
 
     def record(self, *, x64: bool, **fields: Any) -> Record:
         """Append one record, with all that is needed to know where it comes from."""

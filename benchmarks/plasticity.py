@@ -36,9 +36,7 @@ _SHORT = USUAL._replace(steps=10)
 def run(session: Session) -> None:
     """Every rule, then both local learners, or those of `--cases` (rules, equilibrium, eprop), on several seeds."""
     parts: dict[str, Callable[[Session], None]] = {"rules": _rules, "equilibrium": _equilibrium, "eprop": _eprop}
-    unknown = set(session.cases) - set(parts)
-    if unknown:
-        raise SystemExit(f"plasticity has no case {', '.join(sorted(unknown))}; known are: {', '.join(parts)}")
+    session.refuse_unknown_cases(parts)
     num_seeds = 1 if session.smoke else session.num_seeds or NUM_SEEDS
     for name, part in parts.items():
         if not session.cases or name in session.cases:

@@ -49,9 +49,7 @@ class _Ready(NamedTuple):
 
 def run(session: Session) -> None:
     """Every case on every seed; a grid, and the searches in turn."""
-    unknown = set(session.cases) - set(CASES)
-    if unknown:
-        raise SystemExit(f"sparse has no case {', '.join(sorted(unknown))}; known are: {', '.join(CASES)}")
+    session.refuse_unknown_cases(CASES)
     names = session.cases or (SMOKE_CASES if session.smoke else tuple(CASES))
     num_seeds = 1 if session.smoke else session.num_seeds or NUM_SEEDS
     # Peers' coordinate descent is float64, and so is all the rest unless said otherwise.

@@ -50,9 +50,7 @@ def run(session: Session) -> None:
     setting = Instance(num_train=200, num_steps=40) if session.smoke else Instance()
     num_seeds = 1 if session.smoke else session.num_seeds or NUM_SEEDS
     seeds = range(session.seed, session.seed + num_seeds)
-    unknown = set(session.cases) - set(CASES)
-    if unknown:
-        raise SystemExit(f"tuning has no case {', '.join(sorted(unknown))}; known are: {', '.join(CASES)}")
+    session.refuse_unknown_cases(CASES)
     with precision(x64=False):
         methods = _methods(setting, 2 if session.smoke else NUM_TRIALS)
         for name in [case for case in CASES if case in (session.cases or CASES)]:

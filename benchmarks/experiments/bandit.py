@@ -90,11 +90,8 @@ def run(session: Session) -> None:
         online = FULL.online._replace(trials=50, steps=1, slots=64)
         sizes = FULL._replace(outer=1, through=1, streams=1, num_seeds=1, online=online)
     table = methods(sizes.steps, sizes.width, sizes.online)
-    unknown = set(session.cases) - set(table)
-    if unknown:
-        raise SystemExit(f"bandit has no case {', '.join(sorted(unknown))}; known are: {', '.join(table)}")
-    first = session.seed or _FIRST_SEED
-    seeds = range(first, first + (session.num_seeds or sizes.num_seeds))
+    session.refuse_unknown_cases(table)
+    seeds = session.seeds(_FIRST_SEED, sizes.num_seeds)
     # Compiling a contrast takes longer than a smoke run may: `--smoke --cases anchor` does.
     wanted = session.cases or (_SMOKED if session.smoke else tuple(table))
     chosen = {name: method for name, method in table.items() if name in wanted}

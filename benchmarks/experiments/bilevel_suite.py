@@ -59,16 +59,12 @@ def run(session: Session) -> None:
     if session.smoke and session.full:
         sizes = {name: size._replace(num=4 * size.batch) for name, size in FULL.sizes.items()}
         budget = SMOKE._replace(sizes=sizes)
-    known = [*PROBLEMS, *METHODS]
-    unknown = set(session.cases) - set(known)
-    if unknown:
-        raise SystemExit(f"{NAME} has no case {', '.join(sorted(unknown))}; known are: {', '.join(known)}")
+    session.refuse_unknown_cases([*PROBLEMS, *METHODS])
     # Compiling the others takes most of a smoke run.
     wanted = session.cases or ((QUADRATIC, OURS, "SOBA") if session.smoke else ())
     problems = [name for name in PROBLEMS if name in wanted] or list(PROBLEMS)
     methods = [name for name in METHODS if name in wanted] or list(METHODS)
-    first = session.seed or _FIRST_SEED
-    seeds = range(first, first + (session.num_seeds or budget.num_seeds))
+    seeds = session.seeds(_FIRST_SEED, budget.num_seeds)
     with precision(x64=True):
         for problem in problems:
             build = PROBLEMS[problem]

@@ -99,9 +99,7 @@ def run(session: Session) -> None:
         sizes = sizes._replace(
             head=sizes.head._replace(seconds=each), every=sizes.every._replace(seconds=each * 0.3)
         )  # fmt: skip
-    unknown = set(session.cases) - set(CASES)
-    if unknown:
-        raise SystemExit(f"omniglot has no case {', '.join(sorted(unknown))}; known are: {', '.join(CASES)}")
+    session.refuse_unknown_cases(CASES)
     splits = load(session.data, smoke=session.smoke)
     with precision(x64=False):
         for shape in sizes.shapes:
@@ -115,8 +113,7 @@ class _Experiment:
 
     def __init__(self, session: Session, sizes: Sizes, shape: Shape, splits: Splits) -> None:
         self.session, self.sizes, self.shape, self.splits = session, sizes, shape, splits
-        first = session.seed or _FIRST_SEED
-        self.seeds = range(first, first + (session.num_seeds or sizes.num_seeds))
+        self.seeds = session.seeds(_FIRST_SEED, sizes.num_seeds)
         steps = sizes.steps._replace(
             head_shape=sizes.steps.head_shape._replace(
                 ways=max(2 * shape.ways, 3) if shape.ways <= 5 else shape.ways, shots=shape.shots

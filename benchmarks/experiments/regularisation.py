@@ -90,11 +90,8 @@ def run(session: Session) -> None:
             num_seeds=1, grid=_GRID[:1],
         )  # fmt: skip
     table = cases(sizes.num, sizes.width)
-    unknown = set(session.cases) - set(table)
-    if unknown:
-        raise SystemExit(f"regularisation has no case {', '.join(sorted(unknown))}; known are: {', '.join(table)}")
-    first = session.seed or _FIRST_SEED
-    seeds = range(first, first + (session.num_seeds or sizes.num_seeds))
+    session.refuse_unknown_cases(table)
+    seeds = session.seeds(_FIRST_SEED, sizes.num_seeds)
     with precision(x64=False):
         for number, name in enumerate(session.cases or sizes.names):
             experiment = _Experiment(session, sizes, name, table[name], seeds)

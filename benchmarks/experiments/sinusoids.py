@@ -79,11 +79,8 @@ def run(session: Session) -> None:
     if session.smoke and session.full:
         sizes = FULL._replace(outer=1, through=1, num_tests=4, num_seeds=1)
     table = methods(sizes.steps, sizes.widths)
-    unknown = set(session.cases) - set(table)
-    if unknown:
-        raise SystemExit(f"sinusoids has no case {', '.join(sorted(unknown))}; known are: {', '.join(table)}")
-    first = session.seed or _FIRST_SEED
-    seeds = range(first, first + (session.num_seeds or sizes.num_seeds))
+    session.refuse_unknown_cases(table)
+    seeds = session.seeds(_FIRST_SEED, sizes.num_seeds)
     cases = session.cases or (_SMOKE_CASES if session.smoke else tuple(table))
     with precision(x64=False):
         chosen = {name: method for name, method in table.items() if name in cases}
