@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from benchmarks.harness import CHEAP_XLA_FLAGS
+from benchmarks.harness import CHEAP_XLA_FLAGS, use_cheap_xla_flags
 
 # Nearly all of a test's time is compilation of a program that runs for a millisecond. Whoever sets XLA_FLAGS has them,
 # and `XLA_FLAGS= python -m pytest` compiles as users do; xdist's workers find what its controller has set.
 if os.environ.get("XLA_FLAGS", CHEAP_XLA_FLAGS) == CHEAP_XLA_FLAGS:
     jax.config.update("jax_disable_most_optimizations", True)
-    if jax.__version_info__ < (0, 11):
-        os.environ["XLA_FLAGS"] = CHEAP_XLA_FLAGS
+    use_cheap_xla_flags()
 
 
 @pytest.fixture(autouse=True)

@@ -50,16 +50,19 @@ def precision(x64: bool) -> Iterator[None]:
         yield
 
 
+def use_cheap_xla_flags() -> None:
+    """Where nobody has set XLA_FLAGS. XLA reads them once in a process, before its first program."""
+    if jax.__version_info__ < (0, 11):
+        os.environ.setdefault("XLA_FLAGS", CHEAP_XLA_FLAGS)
+
+
 @contextlib.contextmanager
 def compiling_cheaply(wanted: bool) -> Iterator[None]:
-    """Compile without most optimisations, in a fraction of the time: for smoke runs, whose times mean nothing.
-
-    Whoever sets XLA_FLAGS has them. XLA reads them once in a process, before its first program.
-    """
+    """Compile without most optimisations, in a fraction of the time: for smoke runs, whose times mean nothing."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", wanted or before)
-    if wanted and jax.__version_info__ < (0, 11):
-        os.environ.setdefault("XLA_FLAGS", CHEAP_XLA_FLAGS)
+    if wanted:
+        use_cheap_xla_flags()
     try:
         yield
     finally:
