@@ -61,21 +61,26 @@ class State(NamedTuple):
     optimizer: Any
 
 
-Step = Callable[[State, jax.Array, jax.Array], tuple[State, Told]]
-
-
 class Program(NamedTuple):
     """A compiled outer step.
 
     Attributes:
-      call: `(state, key, fraction) -> (state, told)`.
+      compiled: `(state, key, fraction, data) -> (state, told)`.
       seconds: that it took to compile.
-      on: the same step on other data of the same shapes; None where a step has none.
+      data: what tasks are sampled from.
     """
 
-    call: Step
+    compiled: Callable[[State, jax.Array, jax.Array, Any], tuple[State, Told]]
     seconds: float
-    on: Callable[[Any], Step] | None = None
+    data: Any = ()
+
+    def call(self, state: State, key: jax.Array, fraction: jax.Array) -> tuple[State, Told]:
+        """One outer step."""
+        return self.compiled(state, key, fraction, self.data)
+
+    def on(self, data: Any) -> "Program":
+        """The same step on other data of the same shapes."""
+        return self._replace(data=data)
 
 
 class Snapshot(NamedTuple):
@@ -152,12 +157,8 @@ def compiled(
     What tasks are sampled from is an argument, not a constant of the program: that would take long to compile.
     """
     begin = clock()
-    call = jax.jit(step).lower(state, jax.random.key(0), jnp.float32(0), data).compile()
-
-    def on(data: Any) -> Step:
-        return lambda state, key, fraction: call(state, key, fraction, data)
-
-    return Program(on(data), clock() - begin, on)
+    program = jax.jit(step).lower(state, jax.random.key(0), jnp.float32(0), data).compile()
+    return Program(program, clock() - begin, data)
 
 
 def train(

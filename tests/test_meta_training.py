@@ -153,7 +153,7 @@ def test_a_meta_gradient_that_is_not_finite_changes_nothing() -> None:
 def test_seconds_count_compilation_and_end_the_run() -> None:
     now = [0.0]
 
-    def step(state: State, key: jax.Array, fraction: jax.Array) -> tuple[State, Told]:
+    def step(state: State, key: jax.Array, fraction: jax.Array, data: Any) -> tuple[State, Told]:
         now[0] += 1
         return state, Told(jnp.ones(()), jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32))
 

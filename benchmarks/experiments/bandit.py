@@ -26,7 +26,7 @@ from benchmarks.experiments.bandit_methods import (
 from benchmarks.experiments.bandit_wheel import offline_tasks, uniform_regret
 from benchmarks.experiments.claims import Claim, above, show_claims
 from benchmarks.harness import Record, Session, precision
-from benchmarks.meta_training import Budget, Program, Snapshot, State, Trained, outer_step, train, within
+from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, outer_step, train, within
 from benchmarks.tables import decimals, lay_out, milliseconds, seeds_of, wrap
 
 NAME = "bandit"
@@ -135,20 +135,20 @@ def _train(session: Session, name: str, method: Method, sizes: Sizes, seeds: Seq
         return method.outer_rate * jnp.minimum(1.0, 2 * (1 - fraction) + _FLOOR)
 
     step = outer_step(method.problem, method.estimator, sample, rate, transformation)
-    program: Callable[..., Any] | None = None
-    runs, seconds = [], 0.0
+
+    def start(seed: int) -> State:
+        meta = method.build(jax.random.key(seed))
+        return State(meta, transformation.init(meta))
+
+    def wheels(seed: int) -> Any:
+        return offline_tasks(jax.random.fold_in(jax.random.key(seed), 2), sizes.tasks, sizes.support, sizes.query)
+
+    session.progress.begin(f"{name}: compiling", 1)
+    program = compiled(step, start(seeds[0]), wheels(seeds[0]), budget.clock)
+    runs = []
     for seed in seeds:
-        key, what = jax.random.key(seed), f"{name}, seed {seed}"
-        meta, of_training = method.build(key), jax.random.fold_in(key, 1)
-        state = State(meta, transformation.init(meta))
-        wheels = offline_tasks(jax.random.fold_in(key, 2), sizes.tasks, sizes.support, sizes.query)
-        if program is None:
-            session.progress.begin(f"{name}: compiling", 1)
-            begin = budget.clock()
-            program = jax.jit(step).lower(state, key, jnp.float32(0), wheels).compile()
-            seconds = budget.clock() - begin
-        call: Any = lambda at, key, fraction, wheels=wheels, program=program: program(at, key, fraction, wheels)  # noqa: E731
-        runs.append(train(Program(call, seconds), state, of_training, budget, session.progress, what))
+        key, what = jax.random.fold_in(jax.random.key(seed), 1), f"{name}, seed {seed}"
+        runs.append(train(program.on(wheels(seed)), start(seed), key, budget, session.progress, what))
     return runs
 
 

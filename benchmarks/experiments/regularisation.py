@@ -173,11 +173,10 @@ class _Experiment:
         self.session.progress.begin(f"{what}: compiling", 1)
         step = outer_step(self.problem, estimator, sample, rate, adam)
         program = compiled(step, start(self.tasks[0]), self.tasks[0], budget.clock)
-        assert program.on is not None
         return [
             train(
-                program._replace(call=program.on(task)), start(task), jax.random.key(seed), budget,
-                self.session.progress, f"{what}, seed {seed}",
+                program.on(task), start(task), jax.random.key(seed), budget, self.session.progress,
+                f"{what}, seed {seed}",
             )
             for seed, task in zip(self.seeds, self.tasks, strict=True)
         ]  # fmt: skip
