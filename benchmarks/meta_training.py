@@ -118,6 +118,11 @@ class Trained(NamedTuple):
     stopped: str
 
 
+def cosine_decay(rate: float) -> Callable[[jax.Array], jax.Array]:
+    """A rate of learning from the fraction of the budget that is spent: a half cosine from `rate` to 0."""
+    return lambda fraction: rate * (1 + jnp.cos(jnp.pi * fraction)) / 2
+
+
 def outer_step(
     problem: cm.BilevelProblem,
     estimator: cm.MetaGradientEstimator,

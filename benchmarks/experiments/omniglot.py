@@ -18,11 +18,11 @@ from benchmarks.experiments.omniglot_methods import (
     ANIL_RIDGE,
     HEAD,
     HEADS,
+    OUTER_RATE,
     PIXELS,
     UNTRAINED,
     Judge,
     Steps,
-    cosine_rate,
     methods,
     nearest_neighbour,
     ridge_judge,
@@ -30,7 +30,7 @@ from benchmarks.experiments.omniglot_methods import (
 from benchmarks.experiments.omniglot_network import LAYERS, PAPER, SMALL, Layer, init_body
 from benchmarks.experiments.omniglot_tasks import Shape, Splits, load, sample_tasks
 from benchmarks.harness import Session, precision
-from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, outer_step, train, within
+from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, cosine_decay, outer_step, train, within
 
 NAME = "omniglot"
 ABOUT = (
@@ -165,7 +165,7 @@ class _Experiment:
             return sample_tasks(key, images, method.num_tasks, method.shape, rotate=True)
 
         adam = optax.scale_by_adam()
-        step = outer_step(method.problem, method.estimator, sample, cosine_rate, adam)
+        step = outer_step(method.problem, method.estimator, sample, cosine_decay(OUTER_RATE), adam)
         start = State(meta := method.meta_params(jax.random.key(0)), adam.init(meta))
         self.session.progress.begin(f"{name}: compiling", 1)
         program = compiled(step, start, self.train, budget.clock)

@@ -87,11 +87,6 @@ class Method(NamedTuple):
     judge: Judge
 
 
-def cosine_rate(fraction: jax.Array) -> jax.Array:
-    """Of learning, from the fraction of the budget that is spent: a half cosine from `OUTER_RATE` to 0."""
-    return OUTER_RATE * (1 + jnp.cos(jnp.pi * fraction)) / 2
-
-
 def nesterov(rate: float, momentum: float, num_steps: int) -> cm.OptaxDescent:
     """Accelerated descent."""
     return cm.OptaxDescent(optax.sgd(rate, momentum=momentum, nesterov=True), num_steps=num_steps)

@@ -39,7 +39,7 @@ from benchmarks.experiments.regularisation_problems import (
     told_apart,
 )
 from benchmarks.harness import Record, Session, compiling_cheaply, precision
-from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, outer_step, train, within
+from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, cosine_decay, outer_step, train, within
 from benchmarks.tables import decimals, lay_out, memory, seeds_of, wrap
 
 NAME = "regularisation"
@@ -163,15 +163,12 @@ class _Experiment:
             batch: Task = jax.tree.map(lambda leaf: leaf[None], task)
             return batch
 
-        def rate(fraction: jax.Array) -> jax.Array:
-            return settings.outer_rate * (1 + jnp.cos(jnp.pi * fraction)) / 2
-
         def start(task: Task) -> State:
             meta = strengths(task, settings.strength)
             return State(meta, adam.init(meta))
 
         self.session.progress.begin(f"{what}: compiling", 1)
-        step = outer_step(self.problem, estimator, sample, rate, adam)
+        step = outer_step(self.problem, estimator, sample, cosine_decay(settings.outer_rate), adam)
         program = compiled(step, start(self.tasks[0]), self.tasks[0], budget.clock)
         return [
             train(

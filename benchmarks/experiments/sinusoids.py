@@ -27,7 +27,7 @@ from benchmarks.experiments.sinusoids_methods import (
     methods,
 )
 from benchmarks.harness import Record, Session, cosine, flatten, precision
-from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, outer_step, train, within
+from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, cosine_decay, outer_step, train, within
 from benchmarks.tables import lay_out, milliseconds, scientific, seeds_of, wrap
 from contrastive_meta.problems import sinusoid_tasks
 
@@ -111,10 +111,7 @@ def _train(session: Session, name: str, method: Method, sizes: Sizes, seeds: Seq
     def sample(key: jax.Array, data: Any) -> Any:
         return sinusoid_tasks(key, sizes.num_tasks)
 
-    def rate(fraction: jax.Array) -> jax.Array:
-        return method.outer_rate * (1 + jnp.cos(jnp.pi * fraction)) / 2
-
-    step = outer_step(split.problem, method.estimator, sample, rate, transformation)
+    step = outer_step(split.problem, method.estimator, sample, cosine_decay(method.outer_rate), transformation)
     session.progress.begin(f"{name}: compiling", 1)
     program = compiled(step, State(split.meta_params, transformation.init(split.meta_params)), (), budget.clock)
     runs = []
