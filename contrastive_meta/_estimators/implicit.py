@@ -59,8 +59,8 @@ class ImplicitDifferentiation(MetaGradientEstimator):
       estimate_error: whether to estimate `diagnostics.error_estimate`: the change of the meta-gradient when Newton's
         step completes learning, and the linear solver's residual is solved for there and added to the adjoint.
         Costs two solves by conjugate gradients, to 1e-4 and of at most 200 products each, an outer gradient and a mixed
-        derivative. Infinite where a tenth of a residual is not reduced (by too many steps, or by downward curvature);
-        it does not include rounding.
+        derivative. Infinite where a tenth of a residual is not reduced (by too many steps, or by downward curvature).
+        Of rounding, it includes one rounding of the direct term, which the indirect term may cancel.
 
     Reference:
       Bengio (2000); Rajeswaran et al. (2019), iMAML; Lorraine, Vicol & Duvenaud (2020).
@@ -296,6 +296,8 @@ def _meta_gradient(instance: Instance, base: BasePoint, systems: _Systems) -> tu
     *ahead, unknown = systems.refinement
     # One after another: side by side the two would need twice the memory.
     grad, refined = tree.unstack(jax.lax.map(gradient, jax.tree.map(lambda *x: jnp.stack(x), here, tuple(ahead))), 2)
-    difference, size = tree.norms(tree.subtract(refined, grad), refined)
+    difference, size, direct = tree.norms(tree.subtract(refined, grad), refined, base.outer_in_meta)
+    rounding = tree.coarsest_eps(instance.dtype, grad) * direct
+    difference = jnp.maximum(difference, jnp.where((direct > size) & (size > 0), rounding, 0.0))
     error = jnp.where(difference == 0, 0.0, difference / size)
     return grad, jnp.where(unknown | jnp.isnan(error), jnp.inf, error)
