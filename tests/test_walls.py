@@ -410,6 +410,44 @@ def test_other_rules_are_told_what_to_write() -> None:
         estimator.estimate(PROBLEM, LOG_STRENGTHS, regression(0))
 
 
+ANCHORED = cm.AnchoredSynapse()
+HELD_TARGETS = jnp.array([4.0, -3.0, 1.0, -0.5, 0.2])
+DECAYED = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.3))
+# Learners whose walls do not depend on the meta-parameters, and where they end without a wall, from the pull's strength.
+FIXED_WALLS: dict[str, tuple[cm.InnerSolver, Callable[[Any, Any], Any]]] = {
+    "non-negative": (cm.ProximalDescent(cm.prox.non_negative()), lambda pulled, s: jnp.maximum(pulled / (1 + s), 0)),
+    "box": (cm.ProximalDescent(cm.prox.box(-0.7, 0.9)), lambda pulled, s: jnp.clip(pulled / (1 + s), -0.7, 0.9)),
+    "bounds": (
+        cm.ScipyMinimize("L-BFGS-B", tol=1e-10, bounds=cm.prox.box(-0.7, 0.9)),
+        lambda pulled, s: jnp.clip(pulled / (1 + s), -0.7, 0.9),
+    ),
+    "decay": (cm.OptaxDescent(DECAYED, num_steps=300), lambda pulled, s: pulled / (1.5 + s)),
+}
+
+
+@pytest.mark.parametrize("name", FIXED_WALLS)
+def test_other_rules_are_right_where_walls_do_not_depend_on_meta_parameters(name: str) -> None:
+    solver, end_of = FIXED_WALLS[name]
+
+    def outer(w: Any, meta: Any, t: Any) -> Any:
+        return jnp.sum(jnp.cosh(w - 0.3))
+
+    def exact(meta: Any) -> Any:
+        s = jnp.exp(meta["log_strength"])
+        return outer(end_of(HELD_TARGETS + s * meta["anchor"], s), meta, None)
+
+    problem = cm.BilevelProblem(
+        lambda w, meta, t: 0.5 * jnp.sum((w - HELD_TARGETS) ** 2) + ANCHORED.energy(w, meta),
+        outer,
+        lambda meta, t: jnp.full(5, 0.1),
+    )
+    meta_params = {"anchor": jnp.array([0.5, 0.2, -0.4, -0.3, 0.1]), "log_strength": jnp.linspace(-1.0, 1.0, 5)}
+    result = cm.Contrastive(solver, ALONE, rule=ANCHORED).estimate(problem, meta_params, None)
+    cm.raise_if_failed(result)
+    for name_of_leaf, expected in jax.grad(exact)(meta_params).items():
+        np.testing.assert_allclose(result.grad[name_of_leaf], expected, rtol=1e-6, atol=1e-8)
+
+
 # --- Learners that take no loss ---
 
 DISTANCE = cm.BilevelProblem(

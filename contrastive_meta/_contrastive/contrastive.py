@@ -19,12 +19,12 @@ from contrastive_meta._estimators.base import MetaGradientEstimator, Prepare
 from contrastive_meta._instance import Instance
 from contrastive_meta._nudging import Nudge, NudgeStrength, automatic, is_concrete
 from contrastive_meta._plasticity.autodiff import Autodiff, PlasticityRule
-from contrastive_meta._problem import Params, same_arrays
+from contrastive_meta._problem import MetaParams, Params, same_arrays
 from contrastive_meta._pytree import static, strategy
 from contrastive_meta._result import EstimatorState, MetaGradient, Status, flag, is_rounding, make_diagnostics, worst
 from contrastive_meta._row_norms import num_products
 from contrastive_meta._solvers.base import InnerSolver, Solution
-from contrastive_meta._walls import walls_of
+from contrastive_meta._walls import Walls, walls_of
 
 # A strength is sought again where the next strength changes the contrast this many times more than when it was chosen.
 _WORN = 8.0
@@ -193,7 +193,7 @@ class Contrastive(MetaGradientEstimator):
         own = self.solver.bind(original.meta_params)
         walls, params, instance = walls_of(self.solver, original, free.params), free.params, original
         if walls is not None:
-            self._check_walls(own)
+            self._check_walls(own, walls, original.meta_params)
             params, instance = walls.at, walls.seen_by_estimators(original)
         flattening = tree.Flattening.of(params)
         flat = instance.flattened(flattening)
@@ -211,6 +211,7 @@ class Contrastive(MetaGradientEstimator):
         setup = PhaseSetup(
             instance=flat,
             tree_instance=instance,
+            as_written=original,
             flattening=flattening,
             start=start,
             units=start.units,
@@ -332,14 +333,14 @@ class Contrastive(MetaGradientEstimator):
             same = ~(far & (start.nudge_norm > 0))
         return certain, same
 
-    def _check_walls(self, solver: InnerSolver) -> None:
+    def _check_walls(self, solver: InnerSolver, walls: Walls, meta_params: MetaParams) -> None:
         """Raise for rules and schemes that a learner with walls cannot have."""
-        if not isinstance(self.rule, Autodiff):
+        if not isinstance(self.rule, Autodiff) and walls.depends_on(meta_params):
             raise TypeError(
-                "A learner with walls needs `rule=Autodiff()`: what its phases measure is the derivative of the whole "
-                f"inner objective, the penalty included. Got {type(self.rule).__name__}, which measures `inner_loss`. "
-                "For that rule write the penalty into `inner_loss`, in a smooth form; weight decay c of the optimiser "
-                "as c / 2 times the sum of the squares of `params`."
+                "A learner whose penalty, bounds or constraints depend on the meta-parameters needs `rule=Autodiff()`: "
+                "what its phases measure is the derivative of the whole inner objective, the penalty included. Got "
+                f"{type(self.rule).__name__}, which measures `inner_loss`. For that rule write the penalty into "
+                "`inner_loss`, in a smooth form."
             )
         if self.scheme.template().is_complex and (solver.walls is not None or solver.held_to is not None):
             raise TypeError(

@@ -118,7 +118,8 @@ class PhaseSetup(NamedTuple):
 
     Attributes:
       instance: the problem, its `params` flattened.
-      tree_instance: the problem as the user wrote it.
+      tree_instance: the problem with `params` as a tree; in the coordinates of walls, if there are any.
+      as_written: the problem as the user wrote it.
       flattening: of `params`; solvers and rules see the tree.
       start: the end of the free phase.
       units: see `BasePoint.units`.
@@ -137,6 +138,7 @@ class PhaseSetup(NamedTuple):
 
     instance: Instance
     tree_instance: Instance
+    as_written: Instance
     flattening: tree.Flattening
     start: BasePoint
     units: jax.Array
@@ -219,10 +221,24 @@ class PhaseSetup(NamedTuple):
         return jax.vmap(function)(*stacked)
 
     def nudged_problem(self, base: Base, nudge: Nudge) -> Instance:
-        """The problem as the user wrote it, with what nudges in the place of its outer loss."""
+        """The problem of `tree_instance`, with what nudges in the place of its outer loss."""
         instance, unflatten = self.tree_instance, self.flattening.unflatten
         at = unflatten(base.params), instance.meta_params, instance.task, unflatten(base.of_outer_loss)
         return instance.replace_problem(nudge.apply(instance.problem, *at))
+
+    def nudged_problem_of_rules(self, base: Base, nudge: Nudge) -> tuple[Instance, Callable[[Params], Params]]:
+        """The nudged problem as the user wrote it, and the user's parameters at a point."""
+        if self.walls is None:
+            return self.nudged_problem(base, nudge), self.flattening.unflatten
+        instance, coordinates = self.as_written, self.walls.params_of
+        problem, meta_params, task = instance.problem, instance.meta_params, instance.task
+
+        def params_of(x: Params) -> Params:
+            return coordinates(self.flattening.unflatten(x), meta_params)
+
+        at = params_of(base.params)
+        gradient = tree.grad(lambda params: problem.outer(params, meta_params, task))(at)
+        return instance.replace_problem(nudge.apply(problem, at, meta_params, task, gradient)), params_of
 
     def probe(self, params: Params, inner_grad: Params, displacement: jax.Array) -> Probe:
         """What a nudging strength is derived from."""
@@ -285,11 +301,10 @@ class PhaseSetup(NamedTuple):
             return Evaluated(residuals, jax.tree.map(with_nudge, in_meta, outer.in_meta), outer, outer_grad)
 
         def statistics_with(chosen: Nudge) -> MetaParams:
-            nudged = self.nudged_problem(base, chosen)
-            unflatten = self.flattening.unflatten
+            nudged, params_of = self.nudged_problem_of_rules(base, chosen)
             return self.over_phases(
                 lambda at, beta: measured_by(
-                    self.rule, nudged.problem, unflatten(at), nudged.meta_params, nudged.task, beta
+                    self.rule, nudged.problem, params_of(at), nudged.meta_params, nudged.task, beta
                 ),
                 ends,
                 nudges,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contrastive_meta import _pytree as tree
+from contrastive_meta._dependence import used_leaves
 from contrastive_meta._instance import Instance
 from contrastive_meta._problem import BilevelProblem, MetaParams, Params, Task
 
@@ -44,6 +45,15 @@ class Walls(NamedTuple):
     around: Params
     unit: jax.Array
     known: jax.Array
+
+    def depends_on(self, meta_params: MetaParams) -> bool:
+        """Whether the walls move, or the penalty changes, with the meta-parameters."""
+
+        def everything(meta: MetaParams) -> Any:
+            params = self.params_of(self.at, meta)
+            return params, () if self.value_of is None else self.value_of(self.at, params, meta)
+
+        return any(used_leaves(everything, meta_params))
 
     def seen_by_estimators(self, instance: Instance) -> Instance:
         """The problem in coordinates x."""
