@@ -16,6 +16,7 @@ from benchmarks import (
     trust,
     tuning,
 )
+from benchmarks.composition import hyperteacher
 from benchmarks.experiments import analysis, bandit, bilevel_suite, omniglot, regularisation, sinusoids
 from benchmarks.harness import Record, Session
 
@@ -66,5 +67,6 @@ BENCHMARKS = {
         Benchmark(sinusoids.NAME, sinusoids.ABOUT, sinusoids.run, sinusoids.show, main_job=False),
         Benchmark(bandit.NAME, bandit.ABOUT, bandit.run, bandit.show, main_job=False),
         Benchmark(bilevel_suite.NAME, bilevel_suite.ABOUT, bilevel_suite.run, bilevel_suite.show, main_job=False),
+        Benchmark(hyperteacher.NAME, hyperteacher.ABOUT, hyperteacher.run, hyperteacher.show, main_job=False),
     )
 }

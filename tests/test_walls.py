@@ -413,7 +413,7 @@ def test_other_rules_are_told_what_to_write() -> None:
 ANCHORED = cm.AnchoredSynapse()
 HELD_TARGETS = jnp.array([4.0, -3.0, 1.0, -0.5, 0.2])
 DECAYED = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.3))
-# Learners whose walls do not depend on the meta-parameters, and where they end without a wall, from the pull's strength.
+# Learners whose walls do not depend on the meta-parameters, and where they end, from targets with the pull.
 FIXED_WALLS: dict[str, tuple[cm.InnerSolver, Callable[[Any, Any], Any]]] = {
     "non-negative": (cm.ProximalDescent(cm.prox.non_negative()), lambda pulled, s: jnp.maximum(pulled / (1 + s), 0)),
     "box": (cm.ProximalDescent(cm.prox.box(-0.7, 0.9)), lambda pulled, s: jnp.clip(pulled / (1 + s), -0.7, 0.9)),

@@ -1,4 +1,7 @@
-"""Ways to split a network into what learns each task and what is meta-learned, each with its plasticity rule."""
+"""Ways to split a network into what learns each task and what is meta-learned, each with its plasticity rule.
+
+`check_support` says of training tasks whether a modular one can find their modules.
+"""
 
 from contrastive_meta.architectures._cnn import cnn as cnn
 from contrastive_meta.architectures._cnn import cnn_params as cnn_params
@@ -14,6 +17,8 @@ from contrastive_meta.architectures._networks import gain_modulation as gain_mod
 from contrastive_meta.architectures._networks import modular_hypernetwork as modular_hypernetwork
 from contrastive_meta.architectures._split import Architecture as Architecture
 from contrastive_meta.architectures._split import fast_and_slow as fast_and_slow
+from contrastive_meta.architectures._support import SupportReport as SupportReport
+from contrastive_meta.architectures._support import check_support as check_support
 from contrastive_meta.architectures._synapses import complex_synapse as complex_synapse
 from contrastive_meta.architectures._synapses import learned_initialisation as learned_initialisation
 from contrastive_meta.architectures._synapses import plasticity_mask as plasticity_mask
