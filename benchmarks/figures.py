@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from benchmarks.harness import Record
 
 if TYPE_CHECKING:
@@ -185,6 +187,30 @@ def draw_loops(records: Sequence[Record], path: Path) -> Path:
         axis.grid(True, which="major", alpha=0.3)
     axes[0][0].set_ylabel("time of the step (ms)")
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def draw_alignment(students: Sequence[Record], path: Path) -> Path:
+    """How alike the units of teachers and students are: a panel for each student, of the first seed."""
+    plt = _pyplot()
+    students = [r for r in students if r["seed"] == min(r["seed"] for r in students)]
+    columns = min(len(students), 4)
+    rows = -(-len(students) // columns)
+    size = (1.2 + 3.4 * columns, 0.8 + 2.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    image = None
+    for axis in axes.flat[len(students) :]:
+        axis.set_visible(False)
+    for axis, student in zip(axes.flat, students, strict=False):
+        # Each student's unit beside the teacher's unit that it is most like: what was found lies on the diagonal.
+        cosines = np.array(student["similarities"], float)
+        order = np.lexsort((-cosines.max(0), cosines.argmax(0)))
+        image = axis.imshow(cosines[:, order], vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
+        axis.set_title(f"{student['case']}\nworst unit {student['worst_alignment']:.2f}", fontsize=9)
+        axis.set_xlabel("unit of the student, sorted", fontsize=9)
+        axis.set_ylabel("unit of the teacher", fontsize=9)
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="cosine after the best linear map of coefficients", shrink=0.8)
     return _save(figure, path)
 
 

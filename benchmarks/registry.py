@@ -67,6 +67,13 @@ BENCHMARKS = {
         Benchmark(sinusoids.NAME, sinusoids.ABOUT, sinusoids.run, sinusoids.show, main_job=False),
         Benchmark(bandit.NAME, bandit.ABOUT, bandit.run, bandit.show, main_job=False),
         Benchmark(bilevel_suite.NAME, bilevel_suite.ABOUT, bilevel_suite.run, bilevel_suite.show, main_job=False),
-        Benchmark(hyperteacher.NAME, hyperteacher.ABOUT, hyperteacher.run, hyperteacher.show, main_job=False),
+        Benchmark(
+            hyperteacher.NAME,
+            hyperteacher.ABOUT,
+            hyperteacher.run,
+            hyperteacher.show,
+            hyperteacher.draw,
+            main_job=False,
+        ),
     )
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import optax
 
 import contrastive_meta as cm
+from benchmarks import figures
 from benchmarks.composition.hyperteacher_networks import (
     NUM_HIDDEN,
     modules,
@@ -376,6 +378,12 @@ def show(records: Sequence[Record]) -> str:
     parts = [title, lay_out(header, rows, left=(0, 1)), *stopped]
     parts += ["Error by the number of modules in a task", lay_out(["student", *sizes], by_size, left=(0,))]
     return "\n\n".join([*parts, show_claims([*claims(records)])]).rstrip()
+
+
+def draw(records: Sequence[Record], folder: Path) -> list[Path]:
+    """How alike the units of teachers and students are."""
+    students = [r for r in records if r["kind"] == "student"]
+    return [figures.draw_alignment(students, folder / "hyperteacher.png")] if students else []
 
 
 def _range(values: Sequence[float | None]) -> str:
