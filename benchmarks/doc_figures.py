@@ -1,10 +1,10 @@
-"""The pictures of README and docs that no record is needed for, as SVG text that follows a reader's light or dark theme."""
+"""The pictures of README and docs that need no record, as SVG text that follows a reader's light or dark theme."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# One parameter w: the inner loss is (w - TARGET)^2 / 2 + PENALTY w^2 / 2, the outer loss (w - VALIDATION_TARGET)^2 / 2. The
-# strength is far larger than in practice, so that the two ends can be told apart in print.
+# One parameter w: the inner loss is (w - TARGET)^2 / 2 + PENALTY w^2 / 2, the outer loss (w - VALIDATION_TARGET)^2 / 2.
+# The strength is far larger than in practice, so that the two ends can be told apart in print.
 TARGET, PENALTY, VALIDATION_TARGET, BETA, START = 3.0, 0.5, 0.6, 1.0, 4.2
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BASE = 720, 330, 30, 690, 34, 190
 _LOWEST, _HIGHEST, _LOSS_SHOWN = 0.0, 4.6, 3.4
@@ -75,9 +75,13 @@ def contrast_svg() -> str:
         _text(nudged - 8, 255, "measure g(β)", "nudged", anchor="end"),
         f'<path class="axis" d="M {free:.1f} 268 v 8 H {nudged:.1f} v -8"/>',
         _text((free + nudged) / 2, 294, "contrast: (g(β) − g(0)) / β", "", anchor="middle"),
-        _text((free + nudged) / 2, 314, "the gradient of the outer loss after learning, for small β", "", anchor="middle"),
+        _text(
+            (free + nudged) / 2, 314, "the gradient of the outer loss after learning, for small β", "", anchor="middle"
+        ),
     ]
-    about = "A free phase ends at the minimum of the inner loss, a nudged phase a little nearer to that of the outer loss."
+    about = (
+        "A free phase ends at the minimum of the inner loss, a nudged phase a little nearer to that of the outer loss."
+    )
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
     return "\n".join([head, f"<title>{about}</title>", f"<style>\n{_STYLE}\n</style>", *parts, "</svg>\n"])
 

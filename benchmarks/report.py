@@ -1,4 +1,4 @@
-"""Remakes tables, pictures and the numbers in README and docs from records alone."""
+"""Remakes tables, pictures, the page of all of them and the numbers in README and docs from records alone."""
 
 import gzip
 import json
@@ -12,6 +12,7 @@ from benchmarks import (
     doc_figures,
     estimators,
     plasticity,
+    report_page,
     scaling_steps,
     sparse,
     speed,
@@ -61,11 +62,18 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
             pages[docs / name] = "\n\n".join(blocks)
     if check:
         return max(_check(page, block) for page, block in pages.items())
-    for benchmark in BENCHMARKS.values():
-        for rows in newest_runs(records, benchmark.name):
+    runs = {name: newest_runs(records, name) for name in BENCHMARKS}
+    drawn = {}
+    for name, benchmark in BENCHMARKS.items():
+        for rows in runs[name]:
             print(f"{benchmark.show(rows)}\n\n")
-        for path in draw(benchmark, [row for rows in newest_runs(records, benchmark.name) for row in rows], pictures):
+        drawn[name] = draw(benchmark, [row for rows in runs[name] for row in rows], pictures)
+        for path in drawn[name]:
             print(f"picture  {path}")
+    page = pictures / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(report_page.render(runs, BENCHMARKS, drawn), encoding="utf-8")
+    print(f"page     {page}")
     for page, block in pages.items():
         if not page.exists() or BEGIN not in page.read_text(encoding="utf-8"):
             print(f"no {page.name} with `{BEGIN}` to write to; what would stand there:\n\n{block}")
@@ -138,12 +146,14 @@ def _check(page: Path, block: str) -> int:
 
 
 def render_readme_block(records: Sequence[Record]) -> str:
-    """The README's numbers as Markdown: errors and times of four estimators in float32, memory, where they come from."""
+    """The README's numbers as Markdown: errors and times of four estimators in float32, memory, and their origin."""
     errors = newest_runs(records, estimators.NAME)[:1]
     rows = [row for row in errors[0] if row["method"] in _README_ROWS] if errors else []
     parts = [_errors_table(rows)] if rows else []
     lengths = newest_runs(records, scaling_steps.NAME)[:1]
-    return "\n\n".join([*parts, *map(scaling_steps.read, lengths), _provenance([*errors, *lengths], "python -m benchmarks")])
+    return "\n\n".join(
+        [*parts, *map(scaling_steps.read, lengths), _provenance([*errors, *lengths], "python -m benchmarks")]
+    )
 
 
 def render_estimators_block(records: Sequence[Record]) -> str:
@@ -198,7 +208,9 @@ def _memory_lines(rows: Sequence[Record]) -> list[str]:
     sizes = {row["method"]: row.get("temp_bytes") for row in rows if row["case"] == largest}
     if not (sizes.get(CONTRASTIVE) and sizes.get(BACKPROP)):
         return []
-    dagger = "† the status says that this number is not to be trusted. " if any("†" in _cell(row) for row in rows) else ""
+    dagger = (
+        "† the status says that this number is not to be trusted. " if any("†" in _cell(row) for row in rows) else ""
+    )
     return [
         f"{dagger}Temporary memory on {largest}: {memory(sizes[CONTRASTIVE])} for the default contrast, "
         f"{memory(sizes[BACKPROP])} for backprop."
