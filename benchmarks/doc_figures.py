@@ -1,13 +1,21 @@
-"""The pictures of README and docs that need no record, as SVG text that follows a reader's light or dark theme."""
+"""The pictures of README and docs, as SVG text that follows a reader's light or dark theme."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from benchmarks.harness import Record
 
 # One parameter w: the inner loss is (w - TARGET)^2 / 2 + PENALTY w^2 / 2, the outer loss (w - VALIDATION_TARGET)^2 / 2.
 # The strength is far larger than in practice, so that the two ends can be told apart in print.
 TARGET, PENALTY, VALIDATION_TARGET, BETA, START = 3.0, 0.5, 0.6, 1.0, 4.2
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BASE = 720, 330, 30, 690, 34, 190
 _LOWEST, _HIGHEST, _LOSS_SHOWN = 0.0, 4.6, 3.4
+
+# Of `beta_curves`: one problem, the schemes shown and how each is drawn, and decades of strength and error.
+CURVES_OF, CURVES_IN = "breast cancer", "float32"
+_SCHEMES = {"forward": "outer", "central": "inner", "four-point": "nudged"}
+_STRENGTHS, _ERRORS = (-5, 1), (-7, 1)
 
 _STYLE = """\
 text { font: 14px system-ui, sans-serif; fill: #222 }
@@ -62,9 +70,9 @@ def contrast_svg() -> str:
         _curve(nudged_loss, "nudged", least),
         _line((_LEFT, _BASE), (_RIGHT, _BASE), "axis"),
         _text(_RIGHT, _BASE + 18, "what is learned, w", "outer", anchor="end"),
-        _text(across(0.06), 30, "outer loss", "outer"),
+        _text(across(0.03), 162, "outer loss", "outer"),
         _text(across(3.42), 132, "inner loss", "inner"),
-        _text(across(3.16), 48, "inner loss + β outer loss", "nudged", anchor="end"),
+        _text(across(2.6), 50, "inner loss + β outer loss", "nudged", anchor="end"),
         _dot(free, _height(inner_loss(free_end()), least), "inner"),
         _dot(nudged, _height(nudged_loss(nudged_end()), least), "nudged"),
         _arrow(start, free, 222, "inner"),
@@ -86,12 +94,62 @@ def contrast_svg() -> str:
     return "\n".join([head, f"<title>{about}</title>", f"<style>\n{_STYLE}\n</style>", *parts, "</svg>\n"])
 
 
-def write(folder: Path) -> list[Path]:
-    """All pictures of this file, into a folder; their paths."""
+def truncation_svg(records: Sequence[Record]) -> str:
+    """Error against strength for schemes of order 1, 2 and 4, and the strengths that `automatic` selected.
+
+    Args:
+      records: of `beta_curves`, its newest runs.
+    """
+    here = [row for row in records if (row["case"], row["precision"]) == (CURVES_OF, CURVES_IN)]
+    left, right, top, base = 70, 690, 20, 270
+
+    def x(beta: float) -> float:
+        low, high = _STRENGTHS
+        return left + (right - left) * (math.log10(beta) - low) / (high - low)
+
+    def y(error: float) -> float:
+        low, high = _ERRORS
+        return base - (base - top) * (math.log10(error) - low) / (high - low)
+
+    parts = [_line((left, base), (right, base), "axis"), _line((left, base), (left, top), "axis")]
+    parts += [
+        _text(x(10.0**k), base + 18, f"1e{k}", "outer", anchor="middle")
+        for k in range(_STRENGTHS[0], _STRENGTHS[1] + 1)
+    ]
+    parts += [_text(left - 8, y(10.0**k) + 5, f"1e{k}", "outer", anchor="end") for k in range(*_ERRORS, 2)]
+    for row in here:
+        if row["scheme"] not in _SCHEMES:
+            continue
+        name = _SCHEMES[row["scheme"]]
+        if row["kind"] == "curve":
+            pairs = zip(row["betas"], row["errors"], strict=True)
+            points = [(x(b), y(e)) for b, e in pairs if e and 10.0 ** _ERRORS[0] <= e <= 10.0 ** _ERRORS[1]]
+            shown = [(a, b) for a, b in points if left <= a <= right]
+            parts.append(f'<polyline class="{name}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in shown)}"/>')
+            parts.append(_text(left + 30 + 100 * list(_SCHEMES).index(row["scheme"]), top + 8, row["scheme"], name))
+        else:
+            parts.append(_dot(x(row["beta"]), y(row["error"]), name))
+    parts += [
+        _text((left + right) / 2, base + 42, "strength β, in units of the outer loss", "", anchor="middle"),
+        _text(left + 8, base - 10, f"relative error of the meta-gradient; {CURVES_OF}, {CURVES_IN}", "outer"),
+    ]
+    about = "Noise falls with the strength and truncation grows with it. Dots: the strengths that were selected."
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
+    return "\n".join([head, f"<title>{about}</title>", f"<style>\n{_STYLE}\n</style>", *parts, "</svg>\n"])
+
+
+def write(folder: Path, records: Sequence[Record]) -> list[Path]:
+    """All pictures of this file, into a folder; their paths.
+
+    Args:
+      folder: made if it is not there.
+      records: of `beta_curves`, its newest runs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "contrast.svg"
-    path.write_text(contrast_svg(), encoding="utf-8")
-    return [path]
+    drawn = {"contrast.svg": contrast_svg(), "truncation.svg": truncation_svg(records)}
+    for name, text in drawn.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in drawn]
 
 
 def _height(loss: float, least: float) -> float:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import (
+    beta_curves,
     doc_figures,
     estimators,
     plasticity,
@@ -81,7 +82,7 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
         page.write_text(replace_block(page.read_text(encoding="utf-8"), block), encoding="utf-8")
         print(f"numbers  {page}")
     if docs.exists():
-        for path in doc_figures.write(docs / "figures"):
+        for path in doc_figures.write(docs / "figures", [row for rows in runs[beta_curves.NAME] for row in rows]):
             print(f"picture  {path}")
     return 0
 
