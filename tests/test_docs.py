@@ -22,6 +22,10 @@ PAGES = [page for page in ALL_PAGES if FENCED.search(page.read_text())]
 MODULES = ("prox", "problems", "architectures", "local_learners")
 
 
+# What a page says that it prints; numbers differ from machine to machine, words do not.
+SHOWN = re.compile(r"^The whole page prints[^\n]*:\n\n```text\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"-?\d[\d.,]*(?:e[-+]?\d+)?")
+
 # Pages may show these without the tests needing them.
 OPTIONAL = {"flax"}
 
@@ -46,7 +50,7 @@ def precision_of_the_reader() -> Iterator[None]:
 
 @pytest.mark.usefixtures("precision_of_the_reader")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_code_of_a_page_runs(path: Path) -> None:
+def test_the_code_of_a_page_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = path.read_text()
     namespace: dict[str, Any] = {"__name__": path.stem}
     for block in FENCED.finditer(text):
@@ -55,6 +59,13 @@ def test_the_code_of_a_page_runs(path: Path) -> None:
         # Blank lines in front put the page's own line numbers into tracebacks.
         source = "\n" * text.count("\n", 0, block.start(1)) + block.group(1)
         exec(compile(source, str(path), "exec"), namespace)
+    printed = without_numbers(capsys.readouterr().out)
+    assert all(without_numbers(shown) in printed for shown in SHOWN.findall(text)), printed
+
+
+def without_numbers(text: str) -> str:
+    """Words and signs in one line, a mark for each number."""
+    return " ".join(NUMBER.sub("#", text).split())
 
 
 def anchors(page: Path) -> set[str]:
