@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_SENTENCE = 35  # words
 LARGEST_PAGE = 12_000  # bytes
+LARGEST_README = 7_500
 GENERATED = ROOT / "docs" / "records"
 PAGES = [
     ROOT / "README.md",
@@ -100,4 +101,5 @@ def test_a_page_is_in_plain_words(page: Path) -> None:
     ]
     found = long + old_words(text)
     assert not found, "\n  ".join([f"{page.name}:", *found])
-    assert len(text.encode()) <= LARGEST_PAGE, f"{page.name} has {len(text.encode())} bytes: divide it"
+    largest = LARGEST_README if page == ROOT / "README.md" else LARGEST_PAGE
+    assert len(text.encode()) <= largest, f"{page.name} has {len(text.encode())} bytes: divide it"
