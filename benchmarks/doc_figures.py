@@ -1,7 +1,7 @@
 """The pictures of README and docs, as SVG text that follows a reader's light or dark theme."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.harness import Record
@@ -12,10 +12,11 @@ TARGET, PENALTY, VALIDATION_TARGET, BETA, START = 3.0, 0.5, 0.6, 1.0, 4.2
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BASE = 720, 330, 30, 690, 34, 190
 _LOWEST, _HIGHEST, _LOSS_SHOWN = 0.0, 4.6, 3.4
 
-# Of `beta_curves`: one problem, the schemes shown and how each is drawn, and decades of strength and error.
+# Of `beta_curves`: one problem, the schemes shown and how each is drawn.
 CURVES_OF, CURVES_IN = "breast cancer", "float32"
 _SCHEMES = {"forward": "outer", "central": "inner", "four-point": "nudged"}
-_STRENGTHS, _ERRORS = (-5, 1), (-7, 1)
+# Of `analysis`.
+UNFINISHED_BETA = 0.01
 
 _STYLE = """\
 text { font: 14px system-ui, sans-serif; fill: #222 }
@@ -101,55 +102,102 @@ def truncation_svg(records: Sequence[Record]) -> str:
       records: of `beta_curves`, its newest runs.
     """
     here = [row for row in records if (row["case"], row["precision"]) == (CURVES_OF, CURVES_IN)]
-    left, right, top, base = 70, 690, 20, 270
+    here = [row for row in here if row["scheme"] in _SCHEMES]
+    curves = {
+        row["scheme"]: [pair for pair in zip(row["betas"], row["errors"], strict=True) if pair[1]]
+        for row in here
+        if row["kind"] == "curve"
+    }
+    return _log_log(
+        curves,
+        {row["scheme"]: (row["beta"], row["error"]) for row in here if row["kind"] == "chosen"},
+        (-5, 1),
+        (-7, 1),
+        "strength β, in units of the outer loss",
+        f"relative error of the meta-gradient; {CURVES_OF}, {CURVES_IN}",
+        "Noise falls with the strength and truncation grows with it. Dots: the strengths that were selected.",
+    )
 
-    def x(beta: float) -> float:
-        low, high = _STRENGTHS
-        return left + (right - left) * (math.log10(beta) - low) / (high - low)
 
-    def y(error: float) -> float:
-        low, high = _ERRORS
-        return base - (base - top) * (math.log10(error) - low) / (high - low)
+def unfinished_svg(records: Sequence[Record]) -> str:
+    """Error against steps of the free phase: the bare forward rule, and the central one whose drift cancels.
 
-    parts = [_line((left, base), (right, base), "axis"), _line((left, base), (left, top), "axis")]
-    parts += [
-        _text(x(10.0**k), base + 18, f"1e{k}", "outer", anchor="middle")
-        for k in range(_STRENGTHS[0], _STRENGTHS[1] + 1)
-    ]
-    parts += [_text(left - 8, y(10.0**k) + 5, f"1e{k}", "outer", anchor="end") for k in range(*_ERRORS, 2)]
+    Args:
+      records: of `analysis`, its newest runs.
+    """
+    here = [row for row in records if (row["kind"], row["case"], row.get("seed")) == ("steps", "ridge", 0)]
+    curves = {}
     for row in here:
-        if row["scheme"] not in _SCHEMES:
-            continue
-        name = _SCHEMES[row["scheme"]]
-        if row["kind"] == "curve":
-            pairs = zip(row["betas"], row["errors"], strict=True)
-            points = [(x(b), y(e)) for b, e in pairs if e and 10.0 ** _ERRORS[0] <= e <= 10.0 ** _ERRORS[1]]
-            shown = [(a, b) for a, b in points if left <= a <= right]
-            parts.append(f'<polyline class="{name}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in shown)}"/>')
-            parts.append(_text(left + 30 + 100 * list(_SCHEMES).index(row["scheme"]), top + 8, row["scheme"], name))
-        else:
-            parts.append(_dot(x(row["beta"]), y(row["error"]), name))
-    parts += [
-        _text((left + right) / 2, base + 42, "strength β, in units of the outer loss", "", anchor="middle"),
-        _text(left + 8, base - 10, f"relative error of the meta-gradient; {CURVES_OF}, {CURVES_IN}", "outer"),
-    ]
-    about = "Noise falls with the strength and truncation grows with it. Dots: the strengths that were selected."
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
-    return "\n".join([head, f"<title>{about}</title>", f"<style>\n{_STYLE}\n</style>", *parts, "</svg>\n"])
+        if row["scheme"] in _SCHEMES:
+            at_beta = row["errors"][row["betas"].index(UNFINISHED_BETA)]
+            curves[row["scheme"]] = [
+                (steps, by_nudged[-1]) for steps, by_nudged in zip(row["marks"], at_beta, strict=True)
+            ]
+    return _log_log(
+        curves,
+        {},
+        (0, 4),
+        (-5, 3),
+        f"steps of the free phase, before {here[0]['marks'][-1]:,} nudged ones",
+        f"relative error of the meta-gradient; ridge, {here[0]['precision']}, β = {UNFINISHED_BETA}",
+        "What is still to be learned is divided by β in the forward rule, and cancels in the central one.",
+    )
 
 
-def write(folder: Path, records: Sequence[Record]) -> list[Path]:
+def write(folder: Path, curves: Sequence[Record], analysis: Sequence[Record]) -> list[Path]:
     """All pictures of this file, into a folder; their paths.
 
     Args:
       folder: made if it is not there.
-      records: of `beta_curves`, its newest runs.
+      curves: records of `beta_curves`, its newest runs.
+      analysis: records of `analysis`, its newest runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {"contrast.svg": contrast_svg(), "truncation.svg": truncation_svg(records)}
+    drawn = {"contrast.svg": contrast_svg()}
+    if curves:
+        drawn["truncation.svg"] = truncation_svg(curves)
+    if analysis:
+        drawn["unfinished.svg"] = unfinished_svg(analysis)
     for name, text in drawn.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in drawn]
+
+
+def _log_log(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    dots: Mapping[str, tuple[float, float]],
+    across_decades: tuple[int, int],
+    error_decades: tuple[int, int],
+    label: str,
+    note: str,
+    about: str,
+) -> str:
+    left, right, top, base = 70, 690, 20, 270
+
+    def x(value: float) -> float:
+        low, high = across_decades
+        return left + (right - left) * (math.log10(value) - low) / (high - low)
+
+    def y(error: float) -> float:
+        low, high = error_decades
+        return base - (base - top) * (math.log10(error) - low) / (high - low)
+
+    parts = [_line((left, base), (right, base), "axis"), _line((left, base), (left, top), "axis")]
+    for k in range(across_decades[0], across_decades[1] + 1):
+        parts.append(_text(x(10.0**k), base + 18, f"1e{k}", "outer", anchor="middle"))
+    parts += [_text(left - 8, y(10.0**k) + 5, f"1e{k}", "outer", anchor="end") for k in range(*error_decades, 2)]
+    for index, (scheme, pairs) in enumerate(curves.items()):
+        points = [(x(value), y(error)) for value, error in pairs]
+        shown = [(a, b) for a, b in points if left <= a <= right and top <= b <= base]
+        parts.append(
+            f'<polyline class="{_SCHEMES[scheme]}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in shown)}"/>'
+        )
+        parts.append(_text(left + 330 + 100 * index, top - 4, scheme, _SCHEMES[scheme]))
+    parts += [_dot(x(value), y(error), _SCHEMES[scheme]) for scheme, (value, error) in dots.items()]
+    parts.append(_text((left + right) / 2, base + 42, label, "", anchor="middle"))
+    parts.append(_text(left + 8, base - 10, note, "outer"))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
+    return "\n".join([head, f"<title>{about}</title>", f"<style>\n{_STYLE}\n</style>", *parts, "</svg>\n"])
 
 
 def _height(loss: float, least: float) -> float:

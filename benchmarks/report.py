@@ -22,7 +22,7 @@ from benchmarks import (
     trust,
     tuning,
 )
-from benchmarks.experiments import bandit, bilevel_suite, regularisation, sinusoids
+from benchmarks.experiments import analysis, bandit, bilevel_suite, regularisation, sinusoids
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE, IMPLICIT_CG, TWICE
 from benchmarks.registry import BENCHMARKS, Benchmark
@@ -82,7 +82,8 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
         page.write_text(replace_block(page.read_text(encoding="utf-8"), block), encoding="utf-8")
         print(f"numbers  {page}")
     if docs.exists():
-        for path in doc_figures.write(docs / "figures", [row for rows in runs[beta_curves.NAME] for row in rows]):
+        rows = {name: [row for part in runs[name] for row in part] for name in (beta_curves.NAME, analysis.NAME)}
+        for path in doc_figures.write(docs / "figures", rows[beta_curves.NAME], rows[analysis.NAME]):
             print(f"picture  {path}")
     return 0
 

@@ -56,8 +56,11 @@ def test_the_page_of_the_committed_records_is_complete_and_refers_to_nothing_els
 
 
 def test_the_committed_figures_are_those_that_the_code_draws(tmp_path: Path) -> None:
-    runs = report.newest_runs(report.load(COMMITTED_RECORDS), "beta_curves")
-    for path in doc_figures.write(tmp_path, [row for rows in runs for row in rows]):
+    records = report.load(COMMITTED_RECORDS)
+    curves, analysis = (
+        [row for run in report.newest_runs(records, name) for row in run] for name in ("beta_curves", "analysis")
+    )
+    for path in doc_figures.write(tmp_path, curves, analysis):
         committed = ROOT / "docs" / "figures" / path.name
         assert committed.read_text() == path.read_text(), f"`python -m benchmarks report` remakes {committed.name}"
 
