@@ -15,8 +15,8 @@ _LOWEST, _HIGHEST, _LOSS_SHOWN = 0.0, 4.6, 3.4
 # Of `beta_curves`: one problem, the schemes shown and how each is drawn.
 CURVES_OF, CURVES_IN = "breast cancer", "float32"
 _SCHEMES = {"forward": "outer", "central": "inner", "four-point": "nudged"}
-# Of `analysis`.
-UNFINISHED_BETA = 0.01
+# Of `analysis`: kind, problem and seed, and the strength.
+_UNFINISHED, UNFINISHED_BETA = ("steps", "ridge", 0), 0.01
 
 _STYLE = """\
 text { font: 14px system-ui, sans-serif; fill: #222 }
@@ -125,7 +125,7 @@ def unfinished_svg(records: Sequence[Record]) -> str:
     Args:
       records: of `analysis`, its newest runs.
     """
-    here = [row for row in records if (row["kind"], row["case"], row.get("seed")) == ("steps", "ridge", 0)]
+    here = [row for row in records if (row["kind"], row["case"], row.get("seed")) == _UNFINISHED]
     curves = {}
     for row in here:
         if row["scheme"] in _SCHEMES:
@@ -156,7 +156,7 @@ def write(folder: Path, curves: Sequence[Record], analysis: Sequence[Record]) ->
     drawn = {"contrast.svg": contrast_svg()}
     if curves:
         drawn["truncation.svg"] = truncation_svg(curves)
-    if analysis:
+    if any((row["kind"], row["case"], row.get("seed")) == _UNFINISHED for row in analysis):
         drawn["unfinished.svg"] = unfinished_svg(analysis)
     for name, text in drawn.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -82,8 +82,8 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
         page.write_text(replace_block(page.read_text(encoding="utf-8"), block), encoding="utf-8")
         print(f"numbers  {page}")
     if docs.exists():
-        rows = {name: [row for part in runs[name] for row in part] for name in (beta_curves.NAME, analysis.NAME)}
-        for path in doc_figures.write(docs / "figures", rows[beta_curves.NAME], rows[analysis.NAME]):
+        flat = {name: [row for part in runs[name] for row in part] for name in (beta_curves.NAME, analysis.NAME)}
+        for path in doc_figures.write(docs / "figures", flat[beta_curves.NAME], flat[analysis.NAME]):
             print(f"picture  {path}")
     return 0
 

@@ -42,10 +42,11 @@ def absent(code: str) -> list[str]:
 
 @pytest.fixture
 def precision_of_the_reader() -> Iterator[None]:
-    """JAX's default precision, in which a page's numbers are given."""
+    """JAX's default precision, in which a page's numbers are given. Pages share no program: none is kept."""
     jax.config.update("jax_enable_x64", False)
     yield
     jax.config.update("jax_enable_x64", True)
+    jax.clear_caches()
 
 
 @pytest.mark.usefixtures("precision_of_the_reader")
