@@ -72,9 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--data", type=Path, default=None, help=f"folder with other data (or ${DATA_VARIABLE})")
     get = commands.add_parser("data", help="download data sets from their public homes into the cache")
     get.add_argument("names", metavar="NAME", nargs="+", choices=datasets.SETS, help=", ".join(datasets.SETS))
-    remake = commands.add_parser("report", help="remake tables, pictures and the README's numbers from records")
+    remake = commands.add_parser(
+        "report", help="remake results/report.html, pictures and the numbers of the pages from records"
+    )
     remake.add_argument("--records", type=Path, default=None, help="folder to read (default: the committed ones)")
-    remake.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
+    remake.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if README.md or a page of docs/ is out of date"
+    )
     return parser
 
 

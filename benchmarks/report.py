@@ -1,4 +1,4 @@
-"""Remakes tables, pictures and the numbers in README and docs from records alone."""
+"""Remakes tables, pictures, the page of all of them and the numbers in README and docs from records alone."""
 
 import gzip
 import json
@@ -8,10 +8,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import estimators, plasticity, scaling_steps, sparse, speed, speed_scaling, speed_tables, trust, tuning
-from benchmarks.experiments import bandit, bilevel_suite, regularisation, sinusoids
+from benchmarks import (
+    beta_curves,
+    doc_figures,
+    estimators,
+    plasticity,
+    report_page,
+    scaling_steps,
+    sparse,
+    speed,
+    speed_scaling,
+    speed_tables,
+    trust,
+    tuning,
+)
+from benchmarks.experiments import analysis, bandit, bilevel_suite, regularisation, sinusoids
 from benchmarks.harness import PACKAGE_FOLDER, Record
-from benchmarks.methods import BACKPROP, CONTRASTIVE
+from benchmarks.methods import BACKPROP, CONTRASTIVE, IMPLICIT_CG, TWICE
 from benchmarks.registry import BENCHMARKS, Benchmark
 from benchmarks.tables import memory, milliseconds, scientific, seeds_of
 
@@ -20,12 +33,14 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "trust.md": (trust,),
     "optax.md": (tuning,),
-    "plasticity.md": (plasticity,),
+    "records/plasticity.md": (plasticity,),
     "sparse.md": (sparse,),
-    "experiments.md": (sinusoids, regularisation),
+    "records/experiments.md": (sinusoids, regularisation),
     "bandit.md": (bandit,),
-    "bilevel_suite.md": (bilevel_suite,),
+    "records/bilevel_suite.md": (bilevel_suite,),
 }
+# The four rows of README.md.
+_README_ROWS = (CONTRASTIVE, TWICE, IMPLICIT_CG, BACKPROP)
 
 
 def report(folder: Path, pictures: Path, *, check: bool) -> int:
@@ -36,26 +51,40 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
             f"no records in {folder}: make some with `python -m benchmarks run all --records {folder}`", file=sys.stderr
         )
         return 1
+    docs = PACKAGE_FOLDER.parent / "docs"
     pages = {PACKAGE_FOLDER.parent / "README.md": render_readme_block(records)}
+    if docs.exists():
+        pages[docs / "records" / "estimators.md"] = render_estimators_block(records)
     if newest_runs(records, speed.NAME):
-        pages[PACKAGE_FOLDER.parent / "docs" / "performance.md"] = render_speed_block(records)
+        pages[docs / "records" / "speed.md"] = render_speed_block(records)
     for name, modules in _SHOWN.items():
         blocks = [render_shown_block(records, module) for module in modules if newest_runs(records, module.NAME)]
         if blocks:
-            pages[PACKAGE_FOLDER.parent / "docs" / name] = "\n\n".join(blocks)
+            pages[docs / name] = "\n\n".join(blocks)
     if check:
         return max(_check(page, block) for page, block in pages.items())
-    for benchmark in BENCHMARKS.values():
-        for rows in newest_runs(records, benchmark.name):
+    runs = {name: newest_runs(records, name) for name in BENCHMARKS}
+    drawn = {}
+    for name, benchmark in BENCHMARKS.items():
+        for rows in runs[name]:
             print(f"{benchmark.show(rows)}\n\n")
-        for path in draw(benchmark, [row for rows in newest_runs(records, benchmark.name) for row in rows], pictures):
+        drawn[name] = draw(benchmark, [row for rows in runs[name] for row in rows], pictures)
+        for path in drawn[name]:
             print(f"picture  {path}")
+    page = pictures / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(report_page.render(runs, BENCHMARKS, drawn), encoding="utf-8")
+    print(f"page     {page}")
     for page, block in pages.items():
         if not page.exists() or BEGIN not in page.read_text(encoding="utf-8"):
             print(f"no {page.name} with `{BEGIN}` to write to; what would stand there:\n\n{block}")
             continue
         page.write_text(replace_block(page.read_text(encoding="utf-8"), block), encoding="utf-8")
         print(f"numbers  {page}")
+    if docs.exists():
+        flat = {name: [row for part in runs[name] for row in part] for name in (beta_curves.NAME, analysis.NAME)}
+        for path in doc_figures.write(docs / "figures", flat[beta_curves.NAME], flat[analysis.NAME]):
+            print(f"picture  {path}")
     return 0
 
 
@@ -119,10 +148,20 @@ def _check(page: Path, block: str) -> int:
 
 
 def render_readme_block(records: Sequence[Record]) -> str:
-    """The README's numbers as Markdown: errors and times of every estimator, memory, and where they come from."""
-    errors, lengths = newest_runs(records, estimators.NAME), newest_runs(records, scaling_steps.NAME)[:1]
-    parts = [*map(_errors_table, errors), *map(scaling_steps.read, lengths)]
-    return "\n\n".join([*parts, _provenance([*errors, *lengths], "python -m benchmarks")])
+    """The README's numbers as Markdown: errors and times of four estimators in float32, memory, and their origin."""
+    errors = newest_runs(records, estimators.NAME)[:1]
+    rows = [row for row in errors[0] if row["method"] in _README_ROWS] if errors else []
+    parts = [_errors_table(rows)] if rows else []
+    lengths = newest_runs(records, scaling_steps.NAME)[:1]
+    return "\n\n".join(
+        [*parts, *map(scaling_steps.read, lengths), _provenance([*errors, *lengths], "python -m benchmarks")]
+    )
+
+
+def render_estimators_block(records: Sequence[Record]) -> str:
+    """Errors and times of every estimator in both precisions, as Markdown."""
+    errors = newest_runs(records, estimators.NAME)
+    return "\n\n".join([*map(_errors_table, errors), _provenance(errors, "python -m benchmarks run estimators")])
 
 
 def render_speed_block(records: Sequence[Record]) -> str:
@@ -171,9 +210,12 @@ def _memory_lines(rows: Sequence[Record]) -> list[str]:
     sizes = {row["method"]: row.get("temp_bytes") for row in rows if row["case"] == largest}
     if not (sizes.get(CONTRASTIVE) and sizes.get(BACKPROP)):
         return []
+    dagger = (
+        "† the status says that this number is not to be trusted. " if any("†" in _cell(row) for row in rows) else ""
+    )
     return [
-        f"† the status says that this number is not to be trusted. Temporary memory on {largest}: "
-        f"{memory(sizes[CONTRASTIVE])} for the default contrast, {memory(sizes[BACKPROP])} for backprop."
+        f"{dagger}Temporary memory on {largest}: {memory(sizes[CONTRASTIVE])} for the default contrast, "
+        f"{memory(sizes[BACKPROP])} for backprop."
     ]
 
 

@@ -125,14 +125,15 @@ def _make_log(axis: "Axes") -> None:
         if 0 < least < most < 10 * least:
             place(10.0 ** math.floor(math.log10(least)), 10.0 ** math.ceil(math.log10(most)))
     for which in (axis.xaxis, axis.yaxis):
-        which.set_minor_formatter(_null_formatter())
+        # Laying out minor ticks was half of the time of a picture.
+        which.set_minor_locator(_null_locator())
     axis.grid(True, which="major", alpha=0.3)
 
 
-def _null_formatter() -> Any:
-    from matplotlib.ticker import NullFormatter
+def _null_locator() -> Any:
+    from matplotlib.ticker import NullLocator
 
-    return NullFormatter()
+    return NullLocator()
 
 
 def _style(methods: Sequence[str], method: str) -> dict[str, Any]:

@@ -93,8 +93,8 @@ def check_local(
 
     - entry i of the leaf;
     - entry i of the leaf of `params` of the same name and shape: the name of the leaf of `params` is the end of that of
-      the leaf of the meta-parameters, as ['w'] is of ['anchor']['w'] (the longest, where several are). All leaves of
-      the meta-parameters with the same name and shape so share their synapses;
+      the leaf of the meta-parameters, as `['w']` is of `['anchor']['w']` (the longest, where several are). All leaves
+      of the meta-parameters with the same name and shape so share their synapses;
     - entry i of an array that the rule itself holds, likewise;
     - what the rule's `signals` say arrives there, see `Signal`: how they got there is not followed;
     - numbers, and the strength of the nudge.

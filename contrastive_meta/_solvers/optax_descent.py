@@ -47,7 +47,7 @@ class OptaxDescent(InnerSolver):
     ends when the gradient norm is at most `tol`, or after `max_steps`).
 
     `unroll=True` is for few steps of a convolutional network on a CPU. There XLA compiles the gradients of convolutions
-    inside loops to slow code (docs/performance.md). Five steps of a CNN with four blocks took 0.96 s in a loop and
+    inside loops to slow code (docs/convolutions.md). Five steps of a CNN with four blocks took 0.96 s in a loop and
     0.16 s unrolled, and 4.4 s and 5.3 s to compile. Without convolutions a loop is about as fast, and compiles in the
     time of one step.
 

@@ -3,7 +3,7 @@
 Next to a minimum w* with active constraints c(w, theta) = 0 of Jacobian J, a point x is moved to the surface by
 Newton's steps along the rows of J, x <- x - J^+ c(x, theta), which keep what is tangential. The coordinates are
 
-    (18)  E(x, theta) = f(P(x, theta), theta) + |J^+ J (x - w*)|^2 / (2 step)     in docs/theory.md
+    (18)  E(x, theta) = f(P(x, theta), theta) + |J^+ J (x - w*)|^2 / (2 step)     in docs/theory_walls.md
 
 with P these steps. The second term holds what is normal to the surface at w*, where P does not depend on it. The
 derivative of E in theta holds the multipliers: that of P(x, theta) is -J^+ dc/dtheta, and J^T lambda the gradient of f.

@@ -4,7 +4,7 @@ A learner of walls ends at w = prox(w - h grad f(w)), where the gradient need no
 x = w - h grad f(w), the point before the proximal step, for the unknown: w = prox(x). Unless w is at the very edge of a
 wall, x lies inside a region where the proximal step is smooth. There the whole inner objective
 
-    (17)  E(x, theta) = f(prox(x, theta), theta) + penalty(prox(x, theta), theta)     in docs/theory.md
+    (17)  E(x, theta) = f(prox(x, theta), theta) + penalty(prox(x, theta), theta)     in docs/theory_walls.md
 
 is an ordinary smooth loss. Its minima are the learner's fixed points, and entries of x that the wall holds have no
 derivative. Every estimator therefore takes E for the inner loss and L_out(prox(x, theta), theta) for the outer one.
