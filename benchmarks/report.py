@@ -22,6 +22,7 @@ from benchmarks import (
     trust,
     tuning,
 )
+from benchmarks.composition import hyperteacher
 from benchmarks.experiments import analysis, bandit, bilevel_suite, regularisation, sinusoids
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE, IMPLICIT_CG, TWICE
@@ -38,6 +39,7 @@ _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "records/experiments.md": (sinusoids, regularisation),
     "bandit.md": (bandit,),
     "records/bilevel_suite.md": (bilevel_suite,),
+    "hyperteacher.md": (hyperteacher,),
 }
 # The four rows of README.md.
 _README_ROWS = (CONTRASTIVE, TWICE, IMPLICIT_CG, BACKPROP)
