@@ -1,7 +1,7 @@
 """Batches of tasks, by `value_and_meta_grad`, and `raise_if_failed` for statuses outside jit."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from contrastive_meta._control import scan
 from contrastive_meta._estimators.base import MetaGradientEstimator
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task
 from contrastive_meta._pytree import PyTree
-from contrastive_meta._result import Diagnostics, MetaGradient, Status
+from contrastive_meta._result import USABLE, Diagnostics, MetaGradient, Status, failed
 from contrastive_meta._sharding import along_tasks, as_laid_out, copied, leave_to_compiler
 
 ValueAndMetaGrad = Callable[..., Any]
@@ -23,6 +23,8 @@ def value_and_meta_grad(
     *,
     batch_size: int | None = None,
     has_aux: bool = False,
+    on_failure: Literal["keep", "zero"] = "keep",
+    allow: tuple[Status, ...] = USABLE,
 ) -> ValueAndMetaGrad:
     """Outer loss and meta-gradient of a batch of tasks: the mean over the leading axis of `tasks`.
 
@@ -36,12 +38,17 @@ def value_and_meta_grad(
         laid out over devices, a multiple of their number; otherwise tasks move between devices.
       has_aux: return `((value, diagnostics), grad)`, the diagnostics of each task along a leading axis; for problems
         with a model state `((value, (diagnostics, model_state)), grad)`, the state of each task likewise.
+      on_failure: what becomes of tasks with a status that is neither `CONVERGED` nor in `allow`. "keep": nothing.
+        "zero": they contribute nothing, and the mean is taken over the others; where none is left the meta-gradient is
+        0 and the value infinite.
+      allow: statuses that are no failure, besides `CONVERGED`.
 
     Returns:
       `(meta_params, tasks, *, key=None) -> (value, grad)`.
 
     Raises:
-      ValueError: `tasks` has no leading axis, or leaves that disagree on its length (when called).
+      ValueError: an unknown `on_failure`, a `batch_size` below 1; and when called: `tasks` has no leading axis, or
+        leaves that disagree on its length.
 
     Example:
       >>> import jax
@@ -59,6 +66,9 @@ def value_and_meta_grad(
       >>> round(float(grad), 3)
       0.75
     """
+    if on_failure not in ("keep", "zero"):
+        raise ValueError(f'`on_failure` of `value_and_meta_grad` is "keep" or "zero"; got {on_failure!r}.')
+    drops_failed = on_failure == "zero"
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
 
@@ -81,13 +91,34 @@ def value_and_meta_grad(
             results = chosen._estimate_batch(problem, meta_params, tasks, keys)
             moved = has_aux and problem.init_model_state is not None
             kept = (results.diagnostics, results.model_state) if moved else results.diagnostics
-            return (results.outer_loss, results.grad), kept
+            added = results.outer_loss, results.grad
+            return without_failed(added, results.diagnostics.status, allow, drops_failed), kept
 
         total, kept = sum_over_tasks(batch, (tasks, keys), num_tasks, batch_size or num_tasks)
-        value, grad = tree.scale(1 / num_tasks, total)
+        value, grad, _ = mean_of_usable(total, num_tasks, drops_failed)
         return ((value, kept), grad) if has_aux else (value, grad)
 
     return evaluate
+
+
+def without_failed(
+    added: PyTree, status: jax.Array, allow: tuple[Status, ...], drops_failed: bool
+) -> tuple[PyTree, jax.Array]:
+    """What is added up of each task, with zeros for failed ones if they are dropped; and which have failed, int32."""
+    bad = jax.vmap(lambda one: failed(one, allow))(status)
+    if drops_failed:
+        added = jax.vmap(tree.where)(bad, tree.zeros_like(added), added)
+    return added, bad.astype(jnp.int32)
+
+
+def mean_of_usable(
+    total: tuple[PyTree, jax.Array], num_tasks: int, drops_failed: bool
+) -> tuple[jax.Array, MetaParams, jax.Array]:
+    """Mean outer loss and meta-gradient from the sum of `without_failed`, and how many tasks have failed."""
+    added, num_failed = total
+    num_left = num_tasks - num_failed
+    value, grad = tree.scale(1 / jnp.maximum(num_left, 1) if drops_failed else 1 / num_tasks, added)
+    return jnp.where(num_left > 0, value, jnp.inf) if drops_failed else value, grad, num_failed
 
 
 def count_tasks(tasks: Task) -> int:
@@ -170,9 +201,7 @@ class EstimateError(RuntimeError):
     """
 
 
-def raise_if_failed(
-    result: MetaGradient | Diagnostics, *, allow: tuple[Status, ...] = (Status.FELL_BACK, Status.APPROXIMATE)
-) -> None:
+def raise_if_failed(result: MetaGradient | Diagnostics, *, allow: tuple[Status, ...] = USABLE) -> None:
     """Raise if a result's status says that it cannot be trusted. Outside jit: it looks at the values.
 
     Args:

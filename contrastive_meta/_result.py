@@ -172,6 +172,15 @@ class Diagnostics(NamedTuple):
     phases_by: jax.Array | int = PhasesBy.NOBODY.value
 
 
+# Statuses that are no failure, besides `CONVERGED`.
+USABLE = (Status.FELL_BACK, Status.APPROXIMATE)
+
+
+def failed(status: jax.Array, allow: tuple[Status, ...]) -> jax.Array:
+    """Whether a status is neither `CONVERGED` nor among `allow`."""
+    return ~jnp.isin(status, jnp.asarray([Status.CONVERGED, *allow], jnp.int32))
+
+
 # A sum of two terms is zero but for rounding if it is below this many roundings of one of them.
 _ROUNDINGS = 1e2
 

@@ -102,6 +102,28 @@ def test_diagnostics_of_every_task_in_their_order(batch_size: int | None) -> Non
     cm.raise_if_failed(diagnostics)
 
 
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_tasks_that_failed_are_left_out_where_wanted(batch_size: int | None) -> None:
+    broken = tasks()._replace(query=tasks().query.at[jnp.array([1, 4]), 0].set(jnp.nan))
+    step = jax.jit(cm.value_and_meta_grad(PROBLEM, EXACTLY, batch_size=batch_size, on_failure="zero"))
+    rest = jax.tree.map(lambda x: jnp.delete(x, jnp.array([1, 4]), axis=0), broken)
+    assert_is_answer(step(META, broken), rest)
+    assert_is_answer(step(META, tasks()), tasks())
+    value, grad = step(META, jax.tree.map(lambda x: x * jnp.nan, tasks()))
+    assert np.isposinf(value) and not any(np.any(leaf) for leaf in jax.tree.leaves(grad))
+
+
+def test_what_is_allowed_is_no_failure() -> None:
+    unfinished = cm.ImplicitDifferentiation(cm.OptaxDescent(optax.sgd(1e-2), num_steps=1), cm.DenseInverse())
+    moved = []
+    for settings in ({}, {"allow": (Status.FREE_NOT_CONVERGED, Status.APPROXIMATE)}):
+        _, grad = jax.jit(cm.value_and_meta_grad(PROBLEM, unfinished, on_failure="zero", **settings))(META, tasks())
+        moved.append(bool(np.any(grad["anchor"])))
+    assert moved == [False, True]
+    with pytest.raises(ValueError, match=r'"keep" or "zero"; got \'skip\''):
+        cm.value_and_meta_grad(PROBLEM, EXACTLY, on_failure="skip")  # type: ignore[arg-type]
+
+
 # Keys.
 
 

@@ -9,10 +9,7 @@ import optax
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like
 from contrastive_meta._pytree import PyTree
-from contrastive_meta._result import Diagnostics, Status, make_diagnostics
-
-# Statuses at which a training loop may continue, as in `raise_if_failed`.
-USABLE = (Status.FELL_BACK, Status.APPROXIMATE)
+from contrastive_meta._result import Diagnostics, make_diagnostics
 
 
 def as_transformation(optimizer: Any, name: str) -> optax.GradientTransformationExtraArgs:
@@ -89,8 +86,3 @@ def summary(diagnostics: Diagnostics, like: Diagnostics) -> Diagnostics:
         name: jnp.sum(values) if name in counts else jnp.max(values) for name, values in diagnostics._asdict().items()
     }
     return cast_like(Diagnostics(**values), like)
-
-
-def failed(status: jax.Array, allow: tuple[Status, ...]) -> jax.Array:
-    """Whether a status is neither `CONVERGED` nor among `allow`."""
-    return ~jnp.isin(status, jnp.asarray([Status.CONVERGED, *allow], jnp.int32))

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from contrastive_meta import _pytree as tree
-from contrastive_meta._batch import count_tasks, sum_over_tasks
+from contrastive_meta._batch import count_tasks, mean_of_usable, sum_over_tasks, without_failed
 from contrastive_meta._control import cast_like
 from contrastive_meta._estimators.base import MetaGradientEstimator
-from contrastive_meta._optax._interop import USABLE, completed, failed, hides, no_diagnostics, required, show, summary
+from contrastive_meta._optax._interop import completed, hides, no_diagnostics, required, show, summary
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays, check_same_structure
 from contrastive_meta._pytree import PyTree, static, strategy
-from contrastive_meta._result import Diagnostics, EstimatorState, Status
+from contrastive_meta._result import USABLE, Diagnostics, EstimatorState, Status
 from contrastive_meta._sharding import along_tasks, as_laid_out, leave_to_compiler
 
 
@@ -167,11 +167,10 @@ class _Batch:
         """What is added up of each task, and what is kept of it."""
         starts = states if isinstance(states, EstimatorState) else None
         results = self.estimator._estimate_batch(self.problem, meta_params, tasks, keys, starts)
-        bad = jax.vmap(lambda status: failed(status, self.allow))(results.diagnostics.status)
-        added = results.outer_loss, results.grad
-        if self.drops_failed:
-            added = jax.vmap(tree.where)(bad, tree.zeros_like(added), added)
-        return (added, bad.astype(jnp.int32)), (results.diagnostics, results.state if self.is_warm else ())
+        added = without_failed(
+            (results.outer_loss, results.grad), results.diagnostics.status, self.allow, self.drops_failed
+        )
+        return added, (results.diagnostics, results.state if self.is_warm else ())
 
 
 @functools.partial(jax.jit, inline=True)
@@ -193,17 +192,13 @@ def _over_tasks(
         )
     key = jax.random.fold_in(jax.random.key(batch.seed), state.num_updates) if key is None else key
     keys = jax.random.split(key, num_tasks)
-    (total, num_failed), (diagnostics, inner) = sum_over_tasks(
+    total, (diagnostics, inner) = sum_over_tasks(
         lambda *inputs: batch.of_batch(meta_params, *inputs),
         (tasks, keys, state.inner),
         num_tasks,
         batch.batch_size or num_tasks,
     )
-    num_left = num_tasks - num_failed
-    share = 1 / jnp.maximum(num_left, 1) if batch.drops_failed else 1 / num_tasks
-    outer_loss, grad = tree.scale(share, total)
-    if batch.drops_failed:
-        outer_loss = jnp.where(num_left > 0, outer_loss, jnp.inf)
+    outer_loss, grad, num_failed = mean_of_usable(total, num_tasks, batch.drops_failed)
     new = MetaGradientState(
         num_updates=state.num_updates + 1,
         inner=inner,

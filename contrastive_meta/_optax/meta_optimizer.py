@@ -8,11 +8,11 @@ import optax
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import only_if, usual_promotion
 from contrastive_meta._estimators.base import MetaGradientEstimator
-from contrastive_meta._optax._interop import USABLE, as_transformation
+from contrastive_meta._optax._interop import as_transformation
 from contrastive_meta._optax.meta_gradient import MetaGradientState, meta_gradient
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
 from contrastive_meta._pytree import PyTree
-from contrastive_meta._result import Status
+from contrastive_meta._result import USABLE, Status
 
 
 class MetaOptimizerState(NamedTuple):

@@ -10,10 +10,8 @@ import optax
 from contrastive_meta import _pytree as tree
 from contrastive_meta._control import cast_like, only_if, usual_promotion
 from contrastive_meta._optax._interop import (
-    USABLE,
     as_transformation,
     completed,
-    failed,
     no_diagnostics,
     required,
 )
@@ -29,7 +27,7 @@ from contrastive_meta._problem import (
     check_same_structure,
 )
 from contrastive_meta._pytree import PyTree, static, strategy
-from contrastive_meta._result import Diagnostics, Status
+from contrastive_meta._result import USABLE, Diagnostics, Status, failed
 
 # Training is not over, and the phases are short, by design. A nudge as strong as learning itself may also bend their
 # way, in few steps, as much as one that takes the minimum away.
