@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,8 +129,11 @@ def outer_step(
     sample: Callable[[jax.Array, Any], Any],
     rate: Callable[[jax.Array], jax.Array],
     transformation: optax.GradientTransformation,
+    on_failure: Literal["keep", "zero"] = "keep",
 ) -> Callable[[State, jax.Array, jax.Array, Any], tuple[State, Told]]:
     """An outer step: sample tasks, estimate, update. A meta-gradient that is not finite changes nothing.
+
+    Where no task is left, nothing changes either, and the outer loss that is told is infinite.
 
     Args:
       problem: of one task.
@@ -138,8 +141,9 @@ def outer_step(
       sample: `(key, data) -> tasks`.
       rate: of learning, from the fraction of the budget that is spent.
       transformation: of the meta-gradient, such as `optax.scale_by_adam()`; the rate comes after it.
+      on_failure: see `cm.value_and_meta_grad`.
     """
-    value_and_grad = cm.value_and_meta_grad(problem, estimator, has_aux=True)
+    value_and_grad = cm.value_and_meta_grad(problem, estimator, has_aux=True, on_failure=on_failure)
 
     def step(state: State, key: jax.Array, fraction: jax.Array, data: Any) -> tuple[State, Told]:
         of_tasks, of_estimator = jax.random.split(key)
@@ -149,7 +153,9 @@ def outer_step(
         moved = State(optax.apply_updates(state.meta_params, updates), memory)
         sound = jnp.isfinite(optax.tree.norm(grad)) & jnp.isfinite(value)
         kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), moved, state)
-        return kept, Told(jnp.where(sound, value, jnp.nan), told.status, told.num_gradients + told.num_hvps)
+        none_left = jnp.isposinf(value) & (on_failure == "zero")
+        loss = jnp.where(sound | none_left, value, jnp.nan)
+        return kept, Told(loss, told.status, told.num_gradients + told.num_hvps)
 
     return step
 
@@ -227,13 +233,19 @@ def train(
 
 def reason_to_stop(losses: Sequence[float]) -> str:
     """Why training has to end, from the outer losses of its steps; "" where it may go on."""
-    if losses and not math.isfinite(losses[-1]):
+    if losses and math.isnan(losses[-1]):
         return f"the outer loss or its meta-gradient was not finite at step {len(losses)}"
     if len(losses) >= 2 * _WINDOW:
-        first, last = float(np.mean(losses[:_WINDOW])), float(np.mean(losses[-_WINDOW:]))
+        first, last = _mean_of_finite(losses[:_WINDOW]), _mean_of_finite(losses[-_WINDOW:])
         if last > _DIVERGED * first:
             return f"diverged: mean outer loss {last:.3g} in {_WINDOW} steps up to {len(losses)}, {first:.3g} at first"
     return ""
+
+
+def _mean_of_finite(losses: Sequence[float]) -> float:
+    """NaN where no step had a task left."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return float(np.mean(finite)) if finite else math.nan
 
 
 class _Run:

@@ -147,7 +147,25 @@ def test_a_meta_gradient_that_is_not_finite_changes_nothing() -> None:
     step = outer_step(problem, estimator, lambda key, data: data, lambda f: f * 0 + 1, optax.identity())
     state = State(jnp.array(2.0), ())
     after, told = jax.jit(step)(state, KEY, jnp.float32(0), jnp.array([1.0, jnp.inf]))
-    assert float(after.meta_params) == 2 and not np.isfinite(told.outer_loss)
+    assert float(after.meta_params) == 2 and np.isnan(told.outer_loss)
+
+
+def test_tasks_that_failed_are_left_out_where_wanted() -> None:
+    problem = cm.BilevelProblem(
+        lambda w, theta, task: 0.5 * jnp.sum((w - theta * task) ** 2),
+        lambda w, theta, task: jnp.sum(w),
+        lambda theta, task: jnp.zeros(()),
+    )
+    # One step of 1 ends at the minimum.
+    estimator = cm.BackpropThroughLearning(cm.OptaxDescent(optax.sgd(1.0), num_steps=1))
+    step = outer_step(
+        problem, estimator, lambda key, data: data, lambda f: f * 0 + 1, optax.identity(), on_failure="zero"
+    )
+    state = State(jnp.array(2.0), ())
+    after, told = jax.jit(step)(state, KEY, jnp.float32(0), jnp.array([1.0, jnp.inf]))
+    assert (float(after.meta_params), float(told.outer_loss)) == (1.0, 2.0)
+    after, told = jax.jit(step)(state, KEY, jnp.float32(0), jnp.array([jnp.nan, jnp.inf]))
+    assert float(after.meta_params) == 2 and np.isposinf(told.outer_loss)
 
 
 def test_seconds_count_compilation_and_end_the_run() -> None:
@@ -168,3 +186,7 @@ def test_reasons_need_a_history() -> None:
     assert not reason_to_stop([1.0] * 50 + [2.9] * 50)
     assert reason_to_stop([1.0] * 50 + [3.1] * 50).startswith("diverged")
     assert not reason_to_stop([1.0] * 50 + [100.0] * 49)
+    # No task was left in some steps; that is none.
+    assert not reason_to_stop([np.inf] * 50 + [2.9] * 50)
+    assert not reason_to_stop([1.0] * 99 + [np.inf])
+    assert reason_to_stop([1.0, np.nan])
