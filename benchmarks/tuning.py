@@ -76,12 +76,12 @@ _DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _PENALTIES = (("decay", _DECAYS), ("smoothing", (0.0, 0.05, 0.1, 0.2)))
 _POWERS = (("power", (0.0, 0.25, 0.5, 0.75, 1.0)), ("decay", (1e-4, 1e-5, 1e-3, 1e-2)))
 TASKS = (
-    Task("MNIST, 40 % mislabelled", "dense", _DENSE, noise=0.4),
-    Task("MNIST, 50 % mislabelled", "dense", _DENSE, noise=0.5),
-    Task("digits, 50 % mislabelled", "dense", _DENSE, source="digits", noise=0.5),
-    Task("MNIST, imbalanced 50 to 1", "dense", _DENSE, ratio=1 / 50, tuned=("class",), axes=_POWERS),
+    Task("MNIST 40 % wrong", "dense", _DENSE, noise=0.4),
+    Task("MNIST 50 % wrong", "dense", _DENSE, noise=0.5),
+    Task("digits 50 % wrong", "dense", _DENSE, source="digits", noise=0.5),
+    Task("MNIST imbalanced", "dense", _DENSE, ratio=1 / 50, tuned=("class",), axes=_POWERS),
     Task("CNN", "conv", _CONV, tuned=("decay", "smoothing"), starts=_OFF, axes=_PENALTIES),
-    Task("CNN, batch norm", "conv, normalised", _CONV, tuned=("decay", "smoothing"), starts=_OFF, axes=_PENALTIES),
+    Task("CNN with batch norm", "conv, normalised", _CONV, tuned=("decay", "smoothing"), starts=_OFF, axes=_PENALTIES),
 )
 CASES = (*(task.name for task in TASKS), WATCHING)
 
