@@ -73,7 +73,7 @@ def _cells(found: Sequence[Record]) -> list[str]:
         _interval([_loss(record) for record in found], 3),
         f"{np.mean([_cost(record) for record in found]):.1f}",
         f"{np.mean([record['seconds'] for record in found]):.1f}",
-        f"{np.mean([record['compile_seconds'] for record in found]):.0f}",
+        _mean([record["compile_seconds"] for record in found]),
         str(sum(record["num_failed"] for record in found)),
     ]
 
@@ -84,6 +84,11 @@ def _interval(values: Sequence[float], digits: int) -> str:
         return f"{np.mean(values):.{digits}f}"
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return f"{np.mean(values):.{digits}f} ±{half:.{digits}f}"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.0f}" if known else "-"
 
 
 def _loss(record: Record) -> float:
@@ -159,7 +164,8 @@ def _costs(case: str, here: Sequence[Record]) -> Iterator[Claim]:
     for own in (r for r in here if r["method"] == ALTERNATING):
         alone = plain[own["seed"], own["start"]]
         times.append((own["seconds"] - alone["seconds"]) / ((_cost(own) - 1) * alone["seconds"]))
-        compiled.append(own["compile_seconds"] / alone["compile_seconds"])
+        if own["compile_seconds"] and alone["compile_seconds"]:
+            compiled.append(own["compile_seconds"] / alone["compile_seconds"])
     if times:
         yield at_most(f"{case}: alternating, unroll=1: time over its gradients as plain steps", times, _STEP_TIME)
         yield at_most(f"{case}: alternating: compilation over that of a plain run", compiled[:1], _COMPILATION)

@@ -133,7 +133,7 @@ class TuningReport:
         if lost := [name for name, path in self.trajectories.items() if not np.isfinite(path).all()]:
             said.append(f"Not finite: {text.listing(lost)}.")
         worst = Status[max(self.statuses, key=lambda name: Status[name])]
-        if worst is not Status.CONVERGED:
+        if self.num_failed:
             said.append(f"{worst.name}: {worst.describe()}")
         return said
 
