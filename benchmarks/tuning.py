@@ -155,13 +155,13 @@ def run(session: Session) -> None:
     with precision(x64=False):
         programs = _Programs()
         for task in chosen:
+            if "decay" in task.tuned and not session.smoke and session.seed == 0:
+                _check_horizon(session, task)
             session.progress.begin(task.name, num_seeds)
             for number in range(num_seeds):
                 session.progress.step(f"seed {session.seed + number}")
                 own = dataclasses.replace(session, seed=session.seed + number)
                 _run_seed(own, task, programs, search=own.seed < NUM_SEEDS_OF_SEARCH)
-            if "decay" in task.tuned and not session.smoke and session.seed == 0:
-                _check_horizon(session, task)
         if not session.smoke and WATCHING in (session.cases or CASES):
             session.progress.begin(WATCHING, 1)
             _time_watching(session)
