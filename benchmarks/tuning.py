@@ -83,7 +83,11 @@ TASKS = (
     Task("CNN", "conv", _CONV, tuned=("decay", "smoothing"), starts=_OFF, axes=_PENALTIES),
     Task("CNN with batch norm", "conv, normalised", _CONV, tuned=("decay", "smoothing"), starts=_OFF, axes=_PENALTIES),
 )
-CASES = (*(task.name for task in TASKS), WATCHING)
+CASES = (
+    *(task.name for task in TASKS),
+    *(f"horizon of {task.name}" for task in TASKS if "decay" in task.tuned),
+    WATCHING,
+)
 
 
 class _Tuner(NamedTuple):
@@ -130,7 +134,7 @@ class _Programs:
             start = time.perf_counter()
             compiled = jax.jit(make(task.network, task.sizes)).lower(run).compile()
             # What a persistent cache holds is not compiled.
-            cached = jax.config.read("jax_compilation_cache_dir") is not None
+            cached = getattr(jax.config, "jax_compilation_cache_dir", None) is not None
             self._compiled[key] = compiled, float("nan") if cached else time.perf_counter() - start
         start = time.perf_counter()
         trained = jax.block_until_ready(self._compiled[key][0](run))
@@ -155,16 +159,23 @@ def run(session: Session) -> None:
     with precision(x64=False):
         programs = _Programs()
         for task in chosen:
-            if "decay" in task.tuned and not session.smoke and session.seed == 0:
-                _check_horizon(session, task)
             session.progress.begin(task.name, num_seeds)
             for number in range(num_seeds):
                 session.progress.step(f"seed {session.seed + number}")
                 own = dataclasses.replace(session, seed=session.seed + number)
                 _run_seed(own, task, programs, search=own.seed < NUM_SEEDS_OF_SEARCH)
+        for task in TASKS:
+            if _horizon_of(task) in (session.cases or CASES) and not session.smoke and "decay" in task.tuned:
+                session.progress.begin(_horizon_of(task), 1)
+                _check_horizon(session, task)
         if not session.smoke and WATCHING in (session.cases or CASES):
             session.progress.begin(WATCHING, 1)
             _time_watching(session)
+
+
+def _horizon_of(task: Task) -> str:
+    """The case in which the horizon of a task is checked."""
+    return f"horizon of {task.name}"
 
 
 class _Ran(NamedTuple):
@@ -200,10 +211,10 @@ def _run_seed(session: Session, task: Task, programs: _Programs, *, search: bool
         )
 
 
-def _record(session: Session, task: Task, kind: str, **fields: Any) -> None:
+def _record(session: Session, task: Task, kind: str, case: str | None = None, **fields: Any) -> None:
     sizes, tuned_names = task.sizes._asdict(), list(task.tuned)
     shown = {"network": task.network, "source": task.source, "tuned": tuned_names, **sizes}
-    session.record(x64=False, kind=kind, case=task.name, setting=shown, chosen_on=CHOSEN_ON, **fields)
+    session.record(x64=False, kind=kind, case=case or task.name, setting=shown, chosen_on=CHOSEN_ON, **fields)
 
 
 def _weights(trained: Trained, here: Data) -> dict[str, float]:
@@ -304,6 +315,7 @@ def _check_horizon(session: Session, task: Task) -> None:
         session,
         task,
         HORIZON,
+        _horizon_of(task),
         rows=[row._asdict() | {"wrong_from": row.wrong_from, "certain": row.certain} for row in report.rows],
         horizons=horizons,
         scale_free=report.scale_free,

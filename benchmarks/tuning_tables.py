@@ -35,7 +35,7 @@ def show(records: Sequence[Record]) -> str:
                 f"after {record['horizons'][-1]} steps, from the first parameters ({record['seconds']:.0f} s)."
             )
             for record in records
-            if record["kind"] == HORIZON and record["case"] == case
+            if record["kind"] == HORIZON and record["case"].endswith(f" {case}")
         ]
     parts += [
         wrap(
@@ -125,7 +125,7 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
             wanted = {"params['first']['kernel']", "params['second']['kernel']"}
             wanted |= {name.removeprefix("params") for name in wanted}
             yield claim(
-                f"{record['case']}: both kernels before a normalisation are named",
+                f"{record['case'].removeprefix('horizon of ')}: both kernels before a normalisation are named",
                 [float(len(named))], 2.0, len(named) == 2 and named <= wanted,
             )  # fmt: skip
         if record["kind"] == WATCHING:
