@@ -1,7 +1,6 @@
 """The tasks of the benchmark `tuning`: data with flaws, hyperparameters that could mend them, and small networks."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +142,8 @@ def _resized(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     side = round(x.shape[1] ** 0.5)
     images = x.reshape(-1, side, side)
     if side > SIDE:
-        return images.reshape(-1, SIDE, side // SIDE, SIDE, side // SIDE).mean(axis=(2, 4))
+        means: npt.NDArray[Any] = images.reshape(-1, SIDE, side // SIDE, SIDE, side // SIDE).mean(axis=(2, 4))
+        return means
     margin = (SIDE - side) // 2
     return np.pad(images, ((0, 0), (margin, margin), (margin, margin)))
 
@@ -279,5 +279,4 @@ def _no_start(deviations: Any, batch: Batch) -> Any:
 @functools.cache
 def problem_of(network: str) -> cm.BilevelProblem:
     """The losses of a network."""
-    losses: list[Callable[..., Any]] = [functools.partial(loss, network) for loss in (inner_loss, outer_loss)]
-    return cm.BilevelProblem(*losses, _no_start)
+    return cm.BilevelProblem(functools.partial(inner_loss, network), functools.partial(outer_loss, network), _no_start)

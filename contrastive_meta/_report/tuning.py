@@ -224,7 +224,7 @@ def watch(state: PyTree, tell: Callable[[TuneState], None]) -> None:
       (1, 1)
     """
     seen = _thinned(state, "watch")
-    no_value = jnp.int32(0)
+    no_value: jax.Array = jnp.int32(0)
 
     def told(seen: TuneState) -> None:
         # Under `vmap` the callback runs in steps without a meta-step too.
