@@ -259,7 +259,7 @@ def _methods(
         }
         for method, how in _TUNERS.items():
             rate = how.rates.get(task.tuned[0])
-            if rate is None or (session.smoke and method not in (ALTERNATING, SINGLE)):
+            if rate is None or (session.smoke and method not in (SINGLE, DARTS)):
                 continue
             run = Run(here, here.batches, start, free, jnp.float32(rate), jnp.int32(how.every))
             found = programs.run(method, task, how.make, run)

@@ -132,7 +132,7 @@ def test_tuning_in_small(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     assert main(["run", "tuning", "--smoke"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results/records/tuning.jsonl").read_text().splitlines()]
     by_method = {row["method"]: row for row in rows}
-    assert set(by_method) >= {tuning.UNTUNED, tuning.CLEAN, tuning.BOTH, tuning.ALTERNATING, tuning.SINGLE}
+    assert set(by_method) >= {tuning.UNTUNED, tuning.CLEAN, tuning.BOTH, tuning.DARTS, tuning.SINGLE}
     # One gradient of training and two of tuning at every step, as counted by the package.
     single = by_method[tuning.SINGLE]
     assert single["num_gradients"] == 3 * single["setting"]["num_steps"]
