@@ -151,7 +151,8 @@ def _beside_grid(case: str, method: str, here: Sequence[Record]) -> Iterator[Cla
     ours = [r for r in here if r["method"] == method and r["seed"] in grid]
     for start in dict.fromkeys(r["start"] for r in ours):
         excess = [_loss(r) - _loss(grid[r["seed"]]) for r in ours if r["start"] == start]
-        yield at_most(f"{case}: {method}, {start}: test loss above the grid of 5", excess, spread)
+        made = at_most(f"{case}: {method}, {start}: test loss above the grid of 5", excess, spread)
+        yield made if len(excess) > 1 else made | {"held": None}
     if ours:
         parts = [r["num_gradients"] / grid[r["seed"]]["num_gradients"] for r in ours]
         yield at_most(f"{case}: {method}: gradients over those of the grid of 5", parts, _PART_OF_GRID)
