@@ -61,11 +61,10 @@ def test_what_was_refused_and_clipped_is_counted() -> None:
     free = trained(tuner(meta_optimizer=optax.trace(1.0)))  # its state: the sum of the meta-gradients
     sums = np.concatenate([free.meta_optimizer.trace["decay"], free.meta_optimizer.trace["shift"][:, None]], axis=1)
     first = np.linalg.norm(sums[2])  # the first meta-gradient, at the same place in every run
-    for length in (0.9 * first, 1.1 * first):
-        state = trained(tuner(clip_norm=float(length), meta_optimizer=optax.sgd(1.0)))
-        moved = jnp.concatenate([META["decay"] - state.meta_params["decay"][2], state.meta_params["shift"][2:3] - 0.5])
-        np.testing.assert_allclose(np.linalg.norm(moved), min(length, first), rtol=1e-12)
-        assert int(state.num_clipped[2]) == (length < first)
+    state = trained(tuner(clip_norm=0.9 * float(first), meta_optimizer=optax.sgd(1.0)))
+    moved = jnp.concatenate([META["decay"] - state.meta_params["decay"][2], state.meta_params["shift"][2:3] - 0.5])
+    np.testing.assert_allclose(np.linalg.norm(moved), 0.9 * first, rtol=1e-12)
+    assert int(state.num_clipped[2]) == 1
     # One task of NaN: refused, not clipped, and the other meta-steps are counted by their own statuses.
     assert int(free.num_failed[-1]) == 1 and int(free.num_clipped[-1]) == 0
     counts = free.status_counts[-1]
