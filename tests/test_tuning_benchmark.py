@@ -60,7 +60,8 @@ def test_claims_are_held_or_not_by_their_numbers() -> None:
     # Nine seconds for what three plain runs take in three.
     assert found("plain steps") == (pytest.approx(3.0), True) and found("compilation") == (9.0, False)
     # It gains 10 % on one seed and loses 2 % on the other.
-    assert found("alternating, low start", "lost") == (pytest.approx(-4.0), True)
+    assert found("alternating, low start", "accuracy lost") == (pytest.approx(-4.0), True)
+    assert found("single loop, low start", "loss added") == (pytest.approx(0.3), False)
 
 
 def test_the_table_says_what_the_records_say(tmp_path: Path) -> None:
