@@ -116,7 +116,7 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
             yield from _costs(case, here)
     for case, method, start in dict.fromkeys((c, m, s) for c, m, s, _ in by if m in _DEFAULTS):
         seeds = [seed for c, m, s, seed in by if (c, m, s) == (case, method, start)]
-        yield _not_worse(
+        yield from _not_worse(
             case, method, start, [(by[case, method, start, k], by[case, UNTUNED, start, k]) for k in seeds]
         )
     for record in records:
