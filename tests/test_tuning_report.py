@@ -116,6 +116,12 @@ def test_outside_of_jit_it_is_a_call(ran: Any) -> None:
         jax.tree.map(np.testing.assert_array_equal, seen, by_step[int(seen.step)])
 
 
+def test_several_runs_at_once_are_refused_with_a_remedy(ran: Any) -> None:
+    runs = jax.tree.map(lambda x: jnp.stack([x, x]), ran[0])
+    with pytest.raises(ValueError, match=r"x\[0\]"):
+        cm.tuning_report(runs)
+
+
 def test_what_still_moves_is_said_to() -> None:
     steps, zero = np.arange(1, 41), np.zeros(40)
     paths = {"drifts": 0.1 * steps, "rests": 1 - 0.5**steps, "fixed": zero, "lost": np.where(steps > 30, np.nan, 1.0)}

@@ -150,7 +150,7 @@ def tuning_report(states: PyTree | Sequence[PyTree]) -> TuningReport:
       A report to print.
 
     Raises:
-      ValueError: no states, or states without one `tune_while_training` in them.
+      ValueError: no states, states without one `tune_while_training` in them, or states of several runs at once.
 
     Example:
       >>> import jax
@@ -176,7 +176,12 @@ def tuning_report(states: PyTree | Sequence[PyTree]) -> TuningReport:
     found = [_thinned(one) for one in (states if _is_history(states) else [states])]
     if not found:
         raise ValueError("`tuning_report` needs at least one state; the list is empty.")
-    found = [jax.tree.map(lambda x: np.asarray(x).reshape(-1, *np.shape(x)[1:]), _stacked(one)) for one in found]
+    if any(np.ndim(one.step) > 1 for one in found):
+        raise ValueError(
+            f"`tuning_report` is of one run; the states have leading axes of shape {np.shape(found[0].step)}. One of "
+            "several runs: `jax.tree.map(lambda x: x[0], states)`."
+        )
+    found = [_stacked(one) for one in found]
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
     order = np.argsort(whole.step, kind="stable")  # callbacks may arrive in another order
     whole = jax.tree.map(lambda x: x[order], whole)
@@ -266,7 +271,7 @@ def _thinned(state: PyTree, asked_by: str = "tuning_report") -> TuneState:
 
 def _stacked(state: TuneState) -> TuneState:
     """A state with a leading axis of time."""
-    return state if np.ndim(state.step) else jax.tree.map(lambda x: np.asarray(x)[None], state)
+    return jax.tree.map(lambda x: np.asarray(x) if np.ndim(state.step) else np.asarray(x)[None], state)
 
 
 def _means(path: npt.NDArray[Any]) -> npt.NDArray[Any]:
