@@ -271,7 +271,9 @@ def _thinned(state: PyTree, asked_by: str = "tuning_report") -> TuneState:
 
 def _stacked(state: TuneState) -> TuneState:
     """A state with a leading axis of time."""
-    return jax.tree.map(lambda x: np.asarray(x) if np.ndim(state.step) else np.asarray(x)[None], state)
+    alone = not np.ndim(state.step)
+    stacked: TuneState = jax.tree.map(lambda x: np.asarray(x)[None] if alone else np.asarray(x), state)
+    return stacked
 
 
 def _means(path: npt.NDArray[Any]) -> npt.NDArray[Any]:
