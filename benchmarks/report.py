@@ -19,7 +19,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # Pages of docs/ that show the tables of benchmarks as they are.
 _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "trust.md": (trust,),
-    "tuning.md": (tuning,),
+    "tuning_benchmark.md": (tuning,),
     "plasticity.md": (plasticity,),
     "sparse.md": (sparse,),
     "experiments.md": (sinusoids, regularisation),
