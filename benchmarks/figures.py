@@ -103,30 +103,51 @@ def _pyplot() -> Any:
 
 
 def draw_tuning(records: Sequence[Record], path: Path) -> Path:
-    """Test accuracy along the training run: the mean over seeds, and their range."""
+    """A column for each task: test accuracy against gradients, and below how tuning moved decays and smoothing."""
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    for index, name in enumerate(dict.fromkeys(record["case"] for record in records)):
-        here = [record for record in records if record["case"] == name]
-        runs = [[100 * value for value in record["accuracies"]] for record in here]
-        num = len(runs[0])
-        steps = [here[0]["setting"]["num_steps"] * (k + 1) / num for k in range(num)]
-        at_a_step = list(zip(*runs, strict=True))
-        style: dict[str, Any] = {
-            "color": _COLOURS[index % len(_COLOURS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "linestyle": "-" if index < len(_COLOURS) else "--",
-        }
-        means = [sum(values) / len(values) for values in at_a_step]
-        axis.plot(steps, means, label=name, markersize=3.2, linewidth=1.2, **style)
-        low, high = ([pick(values) for values in at_a_step] for pick in (min, max))
-        axis.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    axis.set_xlabel("training steps")
-    axis.set_ylabel("test accuracy (%)")
-    axis.set_title("Half of the training labels are wrong: one training run", fontsize=11)
-    axis.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    runs = [record for record in records if record["kind"] == "method"]
+    cases = list(dict.fromkeys(record["case"] for record in runs))
+    methods = list(dict.fromkeys(record["method"] for record in runs))
+    figure, axes = plt.subplots(2, len(cases), figsize=(1 + 3.2 * len(cases), 6.6), squeeze=False, layout="constrained")
+    for column, case in enumerate(cases):
+        here = [record for record in runs if record["case"] == case]
+        axis, below = axes[0][column], axes[1][column]
+        for index, method in enumerate(methods):
+            found = [record for record in here if record["method"] == method]
+            axis.plot(
+                [record["num_gradients"] / record["setting"]["num_steps"] for record in found],
+                [100 * record["accuracy"] for record in found],
+                _MARKERS[index % len(_MARKERS)],
+                color=_COLOURS[index % len(_COLOURS)],
+                fillstyle="full" if index < len(_COLOURS) else "none",
+                label=method,
+                markersize=5,
+            )
+        axis.set_xscale("log")
+        axis.set_title(case, fontsize=10)
+        axis.set_xlabel("gradients, times a plain run")
+        _draw_paths(below, [record for record in here if record.get("paths") and record["method"] == "alternating"])
+    axes[0][0].set_ylabel("test accuracy (%)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     return _save(figure, path)
+
+
+def _draw_paths(axis: "Axes", records: Sequence[Record]) -> None:
+    """Logarithms of decays by layer, of all seeds and starts; an empty axis where none is tuned."""
+    if not records:
+        axis.axis("off")
+        return
+    layers = list(records[0]["paths"]["decay"])
+    for record in records:
+        for index, layer in enumerate(layers):
+            path = record["paths"]["decay"][layer]
+            steps = [record["setting"]["num_steps"] * (k + 1) / len(path) for k in range(len(path))]
+            first = record is records[0]
+            axis.plot(steps, path, color=_COLOURS[index], linewidth=1, label=layer if first else None)
+    axis.set_xlabel("training steps")
+    axis.set_ylabel("log decay, alternating")
+    axis.legend(fontsize=7)
 
 
 def draw_sparse(records: Sequence[Record], path: Path) -> Path:

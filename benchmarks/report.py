@@ -33,7 +33,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # Pages of docs/ that show the tables of benchmarks as they are.
 _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "trust.md": (trust,),
-    "optax.md": (tuning,),
+    "records/tuning.md": (tuning,),
     "records/plasticity.md": (plasticity,),
     "sparse.md": (sparse,),
     "records/experiments.md": (sinusoids, regularisation),

@@ -1,4 +1,4 @@
-"""Ways to train on mislabelled digits: as they are, without the wrong ones, and with weights that are learned."""
+"""Ways to train: with fixed hyperparameters, or with some that move by `tune_while_training` or by its rivals."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import optax
 
 import contrastive_meta as cm
-from benchmarks.tuning_task import PROBLEM, Digits, Instance, accuracy, batch_of, init_params, inner_loss, losses
+from benchmarks.tuning_task import Batch, Data, Sizes, batch_of, in_use, init_params, logits, mean_loss, problem_of
 
-NUM_CHECKS = 20
-# A score whose sigmoid is 1, or 0 with the sign turned, to rounding.
-CERTAIN = 30.0
+# Looks at the hyperparameters along a run.
+NUM_LOOKS = 20
 # Its learning rate is in its state.
 _META_OPTIMIZER = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
 
@@ -21,146 +20,196 @@ class Trained(NamedTuple):
     """What one training run came to.
 
     Attributes:
-      accuracies: test accuracy after each twentieth of the run; the last is the result.
-      val_loss: loss of all clean validation examples at the end.
-      scores: of the examples at the end, whose sigmoids are their weights.
+      accuracy: of the test examples at the end.
+      test_loss: their mean cross-entropy.
+      val_loss: of all validation examples.
       num_tuning: gradients spent on tuning, as estimators count them, Hessian products included.
-      num_failed: steps of the weights whose status was a failure.
+      failed: meta-steps whose status was a failure.
+      statuses: numbers of meta-steps by status.
+      paths: decays and smoothing in use after each twentieth of the run.
+      scores: of the examples at the end.
     """
 
-    accuracies: jax.Array
+    accuracy: jax.Array
+    test_loss: jax.Array
     val_loss: jax.Array
-    scores: jax.Array
     num_tuning: jax.Array
-    num_failed: jax.Array
+    failed: jax.Array
+    statuses: jax.Array
+    paths: Any
+    scores: jax.Array
 
 
-class Choices(NamedTuple):
-    """What is chosen on seeds of its own; numbers, so that another choice compiles nothing.
+class Run(NamedTuple):
+    """What a program is given: arrays, so that other numbers compile nothing.
 
     Attributes:
-      rate: learning rate of the examples' scores, of Adam.
-      every: training steps from one step of the scores to the next.
-      mode: of `tune_while_training`; unrolling has none.
+      data: of the seed.
+      batches: places of the examples of each training step.
+      start: hyperparameters at the start.
+      free: 1 where they are tuned.
+      rate: of the meta-optimiser.
+      every: training steps from one meta-step to the next.
     """
 
-    rate: float
-    every: int
-    mode: cm.TuningMode | None = None
+    data: Data
+    batches: jax.Array
+    start: Any
+    free: Any
+    rate: jax.Array
+    every: jax.Array
 
 
-Fixed = Callable[[Digits, Any], Trained]
-Tuned = Callable[[Digits, Choices], Trained]
-Carry = tuple[Any, Any]
+class Watched(NamedTuple):
+    """What tuning adds to a training step's state: counts of what it did."""
+
+    num_tuning: jax.Array
+    failed: jax.Array
+    statuses: jax.Array
 
 
-def _checked(
-    setting: Instance, digits: Digits, step: Callable[[Carry, Any], Carry], carry: Carry
-) -> tuple[Carry, jax.Array]:
-    """All steps, with a look at the test examples now and then."""
+Program = Callable[[Run], Trained]
+_NOTHING = Watched(jnp.int32(0), jnp.int32(0), jnp.zeros(len(cm.Status), jnp.int32))
 
-    def some(carry: Carry, numbers: Any) -> tuple[Carry, jax.Array]:
+
+def _finished(
+    network: str, sizes: Sizes, run: Run, step: Any, carry: Any, read: Callable[[Any], tuple[Any, Any, Watched]]
+) -> Trained:
+    """All training steps, and what there is at the end; `read` gives parameters, deviations and counts."""
+
+    def some(carry: Any, numbers: Any) -> tuple[Any, Any]:
         carry, _ = jax.lax.scan(lambda c, k: (step(c, k), None), carry, numbers)
-        return carry, accuracy(carry[0], digits.x_test, digits.y_test)
+        hyper = _at(run, read(carry)[1])
+        return carry, {"decay": hyper["decay"], "smoothing": hyper["smoothing"]}
 
-    return jax.lax.scan(some, carry, jnp.arange(setting.num_steps).reshape(NUM_CHECKS, -1))
-
-
-def _trained(digits: Digits, params: Any, accuracies: Any, scores: Any, num_tuning: Any, num_failed: Any) -> Trained:
-    val_loss = jnp.mean(losses(params, digits.x_val, digits.y_val))
-    return Trained(accuracies, val_loss, scores, jnp.asarray(num_tuning), jnp.asarray(num_failed))
-
-
-def with_scores(setting: Instance, scores_of: Callable[[Digits], jax.Array]) -> Fixed:
-    """Weights that stay as they are, and a penalty of so much on all parameters."""
-    optimizer = optax.adam(setting.rate)
-
-    @jax.jit
-    def run(digits: Digits, decay: Any) -> Trained:
-        scores, params = scores_of(digits), init_params(digits)
-
-        def loss(params: Any, number: Any) -> jax.Array:
-            squares = sum((jnp.sum(x**2) for x in jax.tree.leaves(params)), start=jnp.zeros(()))
-            penalised: jax.Array = inner_loss(params, scores, batch_of(digits, number)) + decay * squares / 2
-            return penalised
-
-        def step(carry: Carry, number: Any) -> Carry:
-            params, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(params, number), state, params)
-            return optax.apply_updates(params, updates), state
-
-        carry, accuracies = _checked(setting, digits, step, (params, optimizer.init(params)))
-        return _trained(digits, carry[0], accuracies, scores, 0, 0)
-
-    return run
-
-
-def tuned(setting: Instance) -> Tuned:
-    """`tune_while_training`: the training loop of the others around it."""
-
-    @jax.jit
-    def run(digits: Digits, choices: Choices) -> Trained:
-        tx = cm.tune_while_training(
-            optax.adam(setting.rate),
-            meta_optimizer=_META_OPTIMIZER,
-            problem=PROBLEM,
-            init_meta_params=jnp.zeros(setting.num_train, jnp.float32),
-            every=lambda step: choices.every,
-            mode=choices.mode,
-        )
-        params = init_params(digits)
-
-        def step(carry: Carry, number: Any) -> Carry:
-            params, state = carry
-            batch = batch_of(digits, number)
-            grads = jax.grad(inner_loss)(params, cm.current_meta_params(state), batch)
-            updates, state = tx.update(grads, state, params, task=batch)
-            return optax.apply_updates(params, updates), state
-
-        start = tx.init(params)
-        start = start._replace(meta_optimizer=_at_rate(start.meta_optimizer, choices.rate))
-        (params, state), accuracies = _checked(setting, digits, step, (params, start))
-        return _trained(digits, params, accuracies, state.meta_params, state.num_gradients, state.num_failed)
-
-    return run
-
-
-def unrolled(setting: Instance, num_steps: int, window_rate: float) -> Tuned:
-    """Backprop through a window of descent steps from the current parameters; one step is that of DARTS."""
-    estimator = cm.BackpropThroughLearning(cm.OptaxDescent(optax.sgd(window_rate), num_steps=num_steps))
-    problem = cm.BilevelProblem(
-        lambda params, scores, task: PROBLEM.inner_loss(params, scores, task[0]),
-        lambda params, scores, task: PROBLEM.outer_loss(params, scores, task[0]),
-        lambda scores, task: task[1],
+    carry, paths = jax.lax.scan(some, carry, jnp.arange(sizes.num_steps).reshape(NUM_LOOKS, -1))
+    params, deviations, counts = read(carry)
+    data, num = run.data, sizes.num_train
+    # A normalisation is by the statistics of the training examples.
+    values = logits(network, params, jnp.concatenate([data.x[:num], data.x_test]), num)[num:]
+    known = logits(network, params, data.x, num)[num:]
+    return Trained(
+        jnp.mean(jnp.argmax(values, axis=-1) == data.y_test),
+        mean_loss(values, data.y_test),
+        mean_loss(known, data.y[num:]),
+        *counts,
+        paths,
+        _at(run, deviations)["score"][:num],
     )
-    optimizer = optax.adam(setting.rate)
 
-    @jax.jit
-    def run(digits: Digits, choices: Choices) -> Trained:
-        params, scores = init_params(digits), jnp.zeros(setting.num_train, jnp.float32)
 
-        def step(carry: Carry, number: Any) -> Carry:
-            params, (state, scores, meta_state, spent) = carry
-            batch = batch_of(digits, number)
-            grads = jax.grad(inner_loss)(params, scores, batch)
+def _at(run: Run, deviations: Any) -> Any:
+    nothing = jnp.zeros((0,))
+    return in_use(deviations, Batch(nothing, nothing, nothing, nothing, nothing, run.start, run.free))
 
-            def meta_step(scores: Any, meta_state: Any, spent: Any) -> Any:
-                result = estimator.estimate(problem, scores, (batch, params))
-                updates, meta_state = _META_OPTIMIZER.update(result.grad, meta_state, scores)
-                spent += result.diagnostics.num_gradients + result.diagnostics.num_hvps
-                return optax.apply_updates(scores, updates), meta_state, spent
 
-            due = (number + 1) % choices.every == 0
-            tuning = jax.lax.cond(due, meta_step, lambda *still: still, scores, meta_state, spent)
+def fixed(network: str, sizes: Sizes) -> Program:
+    """Hyperparameters that stay as they are."""
+    optimizer, problem = optax.adam(sizes.rate), problem_of(network)
+
+    def train(run: Run) -> Trained:
+        still = jax.tree.map(jnp.zeros_like, run.start)
+
+        def step(carry: Any, number: Any) -> Any:
+            params, state = carry
+            batch = batch_of(run.data, run.batches, number, run.start, run.free)
+            updates, state = optimizer.update(jax.grad(problem.inner_loss)(params, still, batch), state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = init_params(network, run.data.key)
+        return _finished(network, sizes, run, step, (params, optimizer.init(params)), lambda c: (c[0], still, _NOTHING))
+
+    return train
+
+
+def tuned(network: str, sizes: Sizes, mode: cm.TuningMode, tell: Callable[[Any], None] | None = None) -> Program:
+    """`tune_while_training`, watched by `tell` if given."""
+    problem = problem_of(network)
+
+    def train(run: Run) -> Trained:
+        tx = cm.tune_while_training(
+            optax.adam(sizes.rate),
+            meta_optimizer=_META_OPTIMIZER,
+            problem=problem,
+            init_meta_params=jax.tree.map(jnp.zeros_like, run.start),
+            every=lambda step: run.every,
+            mode=mode,
+        )
+
+        def step(carry: Any, number: Any) -> Any:
+            params, state = carry
+            batch = batch_of(run.data, run.batches, number, run.start, run.free)
+            grads = jax.grad(problem.inner_loss)(params, cm.current_meta_params(state), batch)
+            updates, state = tx.update(grads, state, params, task=batch)
+            if tell is not None:
+                cm.watch(state, tell)
+            return optax.apply_updates(params, updates), state
+
+        def read(carry: Any) -> tuple[Any, Any, Watched]:
+            params, state = carry
+            return params, state.meta_params, Watched(state.num_gradients, state.num_failed, state.status_counts)
+
+        params = init_params(network, run.data.key)
+        start = tx.init(params)
+        start = start._replace(meta_optimizer=_at_rate(start.meta_optimizer, run.rate))
+        return _finished(network, sizes, run, step, (params, start), read)
+
+    return train
+
+
+def one_step_unrolled(sizes: Sizes) -> cm.MetaGradientEstimator:
+    """Backprop through one step of descent from the current parameters: DARTS of second order (Liu et al. 2019)."""
+    return cm.BackpropThroughLearning(cm.OptaxDescent(optax.sgd(_UNROLLED_RATE), num_steps=1))
+
+
+def identity_hessian(sizes: Sizes) -> cm.MetaGradientEstimator:
+    """T1-T2 (Luketina et al. 2016): the curvature of the inner loss is taken to be one."""
+    return cm.ImplicitDifferentiation(
+        cm.OptaxDescent(optax.sgd(_UNROLLED_RATE), num_steps=0), cm.IdentityHessian(1.0), estimate_error=False
+    )
+
+
+# Of the step that is differentiated; Adam normalises the meta-gradient, so that little depends on it.
+_UNROLLED_RATE = 0.05
+
+
+def estimated(network: str, sizes: Sizes, estimator: cm.MetaGradientEstimator) -> Program:
+    """Now and then a step along what an estimator says at the current parameters."""
+    losses, optimizer = problem_of(network), optax.adam(sizes.rate)
+    problem = cm.BilevelProblem(
+        lambda params, meta_params, task: losses.inner_loss(params, meta_params, task[0]),
+        lambda params, meta_params, task: losses.outer_loss(params, meta_params, task[0]),
+        lambda meta_params, task: task[1],
+    )
+
+    def train(run: Run) -> Trained:
+        def step(carry: Any, number: Any) -> Any:
+            params, state, tuning = carry
+            batch = batch_of(run.data, run.batches, number, run.start, run.free)
+            grads = jax.grad(losses.inner_loss)(params, tuning[0], batch)
+
+            def meta_step(deviations: Any, meta_state: Any, counts: Watched) -> Any:
+                result = estimator.estimate(problem, deviations, (batch, params))
+                updates, meta_state = _META_OPTIMIZER.update(result.grad, meta_state, deviations)
+                told = result.diagnostics
+                counts = Watched(
+                    counts.num_tuning + told.num_gradients + told.num_hvps,
+                    counts.failed,
+                    counts.statuses + (jnp.arange(len(cm.Status)) == told.status).astype(jnp.int32),
+                )
+                return optax.apply_updates(deviations, updates), meta_state, counts
+
+            due = (number + 1) % run.every == 0
+            tuning = jax.lax.cond(due, meta_step, lambda *still: still, *tuning)
             updates, state = optimizer.update(grads, state, params)
-            return optax.apply_updates(params, updates), (state, *tuning)
+            return optax.apply_updates(params, updates), state, tuning
 
-        meta_state = _at_rate(_META_OPTIMIZER.init(scores), choices.rate)
-        start = params, (optimizer.init(params), scores, meta_state, jnp.int32(0))
-        (params, (_, scores, _, spent)), accuracies = _checked(setting, digits, step, start)
-        return _trained(digits, params, accuracies, scores, spent, 0)
+        params, still = init_params(network, run.data.key), jax.tree.map(jnp.zeros_like, run.start)
+        tuning = still, _at_rate(_META_OPTIMIZER.init(still), run.rate), _NOTHING
+        start = params, optimizer.init(params), tuning
+        return _finished(network, sizes, run, step, start, lambda c: (c[0], c[2][0], c[2][2]))
 
-    return run
+    return train
 
 
 def _at_rate(state: Any, rate: Any) -> Any:

@@ -75,12 +75,15 @@ from contrastive_meta._report import Comparison as Comparison
 from contrastive_meta._report import Diagnosis as Diagnosis
 from contrastive_meta._report import HorizonReport as HorizonReport
 from contrastive_meta._report import Measurement as Measurement
+from contrastive_meta._report import TuningReport as TuningReport
 from contrastive_meta._report import check as check
 from contrastive_meta._report import check_horizon as check_horizon
 from contrastive_meta._report import compare as compare
 from contrastive_meta._report import diagnose as diagnose
 from contrastive_meta._report import measure as measure
 from contrastive_meta._report import measure_interleaved as measure_interleaved
+from contrastive_meta._report import tuning_report as tuning_report
+from contrastive_meta._report import watch as watch
 from contrastive_meta._result import Diagnostics as Diagnostics
 from contrastive_meta._result import EstimatorState as EstimatorState
 from contrastive_meta._result import MetaGradient as MetaGradient

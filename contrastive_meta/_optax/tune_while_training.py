@@ -48,6 +48,8 @@ class TuneState(NamedTuple):
       diagnostics: of the last meta-step; `num_gradients` does not count the gradients passed in.
       num_gradients: gradients spent on tuning so far, int32.
       num_failed: meta-steps so far whose status was neither `CONVERGED` nor allowed, int32.
+      num_clipped: meta-steps so far whose meta-gradient was longer than `clip_norm`, int32.
+      status_counts: meta-steps so far by status, int32 of shape (len(Status),); their sum is the number of meta-steps.
 
     Example:
       >>> import contrastive_meta as cm
@@ -65,6 +67,8 @@ class TuneState(NamedTuple):
     diagnostics: Diagnostics
     num_gradients: jax.Array
     num_failed: jax.Array
+    num_clipped: jax.Array
+    status_counts: jax.Array
 
 
 def tune_while_training(
@@ -77,6 +81,7 @@ def tune_while_training(
     mode: TuningMode | None = None,
     on_failure: Literal["keep", "skip"] = "skip",
     allow: tuple[Status, ...] = _USABLE_IN_TRAINING,
+    clip_norm: float | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimiser of `params` that tunes what shapes their training, in one training run.
@@ -101,6 +106,8 @@ def tune_while_training(
         used, and counted too.
       allow: statuses that are no failure, besides `CONVERGED`; by default also `FREE_NOT_CONVERGED`,
         `NUDGED_NOT_CONVERGED` and `UNBOUNDED_NUDGE`, since neither training nor the short phases are over.
+      clip_norm: length to which longer meta-gradients are shortened, outer loss over meta-parameters in units;
+        `num_clipped` in the state counts them. None shortens none.
       seed: of the PRNG keys that `problem.sample` draws with.
 
     Returns:
@@ -108,8 +115,8 @@ def tune_while_training(
 
     Raises:
       TypeError: an argument that is not of its kind.
-      ValueError: an unknown `on_failure`, an `every` below 1; and by `update`: no `task`, no parameters, no model state
-        for a problem with one.
+      ValueError: an unknown `on_failure`, an `every` below 1, a `clip_norm` that is not positive; and by `update`: no
+        `task`, no parameters, no model state for a problem with one.
 
     Example:
       >>> import jax
@@ -141,12 +148,15 @@ def tune_while_training(
     every = mode.usual_every if every is None else every
     if not callable(every) and every < 1:
         raise ValueError(f"`every` must be at least 1 training step; got {every}.")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"`clip_norm` must be positive, or None; got {clip_norm}.")
     tuner = _Tuner(
         on_visible(problem),
         as_transformation(optimizer, "optimizer"),
         as_transformation(meta_optimizer, "meta_optimizer"),
         on_failure == "skip",
         tuple(allow),
+        clip_norm,
         seed,
     )
 
@@ -209,14 +219,23 @@ def current_meta_params(state: PyTree) -> MetaParams:
       >>> [float(value) for value in cm.current_meta_params(tx.init(jnp.zeros(2)))]
       [1.0, 1.0]
     """
+    return find_tune_state(state, "current_meta_params").meta_params
+
+
+def find_tune_state(state: PyTree, asked_by: str) -> TuneState:
+    """The one `TuneState` in an optax state.
+
+    Raises:
+      ValueError: there is none in it, or more than one.
+    """
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TuneState))
     found = [leaf for leaf in leaves if isinstance(leaf, TuneState)]
     if len(found) != 1:
         raise ValueError(
-            f"`current_meta_params` needs a state with one `tune_while_training` in it; found {len(found)}. "
+            f"`{asked_by}` needs a state with one `tune_while_training` in it; found {len(found)}. "
             + ("Pass the part of the state that is meant." if found else "Pass what `tx.init` or `tx.update` returned.")
         )
-    return found[0].meta_params
+    return found[0]
 
 
 @strategy
@@ -228,6 +247,7 @@ class _Tuner:
     meta_optimizer: optax.GradientTransformationExtraArgs = static()
     skips_failed: bool = static()
     allow: tuple[Status, ...] = static()
+    clip_norm: float | None = None
     seed: int = 0
 
     def init(self, mode: TuningMode, params: Params, init_meta_params: MetaParams) -> TuneState:
@@ -247,6 +267,8 @@ class _Tuner:
             diagnostics=diagnostics,
             num_gradients=jnp.zeros_like(zero),
             num_failed=jnp.zeros_like(zero),
+            num_clipped=jnp.zeros_like(zero),
+            status_counts=jnp.zeros(len(Status), jnp.int32),
         )
 
 
@@ -259,12 +281,14 @@ def _meta_step(
     training = Training(tuner.problem, batch.params, grads, state.meta_params, batch, state.optimizer, key)
     last = Measured(tree.zeros_like(state.meta_params), state.outer_loss, state.diagnostics)
     memory, measured = mode.follow(tuner.optimizer, training, state.memory, due, last)
-    bad = due & failed(measured.diagnostics.status, tuner.allow)
+    status = measured.diagnostics.status
+    bad = due & failed(status, tuner.allow)
+    grad, long = _clipped(measured.grad, tuner.clip_norm)
 
     def step(still: tuple[MetaParams, PyTree]) -> tuple[MetaParams, PyTree]:
-        offered = {"value": measured.outer_loss, "grad": measured.grad}
+        offered = {"value": measured.outer_loss, "grad": grad}
         with usual_promotion():
-            updates, opt_state = tuner.meta_optimizer.update(measured.grad, still[1], still[0], **offered)
+            updates, opt_state = tuner.meta_optimizer.update(grad, still[1], still[0], **offered)
             return optax.apply_updates(still[0], updates), opt_state
 
     moves = due & ~bad if tuner.skips_failed else due
@@ -280,5 +304,16 @@ def _meta_step(
         diagnostics=measured.diagnostics,
         num_gradients=state.num_gradients + spent,
         num_failed=state.num_failed + bad.astype(jnp.int32),
+        num_clipped=state.num_clipped + (moves & long).astype(jnp.int32),
+        status_counts=state.status_counts + (due & (jnp.arange(len(Status)) == status)).astype(jnp.int32),
     )
     return cast_like(new, state)
+
+
+def _clipped(grad: MetaParams, length: float | None) -> tuple[MetaParams, jax.Array]:
+    """A meta-gradient of at most this length, and whether it was longer."""
+    if length is None:
+        return grad, jnp.bool_(False)
+    norm = tree.norm(grad)
+    long = norm > length
+    return tree.scale(jnp.where(long, length / norm, 1), grad), long

@@ -1,4 +1,4 @@
-"""Reports on estimators: comparisons, checks, diagnoses and horizons, each in numbers and in sentences."""
+"""Reports: comparisons, checks, diagnoses, horizons and runs that tune themselves, in numbers and in sentences."""
 
 from contrastive_meta._report.check import CheckReport as CheckReport
 from contrastive_meta._report.check import check as check
@@ -11,3 +11,6 @@ from contrastive_meta._report.diagnose import Diagnosis as Diagnosis
 from contrastive_meta._report.diagnose import diagnose as diagnose
 from contrastive_meta._report.horizon import HorizonReport as HorizonReport
 from contrastive_meta._report.horizon import check_horizon as check_horizon
+from contrastive_meta._report.tuning import TuningReport as TuningReport
+from contrastive_meta._report.tuning import tuning_report as tuning_report
+from contrastive_meta._report.tuning import watch as watch
