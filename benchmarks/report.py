@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import estimators, plasticity, scaling_steps, sparse, speed, speed_scaling, speed_tables, trust, tuning
-from benchmarks.experiments import bandit, bilevel_suite, regularisation, sinusoids, where_to_learn
+from benchmarks.experiments import bandit, bilevel_suite, regularisation, sinusoids, spiking, where_to_learn
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE
 from benchmarks.registry import BENCHMARKS, Benchmark
@@ -23,6 +23,7 @@ _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "plasticity.md": (plasticity,),
     "sparse.md": (sparse,),
     "experiments.md": (sinusoids, regularisation),
+    "spiking.md": (spiking,),
     "where_to_learn.md": (where_to_learn,),
     "bandit.md": (bandit,),
     "bilevel_suite.md": (bilevel_suite,),

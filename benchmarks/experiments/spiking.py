@@ -28,7 +28,7 @@ from benchmarks.experiments.spiking_methods import (
     test_error,
     transformation,
 )
-from benchmarks.harness import Record, Session, precision
+from benchmarks.harness import Record, Session, precision, use_cheap_xla_flags
 from benchmarks.meta_training import (
     Budget,
     Program,
@@ -79,6 +79,8 @@ FULL = Scale(PAPER, 1000, 1000)
 
 def run(session: Session) -> None:
     """Every method on every seed: equal networks at the start, equal tests."""
+    # Four programs that would take longer to compile than to run.
+    use_cheap_xla_flags()
     scale = SMOKE if session.smoke else FULL if session.full else Scale()
     if session.smoke and session.full:
         scale = Scale(PAPER._replace(num_tasks=1), 1, 1, 4, 1)
