@@ -152,16 +152,17 @@ def test_claims_are_of_what_was_measured() -> None:
     layers = {"hidden_0": 0.9, "readout": 0.2}
     rows = _rows(f"{ALL} {THROUGH}", [1.0, 1.2], {}, 3.0) + _rows(f"{SIGN} {THROUGH}", [0.5, 0.5], layers, 2.0)
     told = {claim["claim"]: claim for claim in where_to_learn_tables.claims(rows)}
-    better = told[f"{STREAM}: {ALL} {THROUGH} errs more than {SIGN} {THROUGH}"]
+    where = f"{STREAM} {THROUGH}"
+    better = told[f"{where}: {ALL} errs more than {SIGN}"]
     assert better["held"] is True and better["measured"] == pytest.approx((np.log(2) + np.log(2.4)) / 2)
-    beyond = told[f"{STREAM}: {SIGN} {THROUGH} closes weights beyond the half closed at first"]
+    beyond = told[f"{where}: {SIGN} closes more than at first"]
     assert beyond["measured"] == pytest.approx(0.2) and beyond["held"] is True
-    first = told[f"{STREAM}: {SIGN} {THROUGH} closes more of the first layer than of the readout"]
-    assert first["measured"] == pytest.approx(0.7)
-    forgets = told[f"{STREAM}: {ALL} {THROUGH} forgets more of a stream than {SIGN}"]
+    assert told[f"{where}: {SIGN} closes more of the first layer than of the last"]["measured"] == pytest.approx(0.7)
+    forgets = told[f"{where}: {ALL} forgets more of a stream than {SIGN}"]
     assert forgets["measured"] == pytest.approx(1.0) and forgets["held"] is True
+    assert told[f"{where}: {HEAD} errs more than {SIGN}"]["held"] is None
     text = where_to_learn_tables.show(rows)
-    assert "0.90" in text and "ReLU" not in text
+    assert "0.90" in text and "ReLU" not in text and "4 of 4 claims that could be decided hold" in text
 
 
 @pytest.mark.benchmarks

@@ -11,6 +11,10 @@ from benchmarks.harness import Record
 from benchmarks.tables import decimals, lay_out, seeds_of, wrap
 
 _SETTINGS = (SINUSOIDS, STREAM, OMNIGLOT)
+# A stream has no equilibrium to contrast.
+_FAMILIES = (
+    (SINUSOIDS, THROUGH), (SINUSOIDS, CONTRAST), (STREAM, THROUGH), (OMNIGLOT, THROUGH), (OMNIGLOT, CONTRAST)
+)  # fmt: skip
 # R14: a graded mask closes more than this of the weights, all of which are open at first.
 _CLOSED = 0.1
 
@@ -19,44 +23,45 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
     """E3 and R14; comparisons of errors are of logarithms."""
     here = [r for r in records if r["kind"] == "method"]
 
-    def of(setting: str, method: str, column: str, logarithm: bool = False) -> dict[int, float]:
-        rows = [r for r in here if r["setting"] == setting and r["method"] == method and r[column] is not None]
+    def of(case: str, column: str, logarithm: bool = False) -> dict[int, float]:
+        rows = [r for r in here if r["case"] == case and r[column] is not None]
         return {r["seed"]: float(np.log(r[column])) if logarithm else r[column] for r in rows}
 
-    def errs_more(setting: str, more: str, less: str, columns: Sequence[tuple[str, str]]) -> Iterator[Claim]:
-        for column, where in columns:
-            text = f"{setting}: {more} errs more than {less}{where}"
-            yield above(text, of(setting, more, column, True), of(setting, less, column, True))
+    def errs_more(text: str, more: str, less: str, column: str = "error") -> Claim:
+        return above(text, of(more, column, True), of(less, column, True))
 
-    both = ("error", ""), ("error_at_equal_time", ", equal time"), ("error_at_equal_gradients", ", equal gradients")
-    for setting in _SETTINGS:
-        for how in (THROUGH, CONTRAST):
-            for form in (SIGN, RELU):
-                for rival in (ALL, HEAD):
-                    # Their programs are the same, so that equal steps are equal gradients.
-                    yield from errs_more(setting, f"{rival} {how}", f"{form} {how}", both[:1])
-        yield from errs_more(setting, f"{ALL} {THROUGH}", f"{SIGN} {FIRST}", both[:1])
+    for setting, how in _FAMILIES:
+        where = _where(setting, how)
         for form in (SIGN, RELU):
-            yield from errs_more(setting, f"{form} {THROUGH}", f"{form} {CONTRAST}", both[1:])
-    yield from errs_more(SINUSOIDS, FEWER, MORE, both[:1])
-    for setting in _SETTINGS:
-        for how in (THROUGH, CONTRAST):
-            name = f"{SIGN} {how}"
-            text = f"{setting}: {name} closes weights beyond the half closed at first"
-            yield above(text, of(setting, name, "closed"), of(setting, name, "closed_at_first"))
-            shares = list(of(setting, f"{RELU} {how}", "closed").values())
-            yield at_least(f"R14: {setting}: {RELU} {how} closes a tenth of the weights", shares, _CLOSED)
-            for form in (SIGN, RELU):
-                rows = [r for r in here if r["case"] == f"{setting}: {form} {how}"]
-                ends = [[*r["closed_by_layer"].values()] for r in rows]
-                first, last = ({r["seed"]: e[k] for r, e in zip(rows, ends, strict=True)} for k in (0, -1))
-                text = f"{setting}: {form} {how} closes more of the first layer than of the readout"
-                yield above(text, first, last)
-    for setting, how in ((SINUSOIDS, THROUGH), (SINUSOIDS, CONTRAST), (STREAM, THROUGH)):
+            case = f"{setting}: {form} {how}"
+            for rival in (ALL, HEAD):
+                # Their programs are the same, or of one shape: equal steps are equal gradients, and equal time.
+                yield errs_more(f"{where}: {rival} errs more than {form}", f"{setting}: {rival} {how}", case)
+            if form == SIGN:
+                yield above(
+                    f"{where}: {form} closes more than at first", of(case, "closed"), of(case, "closed_at_first")
+                )
+            else:
+                yield at_least(f"{where}: {form} closes a tenth (R14)", list(of(case, "closed").values()), _CLOSED)
+            first, last = (_closed_at(here, case, end) for end in (0, -1))
+            yield above(f"{where}: {form} closes more of the first layer than of the last", first, last)
+            if setting != OMNIGLOT:
+                more, less = (_forgotten(here, f"{setting}: {what} {how}") for what in (ALL, form))
+                yield above(f"{where}: {ALL} forgets more of a stream than {form}", more, less)
+    for setting in (SINUSOIDS, OMNIGLOT):
+        text = f"{setting}, {ALL} {THROUGH} errs more than {SIGN} {FIRST}"
+        yield errs_more(text, f"{setting}: {ALL} {THROUGH}", f"{setting}: {SIGN} {FIRST}")
         for form in (SIGN, RELU):
-            text = f"{setting}: {ALL} {how} forgets more of a stream than {form}"
-            more, less = (_forgotten(here, f"{setting}: {what} {how}") for what in (ALL, form))
-            yield above(text, more, less)
+            for at in ("time", "gradients"):
+                text = f"{setting}, {form} {THROUGH} errs more than {CONTRAST} at equal {at}"
+                cases = (f"{setting}: {form} {how}" for how in (THROUGH, CONTRAST))
+                yield errs_more(text, *cases, f"error_at_equal_{at}")
+    text = f"{SINUSOIDS}, {SIGN} {THROUGH} errs more from 1/4 closed than from 3/4"
+    yield errs_more(text, f"{SINUSOIDS}: {FEWER}", f"{SINUSOIDS}: {MORE}")
+
+
+def _where(setting: str, how: str) -> str:
+    return f"{setting} {how}"
 
 
 def _forgotten(records: Sequence[Record], case: str) -> dict[int, float]:
@@ -65,11 +70,36 @@ def _forgotten(records: Sequence[Record], case: str) -> dict[int, float]:
     return {r["seed"]: r["stream_at_the_end"] - r["stream_at_once"] for r in rows}
 
 
+def _closed_at(records: Sequence[Record], case: str, end: int) -> dict[int, float]:
+    """The closed fraction of the first layer, or of the last."""
+    return {r["seed"]: [*r["closed_by_layer"].values()][end] for r in records if r["case"] == case}
+
+
 def show(records: Sequence[Record]) -> str:
     """A table for each setting, then every claim that something was measured for."""
     here = [r for r in records if r["kind"] == "method"]
     told = [claim for claim in claims(records) if claim["measured"] is not None]
-    return "\n\n".join([*_blocks(here), show_claims(told)]).rstrip()
+    places = [_where(*family) for family in _FAMILIES]
+    placed = [claim for claim in told if claim["claim"].split(": ")[0] in places]
+    others = show_claims([claim for claim in told if claim not in placed])
+    return "\n\n".join([*_blocks(here), *([_side_by_side(placed)] if placed else []), others]).rstrip()
+
+
+def _side_by_side(told: Sequence[Claim]) -> str:
+    """Claims that are made of several settings: a row for each claim, a column for each setting."""
+    words = {None: "-", True: "yes", False: "NO"}
+    cells = {}
+    for claim in told:
+        where, text = claim["claim"].split(": ")
+        spread = "" if claim["spread"] is None else f" ({claim['spread']:.2f})"
+        cells[text, where] = f"{claim['measured']:.2f}{spread} {words[claim['held']]}"
+    columns, texts = (list(dict.fromkeys(key[k] for key in cells)) for k in (1, 0))
+    rows = [[text, *(cells.get((text, where), "") for where in columns)] for text in texts]
+    known = [claim for claim in told if claim["held"] is not None]
+    title = "Mean of the difference, or of the fraction (R14), its spread over seeds, and whether the claim holds"
+    header = ["claim", *(where.replace(" learning", "") for where in columns)]
+    held = f"{sum(claim['held'] for claim in known)} of {len(known)} claims that could be decided hold."
+    return f"{title}\n\n{lay_out(header, rows, left=(0,))}\n\n{held}"
 
 
 def _blocks(records: Sequence[Record]) -> Iterator[str]:
@@ -103,7 +133,8 @@ def _table(records: Sequence[Record]) -> str:
             *(_mean([r["closed_by_layer"].get(k) for r in of], 2) for k in layers),
         ]
         stream = [_mean([r[c] for r in of], 2) for c in ("stream_at_once", "stream_at_the_end")] if streamed else []
-        rows.append([name, _with_spread([r["error"] for r in of]), *errors, *counts, *shares, *stream])
+        short = name.replace("a quarter", "1/4").replace("three quarters", "3/4").replace(" at first", "")
+        rows.append([short, _with_spread([r["error"] for r in of]), *errors, *counts, *shares, *stream])
     return lay_out(header, rows, left=(0,))
 
 
