@@ -72,7 +72,7 @@ class Scale(NamedTuple):
     num_seeds: int = 3
 
 
-DEFAULT = Scale(Sizes(), {SINUSOIDS: (1000, 100), STREAM: (1000, 0), OMNIGLOT: (300, 60)})
+DEFAULT = Scale(Sizes(), {SINUSOIDS: (1000, 100), STREAM: (1000, 0), OMNIGLOT: (200, 40)})
 _TWO = dict.fromkeys((SINUSOIDS, STREAM, OMNIGLOT), (2, 2))
 SMOKE = Scale(Sizes((4,), (4, 3), ((8, 8, 4),), (3, 2), 2, 2), _TWO, 4, 1)
 # A mask by contrast and a stream through learning: each takes seconds to compile.
