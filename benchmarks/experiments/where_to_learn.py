@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.experiments import where_to_learn_tables
-from benchmarks.experiments.omniglot_network import LAYERS
+from benchmarks.experiments.omniglot_network import LAYERS, Layer
 from benchmarks.experiments.where_to_learn_methods import (
     CONTRAST,
     SIGN,
@@ -74,7 +74,7 @@ class Scale(NamedTuple):
 
 DEFAULT = Scale(Sizes(), {SINUSOIDS: (1000, 100), STREAM: (1000, 0), OMNIGLOT: (200, 40)})
 _TWO = dict.fromkeys((SINUSOIDS, STREAM, OMNIGLOT), (2, 2))
-SMOKE = Scale(Sizes((4,), (4, 3), ((8, 8, 4),), (3, 2), 2, 2), _TWO, 4, 1)
+SMOKE = Scale(Sizes((4,), (4, 3), (Layer(8, 8, 4),), (3, 2), 2, 2), _TWO, 4, 1)
 # A mask by contrast and a stream through learning: each takes seconds to compile.
 _SMOKE_CASES = (f"{SINUSOIDS}: {SIGN} {CONTRAST}", f"{STREAM}: {SIGN} {THROUGH}")
 # Batches, networks and inner steps of the experiments `sinusoids` and `omniglot`; the published masks were learned on
