@@ -66,8 +66,8 @@ class Scale(NamedTuple):
     """
 
     sizes: Sizes = Sizes()
-    outer: int = 60
-    short: int = 200
+    outer: int = 40
+    short: int = 120
     num_tests: int = 50
     num_seeds: int = 3
 
