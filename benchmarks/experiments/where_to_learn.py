@@ -159,7 +159,10 @@ class _Experiment:
         snapshots = [start, *trained.snapshots]
         tasks = self._test_tasks(seed)
         at = last, within(snapshots, seconds=least[0]), within(snapshots, num_gradients=least[1]), start
-        errors = [self.tests[method.program](s.meta_params, tasks).item() for s in at]
+        # The same snapshot is often several of these, and testing takes longer than many outer steps.
+        test = self.tests[method.program]
+        found = {k: test(snapshot.meta_params, tasks).item() for k, snapshot in {s.step: s for s in at}.items()}
+        errors = [found[snapshot.step] for snapshot in at]
         stream: Sequence[Any] = (None, None)
         if self.name != OMNIGLOT:
             # The same for what was trained on whole sinusoids and on streams.

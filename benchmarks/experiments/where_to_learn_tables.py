@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from benchmarks.experiments.claims import Claim, above, at_least, show_claims
+from benchmarks.experiments.claims import Claim, above, at_least
 from benchmarks.experiments.where_to_learn_methods import ALL, CONTRAST, FEWER, FIRST, HEAD, MORE, RELU, SIGN, THROUGH
 from benchmarks.experiments.where_to_learn_settings import OMNIGLOT, SINUSOIDS, STREAM
 from benchmarks.harness import Record
@@ -49,14 +49,14 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
                 more, less = (_forgotten(here, f"{setting}: {what} {how}") for what in (ALL, form))
                 yield above(f"{where}: {ALL} forgets more of a stream than {form}", more, less)
     for setting in (SINUSOIDS, OMNIGLOT):
-        text = f"{setting}, {ALL} {THROUGH} errs more than {SIGN} {FIRST}"
+        text = f"{setting}: {ALL} {THROUGH} errs more than {SIGN} {FIRST}"
         yield errs_more(text, f"{setting}: {ALL} {THROUGH}", f"{setting}: {SIGN} {FIRST}")
         for form in (SIGN, RELU):
             for at in ("time", "gradients"):
-                text = f"{setting}, {form} {THROUGH} errs more than {CONTRAST} at equal {at}"
+                text = f"{setting}: {form} {THROUGH} errs more than {CONTRAST} at equal {at}"
                 more, less = (f"{setting}: {form} {how}" for how in (THROUGH, CONTRAST))
                 yield errs_more(text, more, less, f"error_at_equal_{at}")
-    text = f"{SINUSOIDS}, {SIGN} {THROUGH} errs more from 1/4 closed than from 3/4"
+    text = f"{SINUSOIDS}: {SIGN} {THROUGH} errs more from 1/4 closed than from 3/4"
     yield errs_more(text, f"{SINUSOIDS}: {FEWER}", f"{SINUSOIDS}: {MORE}")
 
 
@@ -81,8 +81,11 @@ def show(records: Sequence[Record]) -> str:
     told = [claim for claim in claims(records) if claim["measured"] is not None]
     places = [_where(*family) for family in _FAMILIES]
     placed = [claim for claim in told if claim["claim"].split(": ")[0] in places]
-    others = show_claims([claim for claim in told if claim not in placed])
-    return "\n\n".join([*_blocks(here), *([_side_by_side(placed)] if placed else []), others]).rstrip()
+    others = [claim for claim in told if claim not in placed]
+    known = [claim for claim in told if claim["held"] is not None]
+    title = "Mean of the difference, or of the fraction (R14), its spread over seeds, and whether the claim holds"
+    held = f"{sum(claim['held'] for claim in known)} of {len(known)} claims that could be decided hold."
+    return "\n\n".join([*_blocks(here), title, *(_side_by_side(part) for part in (placed, others) if part), held])
 
 
 def _side_by_side(told: Sequence[Claim]) -> str:
@@ -95,11 +98,8 @@ def _side_by_side(told: Sequence[Claim]) -> str:
         cells[text, where] = f"{claim['measured']:.2f}{spread} {words[claim['held']]}"
     columns, texts = (list(dict.fromkeys(key[k] for key in cells)) for k in (1, 0))
     rows = [[text, *(cells.get((text, where), "") for where in columns)] for text in texts]
-    known = [claim for claim in told if claim["held"] is not None]
-    title = "Mean of the difference, or of the fraction (R14), its spread over seeds, and whether the claim holds"
     header = ["claim", *(where.replace(" learning", "") for where in columns)]
-    held = f"{sum(claim['held'] for claim in known)} of {len(known)} claims that could be decided hold."
-    return f"{title}\n\n{lay_out(header, rows, left=(0,))}\n\n{held}"
+    return lay_out(header, rows, left=(0,))
 
 
 def _blocks(records: Sequence[Record]) -> Iterator[str]:
@@ -133,7 +133,12 @@ def _table(records: Sequence[Record]) -> str:
             *(_mean([r["closed_by_layer"].get(k) for r in of], 2) for k in layers),
         ]
         stream = [_mean([r[c] for r in of], 2) for c in ("stream_at_once", "stream_at_the_end")] if streamed else []
-        short = name.replace("a quarter", "1/4").replace("three quarters", "3/4").replace(" at first", "")
+        short = (
+            name.replace(THROUGH, "through")
+            .replace("a quarter", "1/4")
+            .replace("three quarters", "3/4")
+            .replace(" at first", "")
+        )
         rows.append([short, _with_spread([r["error"] for r in of]), *errors, *counts, *shares, *stream])
     return lay_out(header, rows, left=(0,))
 
