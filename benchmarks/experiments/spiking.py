@@ -46,10 +46,10 @@ from benchmarks.tables import decimals, lay_out, milliseconds, seeds_of, wrap
 NAME = "spiking"
 ABOUT = (
     "few-shot regression by spikes, e-prop within: anchors and strengths by contrast against backprop through the last "
-    "steps and MAML; 8 minutes on two cores"
+    "steps and MAML; 5 minutes on two cores"
 )
-# Choices were made on seeds of 100 and above.
-_FIRST_SEED = 1
+# Choices were made on seed 100, after a run on seeds 1 to 3 in which MAML's settings failed: none is reported.
+_FIRST_SEED = 4
 # R9: the error of what was meta-learned over that of what was not.
 _IMPROVEMENT = 0.6
 

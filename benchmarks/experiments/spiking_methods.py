@@ -59,9 +59,9 @@ class Sizes(NamedTuple):
 PAPER = Sizes(100, 100, 20, 2e-4**0.5, 500, 100, 100, 1e-3, 3e-3, 3.0, 0.001, 1e-5, 25)
 # Spikes in 20 steps at the target of the public code.
 _TARGET = 0.2
-# Of those that differentiate through all of a short run: as many steps as published, at the rate that a longer run has
-# at first, times three.
-_SHORT, _SHORT_RATE = 10, 1e-2
+# Of those that differentiate through all of a short run: as many steps of Nesterov's momentum as published. At this rate
+# their errors on seed 100 were 0.78 over e-prop and 1.21 over backprop. By Adam at 1e-2 they did not learn.
+_SHORT, _SHORT_RATE = 10, 1e-3
 # Of Adam at first, as published; of log strengths ten times that.
 OUTER_RATE, STRENGTH_FACTOR = 3e-3, 10.0
 # Of the norm of a meta-gradient, as in `sinusoids`.
@@ -91,7 +91,8 @@ class Method(NamedTuple):
 def methods(sizes: Sizes = Sizes()) -> dict[str, Method]:
     """All, by name: e-prop within a task, or backprop through time with the same slope of spikes."""
     network = EProp()
-    long, short = shrinking_steps(sizes.free, sizes.rate), shrinking_steps(_SHORT, _SHORT_RATE)
+    long = shrinking_steps(sizes.free, sizes.rate)
+    short = cm.OptaxDescent(optax.sgd(_SHORT_RATE, momentum=0.9, nesterov=True), num_steps=_SHORT)
     nudged = shrinking_steps(sizes.nudged, sizes.nudged_rate)
     scheme = cm.central_difference(sizes.beta)
     rule = cm.AnchoredSynapse()
