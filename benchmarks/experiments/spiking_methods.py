@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
 PAPER = Sizes(100, 100, 20, 2e-4**0.5, 500, 100, 100, 1e-3, 3e-3, 3.0, 0.001, 1e-5, 25)
 # Spikes in 20 steps at the target of the public code.
 _TARGET = 0.2
-# Of those that differentiate through all of a short run: as many steps of Nesterov's momentum as published. At this rate
+# Of those that differentiate through all of a short run: as many of Nesterov's steps as published. At this rate
 # their errors on seed 100 were 0.78 over e-prop and 1.21 over backprop. By Adam at 1e-2 they did not learn.
 _SHORT, _SHORT_RATE = 10, 1e-3
 # Of Adam at first, as published; of log strengths ten times that.
