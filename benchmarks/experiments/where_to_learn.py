@@ -49,7 +49,7 @@ from benchmarks.meta_training import (
 NAME = "where_to_learn"
 ABOUT = (
     "masks of plasticity (sparse-MAML) by contrast and through learning on sinusoids, streams of them and Omniglot: "
-    "sparsity by layer, errors, forgetting; 8 minutes on two cores"
+    "sparsity by layer, errors, forgetting; 10 minutes on two cores"
 )
 show = where_to_learn_tables.show
 # Choices were made on seeds of 100 and above.

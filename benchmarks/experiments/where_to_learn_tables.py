@@ -54,8 +54,8 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
         for form in (SIGN, RELU):
             for at in ("time", "gradients"):
                 text = f"{setting}: {form} {THROUGH} errs more than {CONTRAST} at equal {at}"
-                more, less = (f"{setting}: {form} {how}" for how in (THROUGH, CONTRAST))
-                yield errs_more(text, more, less, f"error_at_equal_{at}")
+                through, contrast = (f"{setting}: {form} {how}" for how in (THROUGH, CONTRAST))
+                yield errs_more(text, through, contrast, f"error_at_equal_{at}")
     text = f"{SINUSOIDS}: {SIGN} {THROUGH} errs more from 1/4 closed than from 3/4"
     yield errs_more(text, f"{SINUSOIDS}: {FEWER}", f"{SINUSOIDS}: {MORE}")
 
