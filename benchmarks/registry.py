@@ -17,7 +17,16 @@ from benchmarks import (
     tuning,
 )
 from benchmarks.composition import hyperteacher
-from benchmarks.experiments import analysis, bandit, bilevel_suite, omniglot, regularisation, sinusoids
+from benchmarks.experiments import (
+    analysis,
+    bandit,
+    bilevel_suite,
+    omniglot,
+    regularisation,
+    sinusoids,
+    spiking,
+    where_to_learn,
+)
 from benchmarks.harness import Record, Session
 
 
@@ -65,6 +74,8 @@ BENCHMARKS = {
         Benchmark(omniglot.NAME, omniglot.ABOUT, omniglot.run, omniglot.show, main_job=False),
         Benchmark(regularisation.NAME, regularisation.ABOUT, regularisation.run, regularisation.show, main_job=False),
         Benchmark(sinusoids.NAME, sinusoids.ABOUT, sinusoids.run, sinusoids.show, main_job=False),
+        Benchmark(spiking.NAME, spiking.ABOUT, spiking.run, spiking.show, main_job=False),
+        Benchmark(where_to_learn.NAME, where_to_learn.ABOUT, where_to_learn.run, where_to_learn.show, main_job=False),
         Benchmark(bandit.NAME, bandit.ABOUT, bandit.run, bandit.show, main_job=False),
         Benchmark(bilevel_suite.NAME, bilevel_suite.ABOUT, bilevel_suite.run, bilevel_suite.show, main_job=False),
         Benchmark(

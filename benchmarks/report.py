@@ -23,7 +23,7 @@ from benchmarks import (
     tuning,
 )
 from benchmarks.composition import hyperteacher
-from benchmarks.experiments import analysis, bandit, bilevel_suite, regularisation, sinusoids
+from benchmarks.experiments import analysis, bandit, bilevel_suite, regularisation, sinusoids, spiking, where_to_learn
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE, IMPLICIT_CG, TWICE
 from benchmarks.registry import BENCHMARKS, Benchmark
@@ -37,6 +37,8 @@ _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "records/plasticity.md": (plasticity,),
     "sparse.md": (sparse,),
     "records/experiments.md": (sinusoids, regularisation),
+    "spiking.md": (spiking,),
+    "where_to_learn.md": (where_to_learn,),
     "bandit.md": (bandit,),
     "records/bilevel_suite.md": (bilevel_suite,),
     "hyperteacher.md": (hyperteacher,),
