@@ -325,7 +325,7 @@ def _check_horizon(session: Session, task: Task) -> None:
 
 
 def _time_watching(session: Session) -> None:
-    """A run with a callback after each meta-step beside the same without, in turns, the shortest of each."""
+    """A run with a callback after each tenth meta-step beside the same without, in turns, the shortest of each."""
     task = TASKS[1]
     here = load(task, session.seed, session.data)
     start = hyperparameters(here, task.network)

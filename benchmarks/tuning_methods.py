@@ -123,7 +123,7 @@ def fixed(network: str, sizes: Sizes) -> Program:
 
 
 def tuned(network: str, sizes: Sizes, mode: cm.TuningMode, tell: Callable[[Any], None] | None = None) -> Program:
-    """`tune_while_training`, watched by `tell` if given."""
+    """`tune_while_training`, watched by `tell` if given, after every tenth meta-step."""
     problem = problem_of(network)
 
     def train(run: Run) -> Trained:
@@ -142,7 +142,7 @@ def tuned(network: str, sizes: Sizes, mode: cm.TuningMode, tell: Callable[[Any],
             grads = jax.grad(problem.inner_loss)(params, cm.current_meta_params(state), batch)
             updates, state = tx.update(grads, state, params, task=batch)
             if tell is not None:
-                cm.watch(state, tell)
+                cm.watch(state, tell, every=10)
             return optax.apply_updates(params, updates), state
 
         def read(carry: Any) -> tuple[Any, Any, Watched]:

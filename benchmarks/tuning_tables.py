@@ -39,7 +39,7 @@ def show(records: Sequence[Record]) -> str:
         ]
     parts += [
         wrap(
-            f"Watching with a callback after every meta-step: {1e3 * record['watched']:.0f} ms for a run, "
+            f"Watching, {record['told']} callbacks in all: {1e3 * record['watched']:.0f} ms for a run, "
             f"{1e3 * record['alone']:.0f} ms without (quartiles {1e3 * record['spread']:.0f} ms apart)."
         )
         for record in records

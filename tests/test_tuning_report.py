@@ -116,6 +116,20 @@ def test_outside_of_jit_it_is_a_call(ran: Any) -> None:
         jax.tree.map(np.testing.assert_array_equal, seen, by_step[int(seen.step)])
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
+def test_it_can_be_a_call_every_so_many_meta_steps(ran: Any, transform: Any) -> None:
+    states, _ = ran
+    told: list[Any] = []
+    see = transform(lambda state: cm.watch(state, told.append, every=3))
+    for index in range(24):
+        see(jax.tree.map(lambda x, k=index: x[k], states))
+    jax.effects_barrier()
+    # A meta-step every third step: the third and the sixth of eight.
+    assert [int(seen.step) for seen in told] == [9, 18]
+    with pytest.raises(ValueError, match="at least 1 meta-step; got 0"):
+        cm.watch(states, told.append, every=0)
+
+
 def test_several_runs_at_once_are_refused_with_a_remedy(ran: Any) -> None:
     runs = jax.tree.map(lambda x: jnp.stack([x, x]), ran[0])
     with pytest.raises(ValueError, match=r"x\[0\]"):

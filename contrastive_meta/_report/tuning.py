@@ -198,8 +198,8 @@ def tuning_report(states: PyTree | Sequence[PyTree]) -> TuningReport:
     )
 
 
-def watch(state: PyTree, tell: Callable[[TuneState], None]) -> None:
-    """Call `tell` on the host with what there is to see of a state, after every meta-step; nothing in between.
+def watch(state: PyTree, tell: Callable[[TuneState], None], *, every: int = 1) -> None:
+    """Call `tell` on the host with what there is to see of a state, after meta-steps; nothing in between.
 
     Inside `jit` and `scan` this is a `jax.debug.callback`; `jax.effects_barrier()` waits for the last. Outside it is a
     plain call. `history.append` collects what `tuning_report` reads, and
@@ -208,9 +208,11 @@ def watch(state: PyTree, tell: Callable[[TuneState], None]) -> None:
     Args:
       state: of `tune_while_training`, or of anything around it, as `update` returned it.
       tell: gets the state with NumPy arrays, without the states of optimisers and mode.
+      every: meta-steps from one call to the next. A call from inside `jit` costs about a millisecond; counts in the
+        state are of the whole run, so that a history with gaps still has all of them.
 
     Raises:
-      ValueError: there is no `tune_while_training` in the state, or more than one.
+      ValueError: there is no `tune_while_training` in the state, or more than one; `every` is below 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -228,12 +230,18 @@ def watch(state: PyTree, tell: Callable[[TuneState], None]) -> None:
       >>> int(history[0].step), cm.tuning_report(history).num_meta_steps
       (1, 1)
     """
+    if every < 1:
+        raise ValueError(f"`every` must be at least 1 meta-step; got {every}.")
     seen = _thinned(state, "watch")
     no_value: jax.Array = jnp.int32(0)
 
+    def is_due(seen: TuneState) -> Any:
+        just_moved = (seen.waited == 0) & (seen.step > 0)
+        return just_moved & (seen.status_counts.sum() % every == 0)
+
     def told(seen: TuneState) -> None:
         # Under `vmap` the callback runs in steps without a meta-step too.
-        if int(seen.waited) == 0 and int(seen.step) > 0:
+        if is_due(seen):
             tell(jax.tree.map(np.asarray, seen))
 
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(seen)):
@@ -259,7 +267,7 @@ def watch(state: PyTree, tell: Callable[[TuneState], None]) -> None:
         jax.debug.callback(unpack, *packed)
         return no_value
 
-    cond((seen.waited == 0) & (seen.step > 0), call, lambda at: no_value, seen)
+    cond(is_due(seen), call, lambda at: no_value, seen)
 
 
 def _leads(name: str) -> bool:
