@@ -137,29 +137,26 @@ def test_what_diverges_ends_with_its_reason_and_finite_parameters() -> None:
     assert float(trained.state.meta_params) == 3
 
 
+SCALED = cm.BilevelProblem(
+    lambda w, theta, task: 0.5 * jnp.sum((w - theta * task) ** 2),
+    lambda w, theta, task: jnp.sum(w),
+    lambda theta, task: jnp.zeros(()),
+)
+
+
 def test_a_meta_gradient_that_is_not_finite_changes_nothing() -> None:
-    problem = cm.BilevelProblem(
-        lambda w, theta, task: 0.5 * jnp.sum((w - theta * task) ** 2),
-        lambda w, theta, task: jnp.sum(w),
-        lambda theta, task: jnp.zeros(()),
-    )
     estimator = cm.BackpropThroughLearning(cm.OptaxDescent(optax.sgd(0.5), num_steps=2))
-    step = outer_step(problem, estimator, lambda key, data: data, lambda f: f * 0 + 1, optax.identity())
+    step = outer_step(SCALED, estimator, lambda key, data: data, lambda f: f * 0 + 1, optax.identity())
     state = State(jnp.array(2.0), ())
     after, told = jax.jit(step)(state, KEY, jnp.float32(0), jnp.array([1.0, jnp.inf]))
     assert float(after.meta_params) == 2 and np.isnan(told.outer_loss)
 
 
 def test_tasks_that_failed_are_left_out_where_wanted() -> None:
-    problem = cm.BilevelProblem(
-        lambda w, theta, task: 0.5 * jnp.sum((w - theta * task) ** 2),
-        lambda w, theta, task: jnp.sum(w),
-        lambda theta, task: jnp.zeros(()),
-    )
     # One step of 1 ends at the minimum.
     estimator = cm.BackpropThroughLearning(cm.OptaxDescent(optax.sgd(1.0), num_steps=1))
     step = outer_step(
-        problem, estimator, lambda key, data: data, lambda f: f * 0 + 1, optax.identity(), on_failure="zero"
+        SCALED, estimator, lambda key, data: data, lambda f: f * 0 + 1, optax.identity(), on_failure="zero"
     )
     state = State(jnp.array(2.0), ())
     after, told = jax.jit(step)(state, KEY, jnp.float32(0), jnp.array([1.0, jnp.inf]))
