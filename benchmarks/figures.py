@@ -231,7 +231,7 @@ def draw_alignment(students: Sequence[Record], path: Path) -> Path:
         axis.set_xlabel("unit of the student, sorted", fontsize=9)
         axis.set_ylabel("unit of the teacher", fontsize=9)
     if image is not None:
-        figure.colorbar(image, ax=axes, label="cosine after the best linear map of coefficients", shrink=0.8)
+        figure.colorbar(image, ax=axes, label="cosine (best linear map)", shrink=0.9)
     return _save(figure, path)
 
 
