@@ -305,7 +305,7 @@ def _meta_step(
         num_gradients=state.num_gradients + spent,
         num_failed=state.num_failed + bad.astype(jnp.int32),
         num_clipped=state.num_clipped + (moves & long).astype(jnp.int32),
-        status_counts=state.status_counts + (due & (jnp.arange(len(Status)) == status)).astype(jnp.int32),
+        status_counts=state.status_counts.at[status].add(due.astype(jnp.int32)),
     )
     return cast_like(new, state)
 
