@@ -105,12 +105,11 @@ def _pyplot() -> Any:
 def draw_tuning(records: Sequence[Record], path: Path) -> Path:
     """A column for each task: test accuracy against gradients, and below how tuning moved decays and smoothing."""
     plt = _pyplot()
-    runs = [record for record in records if record["kind"] == "method"]
-    cases = list(dict.fromkeys(record["case"] for record in runs))
-    methods = list(dict.fromkeys(record["method"] for record in runs))
+    cases = list(dict.fromkeys(record["case"] for record in records))
+    methods = list(dict.fromkeys(record["method"] for record in records))
     figure, axes = plt.subplots(2, len(cases), figsize=(1 + 3.2 * len(cases), 6.6), squeeze=False, layout="constrained")
     for column, case in enumerate(cases):
-        here = [record for record in runs if record["case"] == case]
+        here = [record for record in records if record["case"] == case]
         axis, below = axes[0][column], axes[1][column]
         for index, method in enumerate(methods):
             found = [record for record in here if record["method"] == method]

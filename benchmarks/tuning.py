@@ -355,4 +355,5 @@ def show(records: Sequence[Record]) -> str:
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     """Accuracy against cost, and how decays moved."""
-    return [figures.draw_tuning(records, folder / "tuning.png")]
+    runs = [record for record in records if record["kind"] == METHOD]
+    return [figures.draw_tuning(runs, folder / "tuning.png")] if runs else []
