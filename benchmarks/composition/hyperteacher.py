@@ -158,13 +158,14 @@ def _student(session: Session, name: str, case: Case, sizes: Sizes, programs: di
     end = trained.snapshots[-1].meta_params
     found = tests.alignment(end, support)
     by_size = {str(size): tests.errors(end, combinations_of(size)) for size in range(1, NUM_MODULES + 1)}
-    unused, last = set(support.check().unused), trained.snapshots[-1]
+    checked, last = support.check(), trained.snapshots[-1]
+    unused = set(checked.unused)
     pairs = combinations_of(2).combinations
     kinds = {"with": [c for c in pairs if unused & set(c)], "without": [c for c in pairs if not unused & set(c)]}
     missing = {key: tests.errors(end, Support(tuple(kind))) for key, kind in kinds.items() if unused}
     session.record(
         x64=False, kind="student", case=name, support=case.support, method=case.method, sizes=sizes,
-        num_hidden=case.num_hidden, num_modules=case.num_modules, identifiable=support.check().identifiable,
+        num_hidden=case.num_hidden, num_modules=case.num_modules, identifiable=checked.identifiable,
         inside=inside, unseen=unseen, snapshot_steps=[s.step for s in trained.snapshots], by_size=by_size,
         missing=missing, worst_alignment=found.worst, similarities=found.similarities, decodability=found.decodability,
         seconds=last.seconds, num_steps=last.step, num_gradients=last.num_gradients,

@@ -54,12 +54,14 @@ def sampler(num_tasks: int, num_examples: int, *, joint: bool) -> Callable[[jax.
         bound = 3**0.5
         x = jax.random.uniform(of_inputs, (2, num_examples, NUM_INPUTS), minval=-bound, maxval=bound)
         weights = draw_weights(of_weights, data["support"], num_tasks)
-        sets = {}
-        for name, inputs in zip(("support", "query"), (x[0], x[0] if joint else x[1]), strict=True):
+
+        def examples(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
             y = jax.vmap(network, (None, 0, None))(data["teacher"], weights, inputs)
-            sets[name] = (jnp.broadcast_to(inputs, (num_tasks, *inputs.shape)), y)
-        (x_in, y_in), (x_out, y_out) = sets["support"], sets["query"]
-        return {"x": x_in, "y": y_in, "x_query": x_out, "y_query": y_out, "weights": weights}
+            return jnp.broadcast_to(inputs, (num_tasks, *inputs.shape)), y
+
+        support = examples(x[0])
+        query = support if joint else examples(x[1])
+        return {"x": support[0], "y": support[1], "x_query": query[0], "y_query": query[1], "weights": weights}
 
     return sample
 
@@ -94,7 +96,7 @@ def _ridged(curvature: jax.Array, share: Any) -> jax.Array:
     return ridged
 
 
-def newton_learner(num_steps: int, tol: float | None = None) -> cm.CallableSolver:
+def newton_learner(num_steps: int) -> cm.CallableSolver:
     """A few steps of Newton's method with the damping of Levenberg (1944) and Marquardt (1963).
 
     The network is linear in the weights of its modules wherever no rectifier switches, and so the Hessian of its mean
@@ -102,7 +104,6 @@ def newton_learner(num_steps: int, tol: float | None = None) -> cm.CallableSolve
 
     Args:
       num_steps: each evaluates the loss, its gradient and its Hessian once.
-      tol: gradient norm above which learning counts as unfinished; None asks for nothing.
     """
 
     def learn(loss: Callable[[jax.Array], jax.Array], start: jax.Array) -> jax.Array:
@@ -124,4 +125,4 @@ def newton_learner(num_steps: int, tol: float | None = None) -> cm.CallableSolve
         end: jax.Array = best[0]
         return end
 
-    return cm.CallableSolver(learn, tol=tol)
+    return cm.CallableSolver(learn)

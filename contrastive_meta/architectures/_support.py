@@ -128,11 +128,12 @@ def check_support(tasks: Any, *, drawn_weights: bool = False) -> SupportReport:
         raise ValueError("`tasks` has coefficients that are not finite; state 0 for modules that a task lacks.")
     present = coefficients != 0
     spanned = _units_of(present) if drawn_weights else coefficients
+    rank, outside = _span(spanned)
     return SupportReport(
         num_modules=coefficients.shape[1],
-        rank=_span(spanned)[0],
+        rank=rank,
         unused=_indices(~present.any(0)),
-        undetermined=_indices(_span(spanned)[1] & present.any(0)),
+        undetermined=_indices(outside & present.any(0)),
         groups=tuple(group for group in _groups(present) if present[:, group].any()),
         examples=_missing(spanned, present, drawn_weights),
     )
