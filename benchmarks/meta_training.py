@@ -3,7 +3,7 @@
 import collections
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -90,6 +90,12 @@ class Snapshot(NamedTuple):
     num_gradients: int
     seconds: float
     meta_params: Any
+
+
+def least_spent(ends: Iterable[Snapshot]) -> tuple[float, int]:
+    """The fewest seconds and the fewest gradients that any run had spent at its end; zeros for no runs."""
+    ends = list(ends)
+    return min((e.seconds for e in ends), default=0.0), min((e.num_gradients for e in ends), default=0)
 
 
 def within(snapshots: Sequence[Snapshot], *, seconds: float = math.inf, num_gradients: float = math.inf) -> Snapshot:

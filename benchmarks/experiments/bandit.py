@@ -26,7 +26,7 @@ from benchmarks.experiments.bandit_methods import (
 from benchmarks.experiments.bandit_wheel import offline_tasks, uniform_regret
 from benchmarks.experiments.claims import Claim, above, show_claims
 from benchmarks.harness import Record, Session, precision
-from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, outer_step, train, within
+from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, least_spent, outer_step, train, within
 from benchmarks.tables import decimals, lay_out, milliseconds, seeds_of, wrap
 
 NAME = "bandit"
@@ -111,8 +111,7 @@ def run(session: Session) -> None:
                     regrets = of_deltas([network], seed)
                     _record(here, name, sizes, regrets * 3, time.process_time() - begin)
                     continue
-                ends = [runs[number].snapshots[-1] for runs in trained.values()]
-                least = min(end.seconds for end in ends), min(end.num_gradients for end in ends)
+                least = least_spent(runs[number].snapshots[-1] for runs in trained.values())
                 _meta_record(here, name, method, sizes, trained[name][number], least, of_deltas)
     for told in claims(session.records):
         session.record(x64=False, kind="claim", case="claims", **told)

@@ -39,7 +39,18 @@ from benchmarks.experiments.regularisation_problems import (
     told_apart,
 )
 from benchmarks.harness import Record, Session, compiling_cheaply, precision
-from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, cosine_decay, outer_step, train, within
+from benchmarks.meta_training import (
+    Budget,
+    Snapshot,
+    State,
+    Trained,
+    compiled,
+    cosine_decay,
+    least_spent,
+    outer_step,
+    train,
+    within,
+)
 from benchmarks.tables import decimals, lay_out, memory, seeds_of, wrap
 
 NAME = "regularisation"
@@ -118,8 +129,7 @@ class _Experiment:
         table = estimators(self.sizes.settings)
         trained = {name: self._trained(name, table[name]) for name in self.sizes.methods}
         for number, seed in enumerate(self.seeds):
-            ends = [runs[number].snapshots[-1] for runs in trained.values()]
-            least = (min(end.seconds for end in ends), min(end.num_gradients for end in ends))
+            least = least_spent(runs[number].snapshots[-1] for runs in trained.values())
             for name, runs in trained.items():
                 self._learned(name, seed, self.tasks[number], runs[number], least)
 

@@ -27,7 +27,18 @@ from benchmarks.experiments.sinusoids_methods import (
     methods,
 )
 from benchmarks.harness import Record, Session, cosine, flatten, precision
-from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, cosine_decay, outer_step, train, within
+from benchmarks.meta_training import (
+    Budget,
+    Snapshot,
+    State,
+    Trained,
+    compiled,
+    cosine_decay,
+    least_spent,
+    outer_step,
+    train,
+    within,
+)
 from benchmarks.tables import lay_out, milliseconds, scientific, seeds_of, wrap
 from contrastive_meta.problems import sinusoid_tasks
 
@@ -87,8 +98,7 @@ def run(session: Session) -> None:
         trained = {name: _train(session, name, method, sizes, seeds) for name, method in chosen.items()}
         tests = {name: _tester(method) for name, method in chosen.items()}
         for number, seed in enumerate(seeds):
-            ends = [runs[number].snapshots[-1] for name, runs in trained.items() if name not in CONTROLS]
-            least = (min((e.seconds for e in ends), default=0.0), min((e.num_gradients for e in ends), default=0))
+            least = least_spent(runs[number].snapshots[-1] for name, runs in trained.items() if name not in CONTROLS)
             for name, method in chosen.items():
                 at = dataclasses.replace(session, seed=seed)
                 start = method.build(jax.random.key(seed)).meta_params

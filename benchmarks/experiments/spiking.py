@@ -37,6 +37,7 @@ from benchmarks.meta_training import (
     Trained,
     compiled,
     cosine_decay,
+    least_spent,
     outer_step,
     train,
     within,
@@ -96,8 +97,7 @@ def run(session: Session) -> None:
         for method in chosen.values():
             tests.setdefault(method.program, _tester(method))
         for number, seed in enumerate(seeds):
-            ends = [runs[number].snapshots[-1] for runs in trained.values()]
-            least = (min(e.seconds for e in ends), min(e.num_gradients for e in ends))
+            least = least_spent(runs[number].snapshots[-1] for runs in trained.values())
             at = dataclasses.replace(session, seed=seed)
             for name, method in chosen.items():
                 _record(at, name, tests[method.program], scale, trained[name][number], least)

@@ -41,6 +41,7 @@ from benchmarks.meta_training import (
     Trained,
     compiled,
     cosine_decay,
+    least_spent,
     outer_step,
     train,
     within,
@@ -120,8 +121,7 @@ class _Experiment:
         """Train all, then judge them: also where each was when the one that had spent least ended."""
         trained = {name: self._train(name, method) for name, method in self.chosen.items()}
         for number, seed in enumerate(self.seeds):
-            ends = [runs[number].snapshots[-1] for runs in trained.values()]
-            least = (min((e.seconds for e in ends), default=0.0), min((e.num_gradients for e in ends), default=0))
+            least = least_spent(runs[number].snapshots[-1] for runs in trained.values())
             for name, method in self.chosen.items():
                 self.session.progress.begin(f"{self.name}: {name}: testing, seed {seed}", 1)
                 self._record(name, method, seed, trained[name][number], least)
