@@ -3,8 +3,12 @@
 `check_support` says of training tasks whether a modular one can find their modules.
 """
 
+from contrastive_meta.architectures._attention import Attended as Attended
+from contrastive_meta.architectures._attention import attention as attention
+from contrastive_meta.architectures._attention import attention_params as attention_params
 from contrastive_meta.architectures._cnn import cnn as cnn
 from contrastive_meta.architectures._cnn import cnn_params as cnn_params
+from contrastive_meta.architectures._hypernetwork import hypernetwork as hypernetwork
 from contrastive_meta.architectures._mlp import mlp as mlp
 from contrastive_meta.architectures._mlp import mlp_params as mlp_params
 from contrastive_meta.architectures._mlp import with_context as with_context

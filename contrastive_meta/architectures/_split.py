@@ -1,6 +1,6 @@
 """A network split in two: what learns each task, and what is meta-learned."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -111,7 +111,7 @@ def fast_and_slow(
       ['hidden_0/kernel', 'readout/kernel']
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(network)
-    paths = [tuple(_key_name(key) for key in path) for path, _ in leaves]
+    paths = [name_of(path) for path, _ in leaves]
     names = ["/".join(path) for path in paths]
     is_fast = [fast(path) for path in paths]
     if all(is_fast) or not any(is_fast):
@@ -137,6 +137,11 @@ def fast_and_slow(
     )
     rule = ByGroup({"slow": slow_rule, "fast": pull})
     return Architecture(problem, rule, {"slow": slow, "fast": {"anchor": anchor}}, weights)
+
+
+def name_of(path: Sequence[Any]) -> tuple[str, ...]:
+    """The keys of a leaf's path as words."""
+    return tuple(_key_name(key) for key in path)
 
 
 def _key_name(key: Any) -> str:
