@@ -234,6 +234,56 @@ def draw_alignment(students: Sequence[Record], path: Path) -> Path:
     return _save(figure, path)
 
 
+def draw_attention(records: Sequence[Record], path: Path) -> Path:
+    """R^2 on unseen combinations against the share of seen ones, and codes of the hypernetwork form."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for index, name in enumerate(dict.fromkeys(record["attention"] for record in records)):
+        of = [record for record in records if record["attention"] == name]
+        shares = sorted({record["share"] for record in of})
+        for field, line in (("unseen", "-"), ("inside", ":")):
+            values = [[record[field] for record in of if record["share"] == share] for share in shares]
+            label = name if field == "unseen" else None
+            style: dict[str, Any] = {"color": _COLOURS[index], "marker": _MARKERS[index], "linestyle": line}
+            axes[0].errorbar(
+                [100 * share for share in shares],
+                [np.mean(v) for v in values],
+                [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values],
+                capsize=3,
+                label=label,
+                **style,
+            )
+    axes[0].set_xlabel("combinations seen (%)")
+    axes[0].set_ylabel("R^2 on unseen combinations (dotted: on seen ones)")
+    axes[0].grid(alpha=0.3)
+    axes[0].legend(fontsize=9)
+    shown = next((r for r in records if r["attention"] == "hypernetwork" and r.get("codes")), None)
+    if shown:
+        components = np.array(shown["codes"]["components"], float)
+        axes[1].scatter(*components.T, c=shown["codes"]["active"], cmap="tab20", s=6)
+        axes[1].set_xlabel("first component of the code")
+        axes[1].set_ylabel("second component")
+        axes[1].set_title("queries of unseen combinations, by active conjunction", fontsize=10)
+    return _save(figure, path)
+
+
+def draw_in_context(records: Sequence[Record], path: Path) -> Path:
+    """Error on unseen pairs against error on training pairs, a point for each run; on the diagonal there is no gap."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
+    for index, case in enumerate(dict.fromkeys(record["case"] for record in records)):
+        of = [record for record in records if record["case"] == case]
+        errors = [[record[field] for record in of] for field in ("inside", "unseen")]
+        axis.loglog(*errors, _MARKERS[index], color=_COLOURS[index], label=case)
+    limits = [*axis.get_xlim(), *axis.get_ylim()]
+    axis.plot([min(limits), max(limits)], [min(limits), max(limits)], color="#999999", linewidth=1)
+    axis.set_xlabel("error on training pairs, 1 - R^2")
+    axis.set_ylabel("error on unseen pairs")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

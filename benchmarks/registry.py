@@ -16,7 +16,7 @@ from benchmarks import (
     trust,
     tuning,
 )
-from benchmarks.composition import hyperteacher
+from benchmarks.composition import attention, hyperteacher, in_context
 from benchmarks.experiments import (
     analysis,
     bandit,
@@ -86,5 +86,7 @@ BENCHMARKS = {
             hyperteacher.draw,
             main_job=False,
         ),
+        Benchmark(attention.NAME, attention.ABOUT, attention.run, attention.show, attention.draw, main_job=False),
+        Benchmark(in_context.NAME, in_context.ABOUT, in_context.run, in_context.show, in_context.draw, main_job=False),
     )
 }

@@ -22,7 +22,7 @@ from benchmarks import (
     trust,
     tuning,
 )
-from benchmarks.composition import hyperteacher
+from benchmarks.composition import attention, hyperteacher, in_context
 from benchmarks.experiments import analysis, bandit, bilevel_suite, regularisation, sinusoids, spiking, where_to_learn
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE, IMPLICIT_CG, TWICE
@@ -42,6 +42,7 @@ _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "bandit.md": (bandit,),
     "records/bilevel_suite.md": (bilevel_suite,),
     "hyperteacher.md": (hyperteacher,),
+    "attention.md": (attention, in_context),
 }
 # The four rows of README.md.
 _README_ROWS = (CONTRASTIVE, TWICE, IMPLICIT_CG, BACKPROP)

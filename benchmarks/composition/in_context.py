@@ -1,0 +1,242 @@
+"""Tasks of a hyperteacher in context: transformers with a bottleneck between inferring and executing, and without."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks import figures
+from benchmarks.composition.hyperteacher_networks import NUM_HIDDEN, NUM_OUTPUTS, network
+from benchmarks.composition.hyperteacher_supports import GROUPS, NUM_MODULES, RING, SUPPORTS, UNSEEN, draw_weights
+from benchmarks.composition.transformers import Shape, Trainer, first_params, transformer
+from benchmarks.experiments.claims import Claim, above, at_most, show_claims
+from benchmarks.harness import Record, Session, precision
+from benchmarks.tables import lay_out, scientific, seeds_of
+
+NAME = "in_context"
+ABOUT = "transformers that read a modular teacher's tasks in context, with and without a bottleneck; under 10 minutes"
+# Settings were chosen on seed 0.
+_FIRST_SEED = 1
+PLAIN, BOTTLENECK = "plain", "bottleneck"
+_RATE = 2e-3
+# Of inferred weights: the readout of a transformer starts at a tenth of the scale of its other kernels.
+_SCALE = 10.0
+# An error on unseen pairs is that of training pairs where it is no larger than this many times.
+_CLOSED = 1.5
+
+
+class Sizes(NamedTuple):
+    """How much is run.
+
+    Attributes:
+      num_inputs: of the teacher.
+      num_examples: to read, and as many to predict.
+      shape: of the transformers.
+      num_steps: of training.
+      num_tasks: in each step.
+      num_tests: tasks tested on, of each kind.
+      num_seeds: reported.
+    """
+
+    num_inputs: int = 4
+    num_examples: int = 32
+    shape: Shape = Shape(64, 4, 3)
+    num_steps: int = 2000
+    num_tasks: int = 32
+    num_tests: int = 512
+    num_seeds: int = 3
+
+
+SMOKE = Sizes(2, 6, Shape(8, 2, 2), 3, 4, 16, 1)
+FULL = Sizes(8, 96, Shape(128, 8, 4), 50_000, 128)
+
+Tasks = dict[str, jax.Array]
+
+
+def run(session: Session) -> None:
+    """Both transformers on connected and on disconnected support, on each seed."""
+    sizes = SMOKE if session.smoke else FULL if session.full else Sizes()
+    session.refuse_unknown_cases((PLAIN, BOTTLENECK))
+    with precision(x64=False):
+        for name in session.cases or (PLAIN, BOTTLENECK):
+            learner = _Learner(name, sizes)
+            for seed in session.seeds(_FIRST_SEED, sizes.num_seeds):
+                for support in (RING, GROUPS):
+                    _record(dataclasses.replace(session, seed=seed), name, support, sizes, learner)
+    for told in claims(session.records):
+        session.record(x64=False, kind="claim", case="claims", **told)
+
+
+def sampler(sizes: Sizes, num_tasks: int) -> Callable[[jax.Array, Any], Tasks]:
+    """Tasks `(key, {"teacher", "support", "scale"}) -> tasks`, each with its own inputs; examples, then queries."""
+
+    def sample(key: jax.Array, data: Any) -> Tasks:
+        of_weights, of_inputs = jax.random.split(key)
+        weights = draw_weights(of_weights, data["support"], num_tasks)
+        shape, bound = (num_tasks, 2 * sizes.num_examples, sizes.num_inputs), 3**0.5
+        x = jax.random.uniform(of_inputs, shape, minval=-bound, maxval=bound)
+        y = jax.vmap(network, (None, 0, 0))(data["teacher"], weights, x) / data["scale"]
+        return {"x": x, "y": y, "weights": weights}
+
+    return sample
+
+
+def tokens(tasks: Tasks, num_examples: int) -> jax.Array:
+    """Inputs, targets of the examples and zeros for those of queries, and whether it is a query."""
+    x = tasks["x"]
+    asked = (jnp.arange(x.shape[1]) >= num_examples)[:, None]
+    flags = jnp.broadcast_to(asked, (*x.shape[:2], 1))
+    return jnp.concatenate([x, jnp.where(asked, 0, tasks["y"]), flags], -1)
+
+
+class _Learner:
+    """One of both transformers, its training and its tests, compiled once."""
+
+    def __init__(self, name: str, sizes: Sizes) -> None:
+        self._name, self._sizes = name, sizes
+
+        def loss(params: Any, tasks: Tasks) -> jax.Array:
+            predicted, _ = self.predict(params, tasks)
+            return jnp.mean(jnp.square(predicted - tasks["y"][:, sizes.num_examples :]))
+
+        @jax.jit
+        def test(params: Any, data: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+            tasks = sampler(sizes, sizes.num_tests)(jax.random.key(17), data)
+            predicted, code = self.predict(params, tasks)
+            asked = tasks["y"][:, sizes.num_examples :]
+            unexplained = jnp.mean(jnp.square(predicted - asked)) / jnp.mean(jnp.var(asked, (0, 1)))
+            return unexplained, code, tasks["weights"]
+
+        self.test = test
+        self.trainer = Trainer(loss, sampler(sizes, sizes.num_tasks), _RATE, sizes.num_steps)
+
+    def start(self, key: jax.Array) -> dict[str, Any]:
+        """First parameters."""
+        sizes = self._sizes
+        of_transformer, of_bank = jax.random.split(key)
+        num_inputs, plain = sizes.num_inputs + NUM_OUTPUTS + 1, self._name == PLAIN
+        params = {
+            "reader": first_params(of_transformer, num_inputs, NUM_OUTPUTS if plain else NUM_MODULES, sizes.shape)
+        }
+        return params if plain else params | {"bank": modules(of_bank, sizes.num_inputs, 2 * NUM_HIDDEN)}
+
+    def predict(self, params: Any, tasks: Tasks) -> tuple[jax.Array, jax.Array]:
+        """Targets of the queries, and what tells of the task: the inferred weights, or means of outputs.
+
+        With a bottleneck one query without inputs reads the examples, and its outputs mix modules of a hypernetwork:
+        what predicts a target sees the examples through these few numbers alone.
+        """
+        number = self._sizes.num_examples
+        read = tokens(tasks, number)
+        if self._name == PLAIN:
+            outputs = transformer(params["reader"], read, number, "softmax", self._sizes.shape).outputs
+            return outputs, outputs.mean(1)
+        asks = jnp.zeros_like(read[:, :1]).at[..., -1].set(1)
+        only = jnp.concatenate([read[:, :number], asks], 1)
+        inferred = transformer(params["reader"], only, number, "softmax", self._sizes.shape).outputs[:, 0] * _SCALE
+        return jax.vmap(network, (None, 0, 0))(params["bank"], inferred, tasks["x"][:, number:]), inferred
+
+
+def modules(key: jax.Array, num_inputs: int, num_hidden: int) -> jax.Array:
+    """Random modules, N(0, 1 / inputs): shape (modules, inputs, hidden)."""
+    drawn: jax.Array = jax.random.normal(key, (NUM_MODULES, num_inputs, num_hidden)) / num_inputs**0.5
+    return drawn
+
+
+def _record(session: Session, name: str, support: str, sizes: Sizes, learner: _Learner) -> None:
+    """Train one transformer, test it, and record what came of it."""
+    of_teacher, of_student, of_run = jax.random.split(jax.random.key(session.seed), 3)
+    data = {
+        "teacher": modules(of_teacher, sizes.num_inputs, NUM_HIDDEN),
+        "support": SUPPORTS[support].to_sample(),
+        "scale": jnp.float32(1),
+    }
+    data["scale"] = jnp.std(sampler(sizes, sizes.num_tests)(jax.random.key(23), data)["y"])
+    what = f"{name}, {support}, seed {session.seed}"
+    learned = learner.trainer.train(learner.start(of_student), of_run, data, session.progress, what)
+    inside, code, weights = learner.test(learned.params, data)
+    unseen, unseen_code, unseen_weights = learner.test(learned.params, data | {"support": UNSEEN.to_sample()})
+    codes = (np.asarray(each, np.float64) for each in (code, weights, unseen_code, unseen_weights))
+    session.record(
+        x64=False, kind="transformer", case=f"{name}, {support}", network=name, support=support, sizes=sizes,
+        inside=inside, unseen=unseen, loss=learned.loss, seconds=learned.seconds, num_gradients=learned.num_gradients,
+        decodability=decodability(*codes),
+    )  # fmt: skip
+
+
+def decodability(
+    code: npt.NDArray[Any], weights: npt.NDArray[Any], unseen_code: npt.NDArray[Any], unseen_weights: npt.NDArray[Any]
+) -> float:
+    """R^2 of the weights of unseen pairs, read linearly from a code by a readout that was fitted on training pairs."""
+    readout, *_ = np.linalg.lstsq(_with_one(code), weights, rcond=None)
+    missed = np.sum((_with_one(unseen_code) @ readout - unseen_weights) ** 2)
+    return float(1 - missed / np.sum((unseen_weights - unseen_weights.mean(0)) ** 2))
+
+
+def _with_one(code: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.concatenate([code, np.ones((len(code), 1))], 1)
+
+
+def claims(records: Sequence[Record]) -> Iterator[Claim]:
+    """The plain transformer has a gap; the bottleneck closes it, given connected support; errors are 1 - R^2."""
+    rows = [r for r in records if r["kind"] == "transformer"]
+
+    def of(name: str, support: str, value: Callable[[Record], float]) -> dict[int, float]:
+        return {r["seed"]: value(r) for r in rows if (r["network"], r["support"]) == (name, support)}
+
+    def unseen(r: Record) -> float:
+        return float(r["unseen"])
+
+    def gap(r: Record) -> float:
+        return float(r["unseen"] - r["inside"])
+
+    def ratio(r: Record) -> float:
+        return float(r["unseen"] / r["inside"])
+
+    nothing = dict.fromkeys(of(PLAIN, RING, unseen), 0.0)
+    yield above("plain, ring: error on unseen pairs above training pairs", of(PLAIN, RING, gap), nothing)
+    yield above("ring: gap of plain above bottleneck", of(PLAIN, RING, gap), of(BOTTLENECK, RING, gap))
+    errors = of(PLAIN, RING, unseen), of(BOTTLENECK, RING, unseen)
+    yield above("ring: error on unseen pairs, plain above bottleneck", *errors)
+    ratios = [*of(BOTTLENECK, RING, ratio).values()]
+    yield at_most("bottleneck, ring: error on unseen over training pairs", ratios, _CLOSED)
+    errors = of(BOTTLENECK, GROUPS, unseen), of(BOTTLENECK, RING, unseen)
+    yield above("bottleneck: error on unseen pairs, groups above ring", *errors)
+
+
+def show(records: Sequence[Record]) -> str:
+    """Errors of each transformer on each support, and every claim."""
+    rows = [r for r in records if r["kind"] == "transformer"]
+    header = ["network", "support", "training", "unseen pairs", "over training", "decoded", "s", "gradients"]
+    table = []
+    for case in dict.fromkeys((r["network"], r["support"]) for r in rows):
+        of = [r for r in rows if (r["network"], r["support"]) == case]
+        table.append(
+            [
+                *case,
+                _range([r["inside"] for r in of]),
+                _range([r["unseen"] for r in of]),
+                f"{np.mean([r['unseen'] / r['inside'] for r in of]):.1f}",
+                f"{np.mean([r['decodability'] for r in of]):.3f}",
+                f"{np.mean([r['seconds'] for r in of]):.0f}",
+                f"{np.mean([r['num_gradients'] for r in of]):.0f}",
+            ]
+        )
+    title = f"Error 1 - R^2 of transformers in context, ranges over seeds [{seeds_of(rows)}]"
+    return "\n\n".join([title, lay_out(header, table, left=(0, 1)), show_claims([*claims(records)])]).rstrip()
+
+
+def draw(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Errors on training and on unseen pairs."""
+    rows = [r for r in records if r["kind"] == "transformer"]
+    return [figures.draw_in_context(rows, folder / "in_context.png")] if rows else []
+
+
+def _range(values: Sequence[float]) -> str:
+    ends = [scientific(min(values)), scientific(max(values))]
+    return ends[0] if ends[0] == ends[1] else "-".join(ends)
