@@ -8,7 +8,6 @@ import pytest
 from benchmarks import report
 from benchmarks.__main__ import main
 from benchmarks.composition import attention, fuzzy_logic, in_context
-from benchmarks.composition.hyperteacher_supports import RING, SUPPORTS
 from benchmarks.composition.transformers import Shape, Trainer, first_params, transformer
 
 LOGIC = fuzzy_logic.Logic(3, 5, 4)
@@ -98,7 +97,7 @@ def test_the_bottleneck_hides_the_examples_behind_a_few_numbers() -> None:
     sizes = in_context.SMOKE
     data = {
         "teacher": in_context.modules(jax.random.key(0), 2, 8),
-        "support": SUPPORTS[RING].to_sample(),
+        "support": in_context.SUPPORTS[in_context.CONNECTED].to_sample(),
         "scale": jnp.float64(2),
     }
     tasks = in_context.sampler(sizes, 3)(jax.random.key(1), data)
