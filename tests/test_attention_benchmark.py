@@ -80,16 +80,17 @@ def test_a_query_sees_examples_and_no_other_query() -> None:
     assert before.code.shape == (2, 2, 5, 2)
 
 
-def test_training_finds_a_line() -> None:
+def test_training_finds_lines() -> None:
     def sample(key: jax.Array, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = jax.random.normal(key, (32,))
         return x, slope * x
 
     trainer = Trainer(lambda w, t: jnp.mean((w * t[0] - t[1]) ** 2), sample, 0.1, 200)
     told = type("Quiet", (), {"begin": lambda *_: None, "tell": lambda *_: None})()
-    learned = trainer.train(jnp.float64(0), jax.random.key(0), jnp.float64(0.7), told, "a line")
+    slopes, keys = [jnp.float64(0.7), jnp.float64(-0.2)], [*jax.random.split(jax.random.key(0))]
+    learned = trainer.train([jnp.float64(0)] * 2, keys, slopes, told, "two lines")
     # The decay of weights is a small share of a step: it pulls by .03 times the rate, which falls to 0.
-    assert abs(float(learned.params) - 0.7) < 0.02
+    np.testing.assert_allclose(learned.params, slopes, atol=0.02)
     assert learned.num_gradients == 200
 
 

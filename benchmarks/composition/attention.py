@@ -65,9 +65,8 @@ def run(session: Session) -> None:
     with precision(x64=False):
         for name in session.cases or ((HYPERNETWORK,) if session.smoke else tuple(KINDS)):
             learner = _Learner(KINDS[name], sizes)
-            for seed in session.seeds(_FIRST_SEED, sizes.num_seeds):
-                for share in sizes.shares:
-                    _record(dataclasses.replace(session, seed=seed), name, share, sizes, learner)
+            for share in sizes.shares:
+                _record(session, name, share, sizes, learner)
     for told in claims(session.records):
         session.record(x64=False, kind="claim", case="claims", **told)
 
@@ -94,21 +93,26 @@ class _Learner:
 
 
 def _record(session: Session, name: str, share: float, sizes: Sizes, learner: _Learner) -> None:
-    """Train one transformer, test it, and record what came of it."""
-    division = divide(sizes.logic, share, sizes.num_unseen, session.seed)
-    seen, unseen = (division.chances(rows, sizes.logic) for rows in division)
-    of_start, of_run = jax.random.split(jax.random.key(session.seed))
-    start = first_params(of_start, sizes.logic.num_inputs, 1, sizes.shape)
-    learned = learner.trainer.train(start, of_run, seen, session.progress, f"{name}, {share:.0%}, seed {session.seed}")
-    inside, code, tasks = learner.test(learned.params, jax.random.key(17), seen)
-    outside, unseen_code, unseen_tasks = learner.test(learned.params, jax.random.key(19), unseen)
-    decoded = decode(code, tasks, unseen_code, unseen_tasks, sizes.logic)
-    session.record(
-        x64=False, kind="transformer", case=f"{name}, {share:.0%} seen", attention=name, share=share, sizes=sizes,
-        num_seen=len(division.seen), inside=inside, unseen=outside, loss=learned.loss, seconds=learned.seconds,
-        num_gradients=learned.num_gradients, decoded=decoded._asdict(),
-        codes=_shown(unseen_code, unseen_tasks) if share == max(sizes.shares) else None,
-    )  # fmt: skip
+    """Train a transformer for each seed, side by side, test them, and record what came of each."""
+    seeds = session.seeds(_FIRST_SEED, sizes.num_seeds)
+    divisions = [divide(sizes.logic, share, sizes.num_unseen, seed) for seed in seeds]
+    seen = [division.chances(division.seen, sizes.logic) for division in divisions]
+    keys = [jax.random.split(jax.random.key(seed)) for seed in seeds]
+    starts = [first_params(key[0], sizes.logic.num_inputs, 1, sizes.shape) for key in keys]
+    what = f"{name}, {share:.0%} seen"
+    learned = learner.trainer.train(starts, [key[1] for key in keys], seen, session.progress, what)
+    for at, seed in enumerate(seeds):
+        unseen = divisions[at].chances(divisions[at].unseen, sizes.logic)
+        inside, code, tasks = learner.test(learned.params[at], jax.random.key(17), seen[at])
+        outside, unseen_code, unseen_tasks = learner.test(learned.params[at], jax.random.key(19), unseen)
+        decoded = decode(code, tasks, unseen_code, unseen_tasks, sizes.logic)
+        pictured = name == HYPERNETWORK and share == max(sizes.shares) and seed == seeds[0]
+        dataclasses.replace(session, seed=seed).record(
+            x64=False, kind="transformer", case=what, attention=name, share=share, sizes=sizes,
+            num_seen=len(divisions[at].seen), inside=inside, unseen=outside, loss=learned.losses[at],
+            seconds=learned.seconds, num_gradients=learned.num_gradients, decoded=decoded._asdict(),
+            codes=_shown(unseen_code, unseen_tasks) if pictured else None,
+        )  # fmt: skip
 
 
 class Decoded(NamedTuple):

@@ -83,11 +83,10 @@ def run(session: Session) -> None:
     sizes = SMOKE if session.smoke else FULL if session.full else Sizes()
     session.refuse_unknown_cases((PLAIN, BOTTLENECK))
     with precision(x64=False):
-        for name in session.cases or (PLAIN, BOTTLENECK):
+        for name in session.cases or ((BOTTLENECK,) if session.smoke else (PLAIN, BOTTLENECK)):
             learner = _Learner(name, sizes)
-            for seed in session.seeds(_FIRST_SEED, sizes.num_seeds):
-                for support in (CONNECTED, GROUPS):
-                    _record(dataclasses.replace(session, seed=seed), name, support, sizes, learner)
+            for support in SUPPORTS:
+                _record(session, name, support, sizes, learner)
     for told in claims(session.records):
         session.record(x64=False, kind="claim", case="claims", **told)
 
@@ -183,26 +182,33 @@ def modules(key: jax.Array, num_inputs: int, num_hidden: int) -> jax.Array:
 
 
 def _record(session: Session, name: str, support: str, sizes: Sizes, learner: _Learner) -> None:
-    """Train one transformer, test it, and record what came of it."""
-    of_teacher, of_student, of_run = jax.random.split(jax.random.key(session.seed), 3)
-    data = {
-        "teacher": modules(of_teacher, sizes.num_inputs, NUM_HIDDEN),
+    """Train a transformer for each seed, side by side, test them, and record what came of each."""
+    seeds = session.seeds(_FIRST_SEED, sizes.num_seeds)
+    keys = [jax.random.split(jax.random.key(seed), 3) for seed in seeds]
+    data = [_data(key[0], support, sizes) for key in keys]
+    starts = [learner.start(key[1]) for key in keys]
+    learned = learner.trainer.train(starts, [key[2] for key in keys], data, session.progress, f"{name}, {support}")
+    for seed, params, loss, at in zip(seeds, learned.params, learned.losses, data, strict=True):
+        elsewhere = at | {"support": UNSEEN.to_sample()}
+        inside, code, weights = learner.test(params, at)
+        unseen, unseen_code, unseen_weights = learner.test(params, elsewhere)
+        executed = learner.execute(params["bank"], elsewhere) if "bank" in params else None
+        codes = (np.asarray(each, np.float64) for each in (code, weights, unseen_code, unseen_weights))
+        dataclasses.replace(session, seed=seed).record(
+            x64=False, kind="transformer", case=f"{name}, {support}", network=name, support=support, sizes=sizes,
+            inside=inside, unseen=unseen, loss=loss, seconds=learned.seconds, num_gradients=learned.num_gradients,
+            decodability=decodability(*codes), executed=executed,
+        )  # fmt: skip
+
+
+def _data(key: jax.Array, support: str, sizes: Sizes) -> dict[str, Any]:
+    """A teacher, its training tasks, and the standard deviation of what it gives there."""
+    data: dict[str, Any] = {
+        "teacher": modules(key, sizes.num_inputs, NUM_HIDDEN),
         "support": SUPPORTS[support].to_sample(),
         "scale": jnp.float32(1),
     }
-    data["scale"] = jnp.std(sampler(sizes, sizes.num_tests)(jax.random.key(23), data)["y"])
-    what = f"{name}, {support}, seed {session.seed}"
-    learned = learner.trainer.train(learner.start(of_student), of_run, data, session.progress, what)
-    inside, code, weights = learner.test(learned.params, data)
-    unseen, unseen_code, unseen_weights = learner.test(learned.params, data | {"support": UNSEEN.to_sample()})
-    bank = learned.params.get("bank")
-    executed = None if bank is None else learner.execute(bank, data | {"support": UNSEEN.to_sample()})
-    codes = (np.asarray(each, np.float64) for each in (code, weights, unseen_code, unseen_weights))
-    session.record(
-        x64=False, kind="transformer", case=f"{name}, {support}", network=name, support=support, sizes=sizes,
-        inside=inside, unseen=unseen, loss=learned.loss, seconds=learned.seconds, num_gradients=learned.num_gradients,
-        decodability=decodability(*codes), executed=executed,
-    )  # fmt: skip
+    return data | {"scale": jnp.std(sampler(sizes, sizes.num_tests)(jax.random.key(23), data)["y"])}
 
 
 def decodability(
