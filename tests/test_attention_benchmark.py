@@ -1,11 +1,13 @@
 """Fuzzy logic and tasks in context in small: tasks, divisions, decoding, and the shape of the records."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import report
 from benchmarks.__main__ import main
 from benchmarks.composition import attention, fuzzy_logic, in_context
 from benchmarks.composition.transformers import Shape, Trainer, first_params, transformer
@@ -124,4 +126,11 @@ def test_a_smoke_run_is_shown(
     shown = capsys.readouterr().out
     assert case in shown
     assert "claims that could be decided hold" in shown
-    assert (report.PACKAGE_FOLDER / "results").exists()
+    rows = [json.loads(line) for line in Path(f"results/records/{name}.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kind"] == "transformer"]
+    assert {row["seed"] for row in trained} == {1}
+    assert all(np.isfinite([row["inside"], row["unseen"], row["loss"]]).all() for row in trained)
+    told = [row for row in rows if row["kind"] == "claim"]
+    # One seed has no spread: no comparison is decided, and none has anything to compare with.
+    assert told
+    assert all(row["held"] is None for row in told if row["aim"] == 0)
