@@ -260,10 +260,13 @@ def draw_attention(records: Sequence[Record], path: Path) -> Path:
     shown = next((r for r in records if r["attention"] == "hypernetwork" and r.get("codes")), None)
     if shown:
         components = np.array(shown["codes"]["components"], float)
-        axes[1].scatter(*components.T, c=shown["codes"]["active"], cmap="tab20", s=6)
-        axes[1].set_xlabel("first component of the code")
-        axes[1].set_ylabel("second component")
-        axes[1].set_title("queries of unseen combinations, by active conjunction", fontsize=10)
+        shared = np.array(shown["codes"]["shared"], bool)
+        for index, (kept, label) in enumerate(((~shared, "another conjunction"), (shared, "the same conjunction"))):
+            axes[1].scatter(*components[kept].T, color=_COLOURS[index], s=5, alpha=0.5, label=label)
+        axes[1].set_xlabel("code along the difference of means")
+        axes[1].set_ylabel("leading component across it")
+        axes[1].set_title("queries and examples of unseen combinations", fontsize=10)
+        axes[1].legend(fontsize=9)
     return _save(figure, path)
 
 

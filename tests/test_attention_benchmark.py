@@ -27,7 +27,7 @@ def test_a_task_is_the_larger_of_two_conjunctions() -> None:
     np.testing.assert_allclose(tasks.targets, expected[:, 5:], atol=1e-5)
     np.testing.assert_allclose(tasks.tokens[:, :5, 3], expected[:, :5], atol=1e-5)
     assert np.all(tasks.tokens[:, 5:, 3] == 0)
-    np.testing.assert_array_equal(tasks.active[:, :], np.where(values[0] >= values[1], first, second)[:, 5:])
+    np.testing.assert_array_equal(tasks.active, np.where(values[0] >= values[1], first, second))
     assert {tuple(pair) for pair in np.asarray(tasks.pairs).tolist()} == {(first, second)}
 
 
@@ -56,15 +56,23 @@ def test_what_is_seen_and_what_is_not_never_meet() -> None:
 
 def test_a_code_that_tells_is_decoded_and_one_that_does_not_is_not() -> None:
     random = np.random.default_rng(0)
-    chances = jnp.full(len(LOGIC.pairs), 1 / len(LOGIC.pairs))
-    tasks = [fuzzy_logic.sampler(LOGIC, 100)(jax.random.key(k), chances) for k in (0, 1)]
-    noise = [random.normal(size=(100, 4, 5, 8)) for _ in tasks]
-    telling = [0.1 * n + np.eye(8)[np.asarray(t.active)][:, :, None] for n, t in zip(noise, tasks, strict=True)]
-    right = attention.decode(telling[0], tasks[0], telling[1], tasks[1], LOGIC)
-    assert right.accuracy == 1
-    assert right.accuracy - right.chance > 10 * right.standard_error
-    wrong = attention.decode(noise[0], tasks[0], noise[1], tasks[1], LOGIC)
-    assert wrong.accuracy < wrong.chance + 4 * wrong.standard_error
+    # Labels of unequal frequency, those of a task alike.
+    chances = np.where(random.random((2, 100, 1)) < 0.5, 0.9, 0.5)
+    labels = (random.random((2, 100, 12)) < chances).astype(int)
+    noise = random.normal(size=(2, 100, 12, 3))
+    telling = noise + 8 * labels[..., None]
+    right = attention.decode(telling[0], labels[0], telling[1], labels[1])
+    assert right.accuracy > 0.999
+    assert right.chance == 0.5
+    wrong = attention.decode(noise[0], labels[0], noise[1], labels[1])
+    assert abs(wrong.accuracy - 0.5) < 4 * wrong.standard_error
+    # What always says one label is at chance, however frequent the label is.
+    constant = attention.decode(0 * noise[0], labels[0], 0 * noise[1], labels[1])
+    assert constant.accuracy == pytest.approx(0.5)
+    # The standard error over tasks is that of a bootstrap of tasks.
+    drawn = [random.integers(0, 100, 100) for _ in range(300)]
+    accuracies = [attention.decode(noise[0], labels[0], noise[1][d], labels[1][d]).accuracy for d in drawn]
+    assert np.std(accuracies) == pytest.approx(wrong.standard_error, rel=0.2)
 
 
 def test_a_query_sees_examples_and_no_other_query() -> None:

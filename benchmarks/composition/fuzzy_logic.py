@@ -46,7 +46,7 @@ class Tasks(NamedTuple):
       tokens: examples, then queries: shape (tasks, examples and queries, inputs).
       targets: of the queries, of variance near 1: shape (tasks, queries).
       pairs: the conjunctions of each task, shape (tasks, 2).
-      active: which conjunction is the larger one at each query, shape (tasks, queries).
+      active: which conjunction is the larger one, shape (tasks, examples and queries).
     """
 
     tokens: jax.Array
@@ -72,7 +72,7 @@ def sampler(logic: Logic, num_tasks: int) -> Callable[[jax.Array, Any], Tasks]:
         columns = [(x - 0.5) * 12**0.5, jnp.where(asked, 0, y)[..., None], jnp.broadcast_to(asked, y.shape)[..., None]]
         active = jnp.take_along_axis(chosen, jnp.argmax(values, 1), 1)
         queries = slice(logic.num_examples, None)
-        return Tasks(jnp.concatenate(columns, -1), y[:, queries], chosen, active[:, queries])
+        return Tasks(jnp.concatenate(columns, -1), y[:, queries], chosen, active)
 
     return sample
 
