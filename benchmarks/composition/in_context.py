@@ -64,10 +64,10 @@ class Sizes(NamedTuple):
     """
 
     num_inputs: int = 4
-    num_examples: int = 24
+    num_examples: int = 16
     shape: Shape = Shape(64, 4, 2)
-    num_steps: int = 1500
-    num_tasks: int = 32
+    num_steps: int = 1200
+    num_tasks: int = 24
     num_tests: int = 512
     num_seeds: int = 3
 
