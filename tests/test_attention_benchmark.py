@@ -75,6 +75,18 @@ def test_a_code_that_tells_is_decoded_and_one_that_does_not_is_not() -> None:
     assert np.std(accuracies) == pytest.approx(wrong.standard_error, rel=0.2)
 
 
+def test_pairs_and_queries_keep_their_labels() -> None:
+    """Codes that spell out the labels: those of the pair, and the query's conjunction in every pair of it."""
+    chances = jnp.full(len(LOGIC.pairs), 1 / len(LOGIC.pairs))
+    tasks = fuzzy_logic.sampler(LOGIC, 60)(jax.random.key(4), chances)
+    examples, queries = tasks.active[:, :5], tasks.active[:, 5:]
+    code = jnp.stack([queries[:, :, None] == examples[:, None], jnp.repeat(queries[:, :, None], 5, 2)], -1)
+    pairs, same = attention._of_pairs(code, tasks)
+    np.testing.assert_array_equal(pairs[..., 0], same)
+    means, named = attention._of_queries(code, tasks)
+    np.testing.assert_array_equal(means[..., 1], named)
+
+
 def test_a_query_sees_examples_and_no_other_query() -> None:
     shape, random = Shape(8, 2, 2), np.random.default_rng(0)
     params = first_params(jax.random.key(0), 3, 2, shape)
