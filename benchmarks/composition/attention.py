@@ -216,16 +216,13 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
         first, last = of(name, shares[0]), of(name, shares[-1])
         if first and len(shares) > 1:
             yield above(f"{name}: R^2 on unseen combinations, {shares[-1]:.0%} above {shares[0]:.0%} seen", last, first)
-    for field, what in (
-        ("shared", "whether a query and an example share the conjunction"),
-        ("named", "the conjunction"),
-    ):
+    for field in ("shared", "named"):
         errors = [
             (r[field]["accuracy"] - r[field]["chance"]) / r[field]["standard_error"]
             for r in rows
             if r["attention"] == HYPERNETWORK and r["share"] == shares[-1] and r[field]["standard_error"]
         ]
-        text = f"{HYPERNETWORK}: {what} decoded, standard errors above chance, each seed"
+        text = f"{HYPERNETWORK}: {field} decoded, standard errors above chance, each seed"
         yield claim(text, errors, 10, all(e >= 10 for e in errors) if errors else None)
 
 
