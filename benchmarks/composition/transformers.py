@@ -14,7 +14,7 @@ from benchmarks.meta_training import cosine_decay
 from contrastive_meta.architectures import attention, attention_params
 
 Kind = Literal["softmax", "linear", "hypernetwork"]
-# Of the optimiser, as in the public code of Schug et al. (2025): decay of weights, and its norm of gradients.
+# Decay of weights, one of two in the public code of Schug et al. (2025), and the hyperteacher's norm of gradients.
 _DECAY, _CLIP = 0.03, 1.0
 # Steps over which the rate rises.
 _RISE = 100
