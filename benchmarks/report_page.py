@@ -93,4 +93,4 @@ def _figure(path: Path) -> str:
     image = base64.b64encode(path.read_bytes()).decode()
     name = html.escape(path.stem.replace("_", " "))
     source = f"data:image/png;base64,{image}"
-    return f'<figure><img alt="{name}" loading="lazy" src="{source}"><figcaption>{name}</figcaption></figure>'
+    return f'<figure><img alt="{name}" src="{source}"><figcaption>{name}</figcaption></figure>'

@@ -63,6 +63,7 @@ def test_the_committed_figures_are_those_that_the_code_draws(tmp_path: Path) -> 
     for path in doc_figures.write(tmp_path, curves, analysis):
         committed = ROOT / "docs" / "figures" / path.name
         assert committed.read_text() == path.read_text(), f"`python -m benchmarks report` remakes {committed.name}"
+        assert 'points=""' not in path.read_text(), f"{path.name} has a curve without a point"
 
 
 def test_the_ends_of_both_phases_are_the_lowest_points_of_their_curves() -> None:
