@@ -165,8 +165,9 @@ def draw(records: Sequence[Record], what: Thumbnail) -> str:
         parts.append(text(_LEFT - 12, y + 5, name[:_LETTERS], colour, anchor="end"))
         parts.append(line((x(min(numbers)), y), (x(max(numbers)), y), colour))
         parts.append(f'<circle class="{colour}" cx="{x(sum(numbers) / len(numbers)):.1f}" cy="{y:.1f}" r="5"/>')
-    parts.append(text(_LEFT, base + 18, f"{low:,.3g}", "outer", anchor="middle"))
-    parts.append(text(_RIGHT, base + 18, f"{high:,.3g}", "outer", anchor="middle"))
+    for number in (low, high):
+        told = f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+        parts.append(text(x(number), base + 18, told, "outer", anchor="middle"))
     return drawing(parts, what.axis, _WIDTH, base + 28)
 
 
