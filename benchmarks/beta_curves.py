@@ -17,12 +17,8 @@ from benchmarks.tables import lay_out, scientific, wrap
 NAME = "beta_curves"
 ABOUT = "relative error against beta for each scheme, float32 and float64, and what `automatic` chooses by itself"
 
-_REAL = {
-    "forward": cm.forward_difference,
-    "second-order forward": cm.second_order_forward,
-    "central": cm.central_difference,
-    "four-point": cm.four_point,
-}
+_ONE_SIDED = {"forward": cm.forward_difference, "second-order forward": cm.second_order_forward}
+_SYMMETRIC = {"central": cm.central_difference, "four-point": cm.four_point}
 _COMPLEX = {"complex step": cm.complex_step, "circle, 8 points": cm.circle}
 _TWICE = {"central, learner run twice": cm.central_difference}
 _CHOSEN = {"central": cm.automatic(order=2), "four-point": cm.automatic(order=4)}
@@ -31,7 +27,7 @@ _NUM_STEPS = {RIDGE.name: 300, LOGISTIC.name: 200}
 
 
 def run(session: Session) -> None:
-    """One compiled program sweeps all real schemes over all strengths; others the complex ones, and learning twice."""
+    """One compiled program for each kind of scheme sweeps all strengths, and one more learns twice."""
     betas = np.geomspace(1e-8, 1e1, 7 if session.smoke else 37)
     for x64 in (False, True) if session.x64 is None else (session.x64,):
         for case in (RIDGE,) if session.smoke else (RIDGE, LOGISTIC):
@@ -46,12 +42,23 @@ def _sweep(session: Session, case: Case, prepared: Prepared, betas: Vector, x64:
     num_steps = 20 if session.smoke else _NUM_STEPS[case.name]
     instance, learner = prepared.instance, prepared.tuning._replace(num_steps=num_steps).learner
     subject = (instance.problem, instance.meta_params, instance.task)
-    families: dict[str, dict[str, Any]] = {"real": _REAL, "twice": _TWICE, "complex": _COMPLEX}
-    learners = {"real": cm.NewtonKrylov(fall_back=False), "twice": learner, "complex": cm.NewtonKrylov()}
+    families: dict[str, dict[str, Any]] = {
+        "one-sided": _ONE_SIDED,
+        "symmetric": _SYMMETRIC,
+        "twice": _TWICE,
+        "complex": _COMPLEX,
+    }
+    phases_by_default = cm.NewtonKrylov(fall_back=False)
+    learners = {
+        "one-sided": phases_by_default,
+        "symmetric": phases_by_default,
+        "twice": learner,
+        "complex": cm.NewtonKrylov(),
+    }
     calls: dict[str, Any] = {
         kind: (_over_schemes, (_stack(schemes, betas), learner, learners[kind], *subject))
         for kind, schemes in families.items()
-        if not session.smoke or kind == "real"
+        if not session.smoke or kind == "symmetric"
     }
     for name, scheme in {} if session.smoke else _CHOSEN.items():
         estimator = cm.Contrastive(learner, scheme=scheme)
@@ -79,7 +86,7 @@ def _sweep(session: Session, case: Case, prepared: Prepared, betas: Vector, x64:
 
 
 def _stack(schemes: dict[str, Any], betas: Vector) -> cm.NudgeScheme:
-    """All schemes at all strengths as one batch: a scheme is data, so one program runs them all."""
+    """All schemes at all strengths as one batch: a scheme is data, so one program runs those with one free phase."""
     made = [make(float(beta)) for make in schemes.values() for beta in betas]
     num_phases = max(len(scheme.nudges) for scheme in made)
     padded = [_pad(scheme, num_phases) for scheme in made]
@@ -92,7 +99,7 @@ def _pad(scheme: cm.NudgeScheme, num_phases: int) -> cm.NudgeScheme:
     copies = num_phases - len(scheme.nudges) + 1
     nudges = (*scheme.nudges[:-1], *[scheme.nudges[-1]] * copies)
     weights = (*scheme.weights[:-1], *[scheme.weights[-1] / copies] * copies)
-    return cm.NudgeScheme(nudges, weights)
+    return cm.NudgeScheme(nudges, weights, free_phase=scheme.free_phase)
 
 
 def _over_schemes(
@@ -121,8 +128,8 @@ def _rows(grads: Any, index: int, count: int) -> list[Any]:
 
 
 def show(records: Sequence[Record]) -> str:
-    """For each scheme where its error is least, and what `relative` chose."""
-    header = ["problem", "precision", "scheme", "least error", "at beta", "`relative` chose", "its error"]
+    """For each scheme where its error is least, and what `automatic` chose."""
+    header = ["problem", "precision", "scheme", "least error", "at beta", "`automatic` chose", "its error"]
     rows = []
     for record in records:
         if record["kind"] != "curve":
@@ -151,10 +158,10 @@ def read(records: Sequence[Record]) -> str:
         if least and choice["error"] is not None:
             losses.append(choice["error"] / least)
     if not losses:
-        return "Too small a beta divides rounding by it, too large a one bends the answer: each curve is a U."
+        return "Too small a beta divides rounding by it, too large a one adds truncation: each curve is a U."
     return (
-        "Too small a beta divides rounding by it, too large a one bends the answer; the strength that `relative` "
-        f"measures for itself costs at most a factor {max(losses):.1f} against the best of all strengths tried, and no "
+        "Too small a beta divides rounding by it, too large a one adds truncation; the strength that `automatic` "
+        f"selects by itself costs at most a factor {max(losses):.1f} against the best of all strengths tried, and no "
         "tuning; the complex step subtracts nothing and so has no left branch."
     )
 

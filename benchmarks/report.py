@@ -12,6 +12,7 @@ from benchmarks import (
     beta_curves,
     doc_figures,
     estimators,
+    gallery,
     plasticity,
     report_page,
     scaling_steps,
@@ -87,8 +88,9 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
         page.write_text(replace_block(page.read_text(encoding="utf-8"), block), encoding="utf-8")
         print(f"numbers  {page}")
     if docs.exists():
-        flat = {name: [row for part in runs[name] for row in part] for name in (beta_curves.NAME, analysis.NAME)}
-        for path in doc_figures.write(docs / "figures", flat[beta_curves.NAME], flat[analysis.NAME]):
+        flat = {name: [row for part in runs[name] for row in part] for name in BENCHMARKS}
+        drawn_for_docs = doc_figures.write(docs / "figures", flat[beta_curves.NAME], flat[analysis.NAME])
+        for path in [*drawn_for_docs, *gallery.write(docs / "figures" / "gallery", flat)]:
             print(f"picture  {path}")
     return 0
 

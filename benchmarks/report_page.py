@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,8 +24,11 @@ nav ul { columns: 14rem; padding-left: 1.2rem } .faint { color: var(--faint); fo
 code { background: var(--box); padding: .1rem .3rem; border-radius: .2rem; overflow-wrap: anywhere }
 .scroll { overflow-x: auto; background: var(--box); border-radius: .4rem; margin: 1rem 0 }
 pre { margin: 0; padding: .8rem; font: .8rem/1.35 ui-monospace, monospace; width: max-content; min-width: 100% }
-figure { margin: 1rem 0 } figure img { width: 100%; height: auto; background: #fff; border-radius: .4rem }
+figure { margin: 1rem 0; overflow-x: auto } figure img { width: 100%; height: auto; background: #fff;
+  border-radius: .4rem }
+@media (max-width: 40rem) { figure img { width: 52rem; max-width: none } }
 """
+_CODE = re.compile("`([^`]*)`")
 
 
 def render(
@@ -62,11 +66,12 @@ def render(
 
 
 def _section(benchmark: Benchmark, runs: Sequence[Sequence[Record]], pictures: Sequence[Path]) -> str:
+    about = _CODE.sub(r"<code>\1</code>", html.escape(benchmark.about))
     tables = [f'<div class="scroll"><pre>{html.escape(benchmark.show(rows))}</pre></div>' for rows in runs]
     return "\n".join(
         [
             f'<section id="{benchmark.name}"><h2>{html.escape(benchmark.name)}</h2>',
-            f"<p>{html.escape(benchmark.about)}</p>",
+            f"<p>{about}</p>",
             f"<p>Remake: <code>python -m benchmarks run {benchmark.name}</code></p>",
             f'<p class="faint">{html.escape(_origin([row for rows in runs for row in rows]))}</p>',
             *tables,
@@ -93,4 +98,4 @@ def _figure(path: Path) -> str:
     image = base64.b64encode(path.read_bytes()).decode()
     name = html.escape(path.stem.replace("_", " "))
     source = f"data:image/png;base64,{image}"
-    return f'<figure><img alt="{name}" loading="lazy" src="{source}"><figcaption>{name}</figcaption></figure>'
+    return f'<figure><img alt="{name}" src="{source}"><figcaption>{name}</figcaption></figure>'

@@ -106,7 +106,7 @@ def test_both_precisions_have_the_same_problem(case: Case) -> None:
 def test_padding_a_scheme_changes_nothing(make: Any) -> None:
     scheme = make(0.3)
     padded = beta_curves._pad(scheme, 5)
-    assert len(padded.nudges) == 5
+    assert len(padded.nudges) == 5 and padded.free_phase == scheme.free_phase
     for power in range(4):  # what schemes contrast are powers of beta, to any order
         exact, ours = (sum(w * b**power for w, b in zip(s.weights, s.nudges, strict=True)) for s in (scheme, padded))
         assert abs(ours - exact) < 1e-14 * (1 + abs(exact)) / 0.3

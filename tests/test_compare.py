@@ -250,7 +250,7 @@ def test_a_reference_of_zero_leaves_errors_undefined_and_says_so(case: Case) -> 
 
 def test_a_doubtful_reference_says_so(case: Case) -> None:
     _, text = _reference_error(case, cm.BackpropThroughLearning(SHORT))
-    assert "It is doubtful itself: its status is FREE_NOT_CONVERGED." in text
+    assert "It may be wrong itself: its status is FREE_NOT_CONVERGED." in text
     error, text = _reference_error(case, Edited(SOLVER, float("nan")), reference="only")
     assert math.isnan(error)
     assert "It is not finite" in text

@@ -1,6 +1,8 @@
 """README and docs are in plain words: short sentences, short pages, and a textbook's terms."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ PAGES = [
     ROOT / "examples" / "README.md",
     *(page for page in sorted((ROOT / "docs").rglob("*.md")) if GENERATED not in page.parents),
 ]
+REPORTS = sorted((ROOT / "contrastive_meta" / "_report").rglob("*.py"))
 
 # Words of the old vocabulary, and the standard ones. Words with an everyday meaning as well are left out: line, place,
 # far, turn, hidden, learned, published.
@@ -103,3 +106,31 @@ def test_a_page_is_in_plain_words(page: Path) -> None:
     assert not found, "\n  ".join([f"{page.name}:", *found])
     largest = LARGEST_README if page == ROOT / "README.md" else LARGEST_PAGE
     assert len(text.encode()) <= largest, f"{page.name} has {len(text.encode())} bytes: divide it"
+
+
+def printed(source: str) -> Iterator[str]:
+    """The texts of a module that it may print: strings with a space, docstrings left out, X for what is filled in."""
+    tree = ast.parse(source)
+    with_docstrings = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, with_docstrings) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    within = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings | within:
+            yield re.sub(r"{\w+}", "X", node.value)
+
+
+def test_printed_texts_are_found() -> None:
+    source = '"""An oracle."""\nx = f"{oracle} is an oracle"\ny = "no more doubts"\nz = "{unanswered} is left"\n'
+    assert [bool(old_words(text)) for text in printed(source) if " " in text] == [True, True, False]
+
+
+@pytest.mark.parametrize("module", REPORTS, ids=lambda module: str(module.relative_to(ROOT)))
+def test_what_reports_print_is_in_plain_words(module: Path) -> None:
+    found = [word for text in printed(module.read_text()) if " " in text for word in old_words(text)]
+    assert not found, "\n  ".join([f"{module.name}:", *found])

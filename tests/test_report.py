@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import doc_figures, report, report_page
+from benchmarks import doc_figures, gallery, report, report_page
 from benchmarks.harness import COMMITTED_RECORDS
 from benchmarks.registry import BENCHMARKS
 
@@ -60,9 +60,16 @@ def test_the_committed_figures_are_those_that_the_code_draws(tmp_path: Path) -> 
     curves, analysis = (
         [row for run in report.newest_runs(records, name) for row in run] for name in ("beta_curves", "analysis")
     )
-    for path in doc_figures.write(tmp_path, curves, analysis):
-        committed = ROOT / "docs" / "figures" / path.name
+    of_gallery = {
+        name: [row for run in report.newest_runs(records, name) for row in run] for name in gallery.THUMBNAILS
+    }
+    drawn = doc_figures.write(tmp_path, curves, analysis) + gallery.write(tmp_path / "gallery", of_gallery)
+    shown = (ROOT / "docs" / "gallery.md").read_text()
+    for path in drawn:
+        committed = ROOT / "docs" / "figures" / path.relative_to(tmp_path)
+        assert path.parent.name != "gallery" or f"figures/gallery/{path.name}" in shown
         assert committed.read_text() == path.read_text(), f"`python -m benchmarks report` remakes {committed.name}"
+        assert 'points=""' not in path.read_text(), f"{path.name} has a curve without a point"
 
 
 def test_the_ends_of_both_phases_are_the_lowest_points_of_their_curves() -> None:
@@ -79,3 +86,32 @@ def test_the_ends_of_both_phases_are_the_lowest_points_of_their_curves() -> None
         ends[name] = float(x)
     outer = doc_figures.across(doc_figures.VALIDATION_TARGET)
     assert outer < ends["nudged"] < ends["inner"]
+
+
+def test_a_thumbnail_has_the_mean_and_the_range_of_its_seeds() -> None:
+    records = [
+        {"kind": "method", "case": "anchor", "error_at_equal_gradients": 0.0},
+        {"kind": "method", "case": "anchor", "error_at_equal_gradients": 4.0},
+        {"kind": "method", "case": "MAML", "error_at_equal_gradients": 1.0},
+        {"kind": "claim", "case": "claims"},
+    ]
+    drawing = gallery.draw(records, gallery.THUMBNAILS["sinusoids"])
+    anchor, maml = re.findall(r'<circle class="(\w+)" cx="([\d.]+)"', drawing)
+    ranges = re.findall(r'<line class="(\w+)" x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"', drawing)
+    low, high = map(float, ranges[0][1:])  # the axis
+    assert (anchor[0], maml[0]) == ("nudged", "inner")
+    assert abs(float(anchor[1]) - (low + high) / 2) < 0.1 and abs(float(maml[1]) - (low + (high - low) / 4)) < 0.1
+    assert ranges[1] == ("nudged", ranges[0][1], ranges[0][2]) and ranges[2][1] == ranges[2][2]
+
+
+def test_the_ladder_falls_with_the_noise_and_rises_with_truncation() -> None:
+    drawing = doc_figures.ladder_svg()
+    changes, errors = (
+        [float(y) for _, y in re.findall(r"([\d.]+),([\d.]+)", points)]
+        for points in re.findall(r'<polyline class="\w+" points="([^"]*)"', drawing)
+    )
+    # Pixels count downwards: the least change is neither the first nor the last, and its strength errs least, or a
+    # neighbour of it.
+    least = max(range(len(changes)), key=changes.__getitem__)
+    assert 0 < least < len(changes) - 1
+    assert abs(max(range(len(errors)), key=errors.__getitem__) - (least + 1)) <= 1

@@ -115,7 +115,7 @@ def _with_caveats(grad: Vector, text: str, result: MetaGradient | None) -> Refer
     if result is not None:
         status = status_of(result)
         if status != Status.CONVERGED:
-            caveats.append(f"It is doubtful itself: its status is {status.name}.")
+            caveats.append(f"It may be wrong itself: its status is {status.name}.")
         if result.unseen:
             caveats.append(f"It cannot see {', '.join(result.unseen)}, where it is zero.")
     return Reference(grad, " ".join([f"{text}.", *caveats]))

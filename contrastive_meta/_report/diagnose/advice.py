@@ -112,7 +112,7 @@ RULES = (
     Rule(
         "unlearned",
         _unlearned,
-        "Learning had not ended: going on moves `params` by {drift} of their norm and the gradient by {left} "
+        "Learning had not ended: to continue moves `params` by {drift} of their norm and the gradient by {left} "
         "({kind} error {error}); give the solver more steps.",
     ),
     Rule(
@@ -148,7 +148,7 @@ RULES = (
     Rule(
         "unanswered",
         _nudged_not_converged,
-        "The nudged phases had not ended: {unanswered} of the nudge is unanswered; give `nudged_solver` more steps.",
+        "The nudged phases had not ended: the residual is {unanswered} of the nudge; give `nudged_solver` more steps.",
     ),
     Rule(
         "truncation",
@@ -170,8 +170,8 @@ RULES = (
     Rule(
         "out of reach",
         _out_of_reach,
-        "No strength comes nearer to the reference than {least}: the phases answer for another minimum, for unfinished "
-        "learning, or for less of the meta-parameters than it does; `check` says which.",
+        "No strength comes nearer to the reference than {least}: the phases measure another minimum, unfinished "
+        "learning, or fewer of the meta-parameters than it does; `check` says which.",
     ),
     Rule("status", _other_status, "{status}"),
     Rule("nothing", lambda found: True, "Nothing to change: {kind} error {error}."),

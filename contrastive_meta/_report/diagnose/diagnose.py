@@ -178,12 +178,12 @@ def _measure_curve(subject: _Subject, result: MetaGradient, reference: Any) -> C
 
 def _resolve(subject: _Subject, reference: Any) -> tuple[Vector | None, str]:
     if reference is None:
-        return None, "as neighbouring strengths betray it (Richardson)"
+        return None, "as neighbouring strengths show it (Richardson)"
     if not isinstance(reference, MetaGradientEstimator):
         return flatten(reference), "against the gradient passed in `reference`"
     result = reference.estimate(subject.problem, subject.meta_params, subject.task, key=subject.key)
     status = status_of(result)
-    caveat = "" if status == Status.CONVERGED else f", itself doubtful: {status.name}"
+    caveat = "" if status == Status.CONVERGED else f", which may be wrong itself: {status.name}"
     return flatten(result.grad), f"against {type(reference).__name__} as passed in `reference`{caveat}"
 
 

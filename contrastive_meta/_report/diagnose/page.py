@@ -108,9 +108,8 @@ def _phases(found: Findings) -> list[str]:
     diagnostics = found.result.diagnostics
     said = (
         f"A residual is the gradient norm of the phase's own loss; rounding makes {found.noise:.1e} of it. Where the "
-        f"meta-gradient is taken the free residual is {float(diagnostics.free_residual):.1e}; of the nudge "
-        f"{share(float(diagnostics.nudged_residual))} is unanswered. What all "
-        "phases left alike cancels."
+        f"meta-gradient is taken the free residual is {float(diagnostics.free_residual):.1e}, and that of the "
+        f"nudge {share(float(diagnostics.nudged_residual))} of it. What is the same in all phases cancels."
     )
     return ["Phases: where each ended (moved: from the base point, relative to params)", *lay_out(columns, WIDTH),
             *_wrap(said)]  # fmt: skip

@@ -117,8 +117,8 @@ class HorizonReport:
         if any(row.wrong_from is not None for row in finite):
             said.append(
                 "What helps: let training come nearer to its end before the meta-parameters move (`every` as a "
-                "function of the step), phases that answer the whole nudge (`Alternating(cm.NewtonKrylov())`, or more "
-                "`num_nudged_steps`), or `value_and_meta_grad` over whole, shortened runs."
+                "function of the step), phases that solve for the whole nudge (`Alternating(cm.NewtonKrylov())`, or "
+                "more `num_nudged_steps`), or `value_and_meta_grad` over whole, shortened runs."
             )
         if self.scale_free:
             said.append(
