@@ -46,8 +46,8 @@ _DESCRIPTIONS = {
     Status.CONVERGED: "Every check passed.",
     Status.FELL_BACK: (
         "The nudged phases as they were to run failed, and others took their place and passed every check: from where "
-        "the user's learner went on to, or run by it, where the inner loss was not nearly quadratic; with the linear "
-        "nudge, where the outer loss took the minimum away. Where this is the rule, a tighter tolerance of the free "
+        "the user's learner had learned further, or run by it, where the inner loss was not nearly quadratic; with the "
+        "linear nudge, where the outer loss took the minimum away. Where this is the rule, a tighter tolerance of the free "
         "phase, `nudged_solver=` or `nudge=LinearNudge()` saves the failed attempt."
     ),
     Status.APPROXIMATE: (
@@ -66,9 +66,9 @@ _DESCRIPTIONS = {
         "with `BackpropThroughLearning`."
     ),
     Status.NUDGED_NOT_CONVERGED: (
-        "The nudged phases (or the linear solve) stopped before they answered the nudge. "
-        "Give `nudged_solver` (or the linear solver) more steps; an optimiser whose steps do not shrink, such as Adam "
-        "at a constant rate, needs a decaying schedule."
+        "The nudged phases (or the linear solve) stopped before the response to the nudge was complete. "
+        "Give `nudged_solver` (or the linear solver) more steps; an optimiser whose steps keep their size, such as "
+        "Adam at a constant rate, needs a decaying schedule."
     ),
     Status.LOST_IN_NOISE: (
         "The response to the nudge is not far above the rounding noise of the losses. "
@@ -90,7 +90,7 @@ _DESCRIPTIONS = {
         "Write the loss without it, or give the detached factor its value as part of the task."
     ),
     Status.UNBOUNDED_NUDGE: (
-        "A nudged phase ran away: the nudged loss has no minimum near the free one. "
+        "A nudged phase left the neighbourhood of the free one: the nudged loss has no minimum near the free one. "
         "Lower beta (or `displacement`), use `LinearNudge()`, or `forward_difference`; where learning itself had not "
         "settled, learn for longer first."
     ),

@@ -325,7 +325,7 @@ def _unseen(
         warnings.warn(
             f"No gradient of the outer loss reaches `params`, so {name} finds nothing that is learned through them: "
             "its meta-gradient is how the outer loss depends on meta-parameters directly, and zero where it does not. "
-            "An error rate, a rounding or `stop_gradient` has no gradient: judge by a smooth loss, such as a "
+            "An error rate, a rounding or `stop_gradient` has no gradient: take a smooth loss, such as a "
             "cross-entropy, or use `FiniteDifference` or `EvolutionStrategies`, which compare values.",
             UserWarning,
             stacklevel=4,
