@@ -37,7 +37,6 @@ from benchmarks.tuning_tables import (
     ORACLE,
     RANDOM,
     SINGLE,
-    STRONG,
     T1T2,
     UNTUNED,
     WATCHING,
@@ -104,9 +103,6 @@ _TUNERS = {
     ),
     SINGLE: _Tuner(
         lambda network, sizes: tuned(network, sizes, cm.SingleLoop()), {"score": 0.06, "class": 0.02, "decay": 0.03}, 1
-    ),
-    STRONG: _Tuner(
-        lambda network, sizes: tuned(network, sizes, cm.Alternating(beta=10.0)), {"score": 0.3, "class": 0.1}, 10
     ),
     DARTS: _Tuner(
         lambda network, sizes: estimated(network, sizes, one_step_unrolled(sizes)),

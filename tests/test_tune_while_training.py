@@ -152,7 +152,17 @@ def test_a_measured_strength_is_that_of_the_gradients() -> None:
         np.testing.assert_allclose(state.diagnostics.beta, np.divide(*np.sum(norms, axis=0)), rtol=1e-12)
     tx = tune(cm.Alternating(), optax.sgd(0.1), every=1)
     _, state = jax.jit(training_step(tx))(PARAMS, tx.init(PARAMS))
-    np.testing.assert_allclose(state.diagnostics.beta, norms[0][0] / norms[0][1], rtol=1e-12)
+    np.testing.assert_allclose(state.diagnostics.beta, 10 * norms[0][0] / norms[0][1], rtol=1e-12)
+
+
+def test_meta_gradients_are_averaged_by_multi_steps() -> None:
+    """Over three meta-steps at meta-parameters that stay. MultiSteps weighs by float32 numbers."""
+    averaged = tune(meta_optimizer=optax.MultiSteps(optax.sgd(1.0), 3), every=1)
+    summed = tune(meta_optimizer=optax.chain(optax.trace(1.0), optax.scale(0.0)), every=1)
+    moved, seen = (train(tx, 3, (PARAMS, tx.init(PARAMS)))[1] for tx in (averaged, summed))
+    wanted = jax.tree.map(lambda start, total: start - total / 3, META, seen.meta_optimizer[0].trace)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7), moved.meta_params, wanted)
+    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (moved.meta_params, META)), strict=True))
 
 
 def test_drift_of_unfinished_training_is_not_taken_for_a_nudge_without_bound() -> None:
