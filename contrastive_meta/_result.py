@@ -47,8 +47,8 @@ _DESCRIPTIONS = {
     Status.FELL_BACK: (
         "The nudged phases as they were to run failed, and others took their place and passed every check: from where "
         "the user's learner had learned further, or run by it, where the inner loss was not nearly quadratic; with the "
-        "linear nudge, where the outer loss took the minimum away. Where this is the rule, a tighter tolerance of the free "
-        "phase, `nudged_solver=` or `nudge=LinearNudge()` saves the failed attempt."
+        "linear nudge, where the outer loss took the minimum away. Where this is the rule, a tighter tolerance of the "
+        "free phase, `nudged_solver=` or `nudge=LinearNudge()` saves the failed attempt."
     ),
     Status.APPROXIMATE: (
         "The estimator is biased or noisy by construction, or its nudge is large enough to be, or its estimated error "
