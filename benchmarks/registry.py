@@ -16,7 +16,7 @@ from benchmarks import (
     trust,
     tuning,
 )
-from benchmarks.composition import hyperteacher
+from benchmarks.composition import goals, hyperteacher, modules, preferences
 from benchmarks.experiments import (
     analysis,
     bandit,
@@ -86,5 +86,10 @@ BENCHMARKS = {
             hyperteacher.draw,
             main_job=False,
         ),
+        Benchmark(
+            preferences.NAME, preferences.ABOUT, preferences.run, preferences.show, preferences.draw, main_job=False
+        ),
+        Benchmark(goals.NAME, goals.ABOUT, goals.run, goals.show, goals.draw, main_job=False),
+        Benchmark(modules.NAME, modules.ABOUT, modules.run, modules.show, modules.draw, main_job=False),
     )
 }
