@@ -22,7 +22,7 @@ from benchmarks import (
     trust,
     tuning,
 )
-from benchmarks.composition import hyperteacher
+from benchmarks.composition import goals, hyperteacher, modules, preferences
 from benchmarks.experiments import analysis, bandit, bilevel_suite, regularisation, sinusoids, spiking, where_to_learn
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE, IMPLICIT_CG, TWICE
@@ -42,6 +42,8 @@ _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "bandit.md": (bandit,),
     "records/bilevel_suite.md": (bilevel_suite,),
     "hyperteacher.md": (hyperteacher,),
+    "grid_worlds.md": (preferences, goals),
+    "modules.md": (modules,),
 }
 # The four rows of README.md.
 _README_ROWS = (CONTRASTIVE, TWICE, IMPLICIT_CG, BACKPROP)
@@ -61,8 +63,8 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
         pages[docs / "records" / "estimators.md"] = render_estimators_block(records)
     if newest_runs(records, speed.NAME):
         pages[docs / "records" / "speed.md"] = render_speed_block(records)
-    for name, modules in _SHOWN.items():
-        blocks = [render_shown_block(records, module) for module in modules if newest_runs(records, module.NAME)]
+    for name, shown in _SHOWN.items():
+        blocks = [render_shown_block(records, module) for module in shown if newest_runs(records, module.NAME)]
         if blocks:
             pages[docs / name] = "\n\n".join(blocks)
     if check:

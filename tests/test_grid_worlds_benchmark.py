@@ -97,7 +97,7 @@ def test_preferences_are_shown_by_the_best_way() -> None:
     standing = found["places"][..., None, :] == found["cell"][..., 1:, None]
     assert not (standing & (found["left"][..., 1:, None] >> np.arange(3) & 1).astype(bool)).any()
     tasks = preferences.split(shown["train"])
-    assert tasks.x_train.shape == tasks.x_val.shape == (6, 48, 9 * 20)
+    assert tasks.x_train.shape == tasks.x_val.shape == (6, 36, 9 * 20)
     assert float(preferences.loss(tasks.y_train, tasks.y_train)) == 0
     assert float(preferences.accuracy(tasks.y_train, tasks.y_train)) == 1
     assert float(preferences.accuracy(-tasks.y_train, tasks.y_train)) < 0.5

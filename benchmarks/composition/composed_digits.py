@@ -41,7 +41,8 @@ def digits(num_train: int, num_test: int, folder: Path | None) -> Digits:
     def first(x: npt.NDArray[Any], y: npt.NDArray[Any], number: int) -> npt.NDArray[np.float32]:
         chosen = np.stack([x[np.flatnonzero(y == digit)[:number]] for digit in range(_DIGITS)])
         small = chosen.reshape(_DIGITS, number, 14, 2, 14, 2).mean((3, 5)) / 255
-        return small.reshape(_DIGITS, number, -1).astype(np.float32)
+        flat: npt.NDArray[np.float32] = small.reshape(_DIGITS, number, -1).astype(np.float32)
+        return flat
 
     return Digits(first(x_train, y_train, num_train), first(x_test, y_test, num_test))
 
@@ -101,7 +102,7 @@ def learned(
         targets = {FIRST: chosen[:, 0], SECOND: chosen[:, 1], PAIR: _DIGITS * chosen[:, 0] + chosen[:, 1]}
         told = outputs(name, params, x)
         terms = [optax.softmax_cross_entropy_with_integer_labels(told[part], targets[part]).mean() for part in told]
-        return sum(terms[1:], terms[0])
+        return jnp.sum(jnp.stack(terms))
 
     def step(state: Any, key: jax.Array) -> tuple[Any, None]:
         params, memory = state

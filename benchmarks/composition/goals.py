@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from benchmarks import figures
 from benchmarks.composition import grid_learners
-from benchmarks.composition.grid_learners import ANIL, CONTRAST, HYPERNETWORK, MAML, SEEN, UNSEEN, Family, Learner
+from benchmarks.composition.grid_learners import ANIL, HYPERNETWORK, MAML, SEEN, UNSEEN, Family, Learner
 from benchmarks.composition.grid_worlds import MOVES, STAY, maze, mazes, reaching_tasks
 from benchmarks.harness import Record, Session
 from contrastive_meta.problems import SplitData
@@ -27,11 +27,12 @@ SIZE, NUM_WALLS, NUM_MAZES, NUM_KINDS, NUM_DEEDS, NUM_QUADRANTS = 5, 5, 3, 4, 2,
 _UNSEEN_SHARE = 0.25
 # Worlds of each task, half of them to learn from; steps of a demonstration.
 _NUM_WORLDS, _NUM_STEPS = 4, 8
+# Outer steps.
+_STEPS = 400
 LEARNERS = {
-    HYPERNETWORK: Learner(0.1, 1e-2, 800),
-    CONTRAST: Learner(0.05, 1e-2, 400),
-    MAML: Learner(0.3, 1e-2, 800),
-    ANIL: Learner(1.0, 1e-2, 2000),
+    HYPERNETWORK: Learner(0.1),
+    MAML: Learner(0.3),
+    ANIL: Learner(1.0),
 }
 
 
@@ -74,8 +75,8 @@ def inputs(free: jax.Array, places: jax.Array, kinds: jax.Array, cell: jax.Array
 
 def split(found: dict[str, jax.Array]) -> SplitData:
     """The first half of the worlds to learn from, the second to judge by; actions after the deed are -1."""
-    objects = [found[name][..., None, :] for name in ("free", "places", "kinds")]
-    x = inputs(*objects, found["cell"])
+    free, places, kinds = (found[name][..., None, :] for name in ("free", "places", "kinds"))
+    x = inputs(free, places, kinds, found["cell"])
     y = jnp.where(found["valid"], found["teacher"], -1)
     half, number = _NUM_WORLDS // 2, len(y)
 
@@ -111,8 +112,8 @@ def rolled_out(found: Mapping[str, Any], act: Callable[[jax.Array], int]) -> lis
     row, column = divmod(int(found["cell"][0]), SIZE)
     path = [[row, column]]
     for _ in range(_NUM_STEPS):
-        x = inputs(*(jnp.asarray(found[n]) for n in ("free", "places", "kinds")), jnp.asarray(SIZE * row + column))
-        action = act(x)
+        walls, places, kinds = (jnp.asarray(found[name]) for name in ("free", "places", "kinds"))
+        action = act(inputs(walls, places, kinds, jnp.asarray(SIZE * row + column)))
         if action >= STAY:
             break
         to = row + MOVES[action][0], column + MOVES[action][1]
@@ -130,7 +131,7 @@ def family(num_train: int = 128, num_test: int = 2) -> Family:
 
 def run(session: Session) -> None:
     """Every learner on every seed."""
-    grid_learners.run(session, family(1, 1) if session.smoke else family(), _FIRST_SEED)
+    grid_learners.run(session, family(1, 1) if session.smoke else family(), _FIRST_SEED, _STEPS)
 
 
 def show(records: Sequence[Record]) -> str:

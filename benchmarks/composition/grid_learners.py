@@ -37,14 +37,12 @@ from contrastive_meta.architectures import (
 )
 from contrastive_meta.problems import SplitData
 
-HYPERNETWORK, CONTRAST, MAML, ANIL = "hypernetwork", "hypernetwork by contrast", "MAML", "ANIL"
+HYPERNETWORK, MAML, ANIL = "hypernetwork", "MAML", "ANIL"
 RIVALS = (MAML, ANIL)
 SEEN, UNSEEN = "seen", "unseen"
 _CLIP = 1.0
 # Worlds of unseen combinations that are drawn.
 _NUM_DRAWN = 3
-# The contrast: strength of the pull of coefficients to their start, nudging strength, momentum of both phases.
-STRENGTH, BETA, MOMENTUM = 0.1, 0.1, 0.8
 
 
 class Learner(NamedTuple):
@@ -53,12 +51,10 @@ class Learner(NamedTuple):
     Attributes:
       inner_rate: of descent within a task.
       outer_rate: of Adam at first; it falls by a half cosine.
-      steps: outer steps, for about as much time as the others.
     """
 
     inner_rate: float
-    outer_rate: float
-    steps: int
+    outer_rate: float = 1e-2
 
 
 class Family(NamedTuple):
@@ -91,25 +87,23 @@ class Sizes(NamedTuple):
     Attributes:
       widths: of the hidden layers of every network.
       num_modules: of each hidden layer of the hypernetwork.
-      inner: steps within a task, and of each phase of the contrast.
+      inner: steps within a task.
       num_tasks: in a batch.
-      share: of the outer steps of each learner.
+      steps: outer ones of every learner.
       num_seeds: reported.
-      num_contrast: seeds on which the hypernetwork is also learned by contrast.
     """
 
     widths: tuple[int, ...] = (64, 64)
     num_modules: int = 8
-    inner: tuple[int, int] = (10, 20)
+    inner: int = 10
     num_tasks: int = 16
-    share: float = 1.0
+    steps: int = 400
     num_seeds: int = 3
-    num_contrast: int = 1
 
 
-SMOKE = Sizes((4,), 2, (2, 2), 2, 0.002, 1)
+SMOKE = Sizes((4,), 2, 2, 2, 2, 1)
 # Layers, modules and tasks of the publication (Schug et al. 2024).
-FULL = Sizes((64, 64, 64), 32, (10, 20), 128, 50.0, num_contrast=3)
+FULL = Sizes((64, 64, 64), 32, 10, 128, 50_000)
 
 
 def network(params: Any, x: jax.Array) -> jax.Array:
@@ -130,24 +124,12 @@ def architecture(name: str, family: Family, num_inputs: int, sizes: Sizes, key: 
         if "bank" in layer:
             # All modules take part from the start; a kernel of the mixture has the size of a module.
             layer["coefficients"] = jnp.full_like(layer["coefficients"], sizes.num_modules**-0.5)
-    strength = STRENGTH if name == CONTRAST else 0.0
-    return modular_hypernetwork(network, family.loss, params, strength, fast=("coefficients",))
+    return modular_hypernetwork(network, family.loss, params, 0.0, fast=("coefficients",))
 
 
-def estimator(name: str, learner: Learner, sizes: Sizes) -> tuple[cm.MetaGradientEstimator, cm.InnerSolver]:
-    """Where its meta-gradients come from, and how a task is learned."""
-    through, contrasted = sizes.inner
-    if name != CONTRAST:
-        descent = cm.OptaxDescent(optax.sgd(learner.inner_rate), num_steps=through)
-        return cm.BackpropThroughLearning(descent), descent
-    fast = cm.OptaxDescent(optax.sgd(learner.inner_rate, momentum=MOMENTUM), num_steps=contrasted)
-    scheme = cm.central_difference(BETA)
-    return cm.Contrastive(fast, fast, scheme, cm.LossNudge(), estimate_error=False), fast
-
-
-def run(session: Session, family: Family, first_seed: int) -> None:
-    """Every learner on every seed, on equal demonstrations; compiled once for all seeds."""
-    sizes = SMOKE if session.smoke else FULL if session.full else Sizes()
+def run(session: Session, family: Family, first_seed: int, steps: int) -> None:
+    """Every learner on every seed, on equal demonstrations and for as many steps; compiled once for all seeds."""
+    sizes = SMOKE if session.smoke else FULL if session.full else Sizes(steps=steps)
     session.refuse_unknown_cases(family.learners)
     seeds = session.seeds(first_seed, sizes.num_seeds)
     names = session.cases or tuple(family.learners)
@@ -157,11 +139,10 @@ def run(session: Session, family: Family, first_seed: int) -> None:
         programs = {name: _Program(session, name, family, sizes, data[seeds[0]]) for name in names}
         trained: dict[str, dict[int, Trained]] = {}
         for name in names:
-            kept = seeds[: sizes.num_contrast] if name == CONTRAST else seeds
-            trained[name] = {seed: programs[name].train(session, data[seed], seed) for seed in kept}
+            trained[name] = {seed: programs[name].train(session, data[seed], seed) for seed in seeds}
         for seed in seeds:
-            ends = {name: of[seed].snapshots[-1] for name, of in trained.items() if seed in of}
-            least = least_spent(end for name, end in ends.items() if name != CONTRAST)
+            ends = {name: of[seed].snapshots[-1] for name, of in trained.items()}
+            least = least_spent(ends.values())
             for name in ends:
                 at = dataclasses.replace(session, seed=seed)
                 _record(at, name, programs[name], sizes, data[seed], trained[name][seed], least)
@@ -177,19 +158,24 @@ class _Program:
     def __init__(self, session: Session, name: str, family: Family, sizes: Sizes, data: Mapping[str, Any]) -> None:
         self.name, self.family, self.sizes = name, family, sizes
         self.settings = family.learners[name]
-        few = family.split(jax.tree.map(lambda leaf: leaf[:1], data["train"]))
+        few = family.split(_at(data["train"], slice(1)))
         self._num_inputs = few.x_train.shape[-1]
-        estimate, self.learner = estimator(name, self.settings, sizes)
+        self.learner = cm.OptaxDescent(optax.sgd(self.settings.inner_rate), num_steps=sizes.inner)
         self._transformation = optax.chain(optax.clip_by_global_norm(_CLIP), optax.scale_by_adam())
         self.architecture = self.of_seed(0)
         number = len(jax.tree.leaves(data["train"])[0])
 
         def sample(key: jax.Array, pool: Any) -> Any:
             chosen = jax.random.randint(key, (sizes.num_tasks,), 0, number)
-            return family.split(jax.tree.map(lambda leaf: leaf[chosen], pool))
+            return family.split(_at(pool, chosen))
 
         step = outer_step(
-            self.architecture.problem, estimate, sample, cosine_decay(self.settings.outer_rate), self._transformation
+            self.architecture.problem,
+            cm.BackpropThroughLearning(self.learner),
+            sample,
+            cosine_decay(self.settings.outer_rate),
+            self._transformation,
+            "zero",
         )
         session.progress.begin(f"{name}: compiling", 1)
         self._program = compiled(step, self._state(0), data["train"], time.process_time)
@@ -205,7 +191,7 @@ class _Program:
 
     def train(self, session: Session, data: Mapping[str, Any], seed: int) -> Trained:
         """On one seed."""
-        budget = Budget(steps=max(2, round(self.sizes.share * self.settings.steps)), clock=time.process_time)
+        budget = Budget(steps=self.sizes.steps, clock=time.process_time)
         key, what = jax.random.fold_in(jax.random.key(seed), 1), f"{self.name}, seed {seed}"
         return train(self._program.on(data["train"]), self._state(seed), key, budget, session.progress, what)
 
@@ -244,7 +230,7 @@ def _record(
         "_at_equal_time": within([first, *trained.snapshots], seconds=least[0]),
         "_at_equal_gradients": within([first, *trained.snapshots], num_gradients=least[1]),
     }
-    scores = {}
+    scores: dict[str, float] = {}
     for when, state in states.items():
         for which in (SEEN, UNSEEN):
             error, accuracy = program.test(state.meta_params, data[which])
@@ -268,19 +254,27 @@ def _draw(
     """What the teacher and the learners do in a few worlds of unseen combinations."""
     demonstrations = jax.tree.map(np.asarray, data[UNSEEN])
     tasks = family.split(data[UNSEEN])
-    acting = jax.jit(lambda params, x: jnp.argmax(network(params, x)))
+    best = jax.jit(lambda params, x: jnp.argmax(network(params, x)))
+
+    def as_learned(params: Any) -> Callable[[jax.Array], int]:
+        return lambda x: int(best(params, x))
+
+    def as_shown(actions: Iterator[int]) -> Callable[[jax.Array], int]:
+        return lambda _: next(actions)
+
     number, half = len(tasks.x_train), len(jax.tree.leaves(demonstrations)[0][0]) // 2
     # Far from each other: neighbours may be of the same combination.
     for chosen in np.linspace(0, number - 1, _NUM_DRAWN).astype(int):
-        found = jax.tree.map(lambda leaf, at=chosen: leaf[at, half], demonstrations)
-        paths = {}
+        found, task = _at(demonstrations, (chosen, half)), _at(tasks, chosen)
+        paths = {"teacher": family.rolled_out(found, as_shown(iter(found["teacher"].tolist())))}
         for name, program in programs.items():
-            task = jax.tree.map(lambda leaf, at=chosen: leaf[at], tasks)
             params = program.adapted(trained[name].state.meta_params, task)
-            paths[name] = family.rolled_out(found, lambda x, at=params: int(acting(at, x)))
-        teacher = iter(found["teacher"].tolist())
-        paths["teacher"] = family.rolled_out(found, lambda _, rest=teacher: next(rest))
+            paths[name] = family.rolled_out(found, as_learned(params))
         session.record(x64=False, kind="world", case=f"world {chosen}", paths=paths, **family.world(found))
+
+
+def _at(tree: Any, where: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[where], tree)
 
 
 def claims(records: Sequence[Record]) -> Iterator[Claim]:

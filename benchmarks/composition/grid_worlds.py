@@ -1,5 +1,6 @@
 """Grid worlds, their teachers (value iteration, shortest paths) and what the teachers demonstrate."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,8 +135,8 @@ def collecting_tasks(
 
     def world(key: jax.Array, task: jax.Array) -> dict[str, jax.Array]:
         of_cells, of_kinds = jax.random.split(key)
-        cells = jax.random.permutation(of_cells, num_cells)[: num_objects + 1]
-        places, start = cells[:-1], cells[-1]
+        *placed, start = _cells(of_cells, jnp.ones(num_cells, bool), [True] * (num_objects + 1))
+        places = jnp.stack(placed)
         features = jax.random.randint(of_kinds, (num_objects,), 0, num_features)
         objects = collection(places, task[features], num_cells)
         values = action_values(neighbours, objects)
@@ -218,14 +219,8 @@ def reaching_tasks(
     def world(key: jax.Array, task: jax.Array) -> dict[str, jax.Array]:
         number, kind, deed, quadrant = task
         of_cells, of_kinds = jax.random.split(key)
-        order = jax.random.uniform(of_cells, of.quadrant.shape)
         within = of.quadrant == quadrant
-        left = of.free[number]
-        places = []
-        for allowed in (within, ~within, within, True, True):
-            places.append(jnp.argmax(jnp.where(left & allowed, order, -1.0)))
-            left = left.at[places[-1]].set(False)
-        *placed, start = places
+        *placed, start = _cells(of_cells, of.free[number], [within, ~within, within, True, True])
         others = (kind + jax.random.randint(of_kinds, (2,), 1, num_kinds)) % num_kinds
 
         def step(cell: jax.Array, _: None) -> tuple[jax.Array, Any]:
@@ -242,3 +237,13 @@ def reaching_tasks(
 
     keys = jax.random.split(key, (len(tasks), num_worlds))
     return jax.vmap(jax.vmap(world, (0, None)))(keys, tasks)
+
+
+def _cells(key: jax.Array, free: jax.Array, allowed: Sequence[Any]) -> list[jax.Array]:
+    """Random cells, no two the same, each a free one among those allowed to it. A sort would take long to compile."""
+    order = jax.random.uniform(key, free.shape)
+    drawn: list[jax.Array] = []
+    for mask in allowed:
+        drawn.append(jnp.argmax(jnp.where(free & mask, order, -1.0)))
+        free = free.at[drawn[-1]].set(False)
+    return drawn

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,10 +116,10 @@ def learned(of: Modes, times: Matrix, start: float) -> Matrix:
 
 
 class Weights(NamedTuple):
-    """Of a network W2 W1: `into` of shape (hidden, inputs), `out` of shape (outputs, hidden)."""
+    """Of a network W2 W1: `into` of shape (hidden, inputs), `out` of shape (outputs, hidden); or several, stacked."""
 
-    into: Matrix
-    out: Matrix
+    into: Any
+    out: Any
 
 
 def aligned(of: Modes, start: float, random: np.random.Generator) -> Weights:

@@ -17,6 +17,7 @@ from benchmarks.composition.linear_modules import (
     MODULES,
     SPLIT,
     SPLIT_OUTPUTS,
+    Matrix,
     Weights,
     aligned,
     expected_error,
@@ -102,7 +103,7 @@ def _linear(session: Session, network: str, num_bits: int, sizes: Sizes, seeds: 
     settings = [(scale, seed) for scale in sizes.scales for seed in seeds]
     reported = max(1, round(_REPORTED_SHARE * num_bits))
     steps_between = round(_DURATION / sizes.num_times / _RATE) if not session.smoke else 100
-    times = _RATE * steps_between * (1 + np.arange(sizes.num_times))
+    times: Matrix = _RATE * steps_between * (1 + np.arange(sizes.num_times))
     data = [items(num_bits, reported, scale, 1.0) for scale, _ in settings]
     difference = np.zeros(len(settings))
     for seen, told in MODULES[network]:
@@ -151,7 +152,8 @@ def _digits(session: Session, network: str, images: digits.Digits, sizes: Sizes,
     def of(seed: jax.Array, seen: jax.Array, unseen: jax.Array) -> tuple[jax.Array, jax.Array]:
         of_run, of_test = jax.random.split(jax.random.key(seed))
         params = digits.learned(network, sizes.hidden, of_run, seen, train, sizes.steps, sizes.batch)
-        return tuple(digits.accuracy(network, params, of_test, each, test) for each in (seen, unseen))
+        told = [digits.accuracy(network, params, of_test, each, test) for each in (seen, unseen)]
+        return told[0], told[1]
 
     train, test = map(jnp.asarray, images)
     inside, outside = (np.asarray(each) for each in of(jnp.asarray(list(seeds)), seen, unseen))
@@ -203,13 +205,15 @@ def show(records: Sequence[Record]) -> str:
     parts = []
     if linear:
         parts += [f"Linear modules: largest of [{seeds_of(linear)}]", lay_out(header, rows, left=(0,))]
-    cells = []
+    accuracies = []
     for name in dict.fromkeys(r["network"] for r in read):
         of = [r for r in read if r["network"] == name]
-        cells.append([name, f"{of[0]['num_weights']:,}", *(_range([r[key] for r in of]) for key in ("seen", "unseen"))])
+        accuracies.append(
+            [name, f"{of[0]['num_weights']:,}", *(_range([r[key] for r in of]) for key in ("seen", "unseen"))]
+        )
     if read:
         title = f"Digits in pairs: accuracy on new images, {read[0]['num_seen']} pairs seen [{seeds_of(read)}]"
-        parts += [title, lay_out(["network", "weights", "seen pairs", "unseen pairs"], cells, left=(0,))]
+        parts += [title, lay_out(["network", "weights", "seen pairs", "unseen pairs"], accuracies, left=(0,))]
     return "\n\n".join([*parts, show_claims([*claims(records)])]).rstrip()
 
 
