@@ -30,7 +30,7 @@ _NUM_WORLDS, _NUM_STEPS = 4, 8
 # Outer steps.
 _STEPS = 400
 LEARNERS = {
-    HYPERNETWORK: Learner(0.1),
+    HYPERNETWORK: Learner(0.1, even=True),
     MAML: Learner(0.3),
     ANIL: Learner(1.0),
 }

@@ -51,10 +51,12 @@ class Learner(NamedTuple):
     Attributes:
       inner_rate: of descent within a task.
       outer_rate: of Adam at first; it falls by a half cosine.
+      even: whether all modules take part from the start; else the first alone does (hypernetwork).
     """
 
     inner_rate: float
     outer_rate: float = 1e-2
+    even: bool = False
 
 
 class Family(NamedTuple):
@@ -121,8 +123,8 @@ def architecture(name: str, family: Family, num_inputs: int, sizes: Sizes, key: 
         return fast_head(network, family.loss, params, 0.0)
     params = with_modules(params, sizes.num_modules, of_modules)
     for layer in params.values():
-        if "bank" in layer:
-            # All modules take part from the start; a kernel of the mixture has the size of a module.
+        if "bank" in layer and family.learners[name].even:
+            # A kernel of the mixture has the size of a module.
             layer["coefficients"] = jnp.full_like(layer["coefficients"], sizes.num_modules**-0.5)
     return modular_hypernetwork(network, family.loss, params, 0.0, fast=("coefficients",))
 
