@@ -107,7 +107,10 @@ def test_preferences_are_shown_by_the_best_way() -> None:
 
 def test_goals_are_shown_by_a_shortest_path_and_the_deed() -> None:
     shown = goals.demonstrations(1, 1, 0)
-    seen, unseen = goals.combinations(np.random.default_rng(0))
+    random = np.random.default_rng(0)
+    for _ in range(goals.NUM_MAZES):
+        maze(random, goals.SIZE, goals.NUM_WALLS)
+    seen, unseen = goals.combinations(random)
     assert len(seen) == 72 and len(unseen) == 24
     found = jax.tree.map(np.asarray, shown[UNSEEN])
     for task, maze_of, kinds in zip(np.repeat(unseen, 3, 0), found["maze"], found["kinds"], strict=True):

@@ -244,6 +244,6 @@ def _cells(key: jax.Array, free: jax.Array, allowed: Sequence[Any]) -> list[jax.
     order = jax.random.uniform(key, free.shape)
     drawn: list[jax.Array] = []
     for mask in allowed:
-        drawn.append(jnp.argmax(jnp.where(free & mask, order, -1.0)))
+        drawn.append(jnp.argmax(jnp.where(free & mask, order, -1.0)).astype(jnp.int32))
         free = free.at[drawn[-1]].set(False)
     return drawn
