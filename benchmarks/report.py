@@ -231,7 +231,8 @@ def _provenance(runs: Sequence[Sequence[Record]], command: str) -> str:
     newest = max(shown, key=lambda row: str(row["date"]))
     days = sorted({str(row["date"])[:10] for row in shown})
     # Claims are of all seeds, and have none of their own.
-    by_seed = [row for row in shown if row.get("kind", "method") == "method"] or shown
+    by_seed = [row for row in shown if row.get("kind", "method") == "method"]
+    by_seed = by_seed or [row for row in shown if row["kind"] != "claim"]
     measured, environment = " to ".join(dict.fromkeys([days[0], days[-1]])), newest["environment"]
     return (
         f"Measured {measured} with jax {environment['jax']} on {environment['cpu_count']} cores of "

@@ -1,6 +1,7 @@
 """What competes on grid worlds: a modular hypernetwork, MAML and ANIL, trained, tested and compared alike."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -280,11 +281,14 @@ def _at(tree: Any, where: Any) -> Any:
 
 
 def claims(records: Sequence[Record]) -> Iterator[Claim]:
-    """The hypernetwork errs less than its rivals on unseen combinations, and no more on seen ones (logarithms)."""
+    """The hypernetwork errs less than its rivals on unseen combinations and on seen ones (logarithms).
+
+    Where the steps of one task diverge, the mean error is not finite, and counts as infinite.
+    """
     here = [r for r in records if r["kind"] == "learner"]
 
     def logs(name: str, column: str) -> dict[int, float]:
-        return {r["seed"]: float(np.log(r[column])) for r in here if r["case"] == name and r[column]}
+        return {r["seed"]: float(np.log(_finite(r[column]))) for r in here if r["case"] == name}
 
     for when in ("", "_at_equal_time", "_at_equal_gradients"):
         at = when.replace("_", " ")
@@ -292,7 +296,12 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
             for which in (UNSEEN, SEEN):
                 text = f"{rival} errs more than the hypernetwork{at}, {which} combinations"
                 column = f"error_{which}{when}"
-                yield above(text, logs(rival, column), logs(HYPERNETWORK, column))
+                with np.errstate(invalid="ignore"):
+                    yield above(text, logs(rival, column), logs(HYPERNETWORK, column))
+
+
+def _finite(error: float | None) -> float:
+    return math.inf if error is None else error
 
 
 def show(records: Sequence[Record], title: str) -> str:
@@ -314,5 +323,4 @@ def show(records: Sequence[Record], title: str) -> str:
 
 
 def _mean(records: Sequence[Record], column: str) -> str:
-    values = [r[column] for r in records if r[column] is not None]
-    return scientific(float(np.mean(values))) if values else "-"
+    return scientific(float(np.mean([_finite(r[column]) for r in records])))
