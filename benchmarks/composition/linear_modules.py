@@ -156,7 +156,8 @@ def simulated(begin: Weights, x: jax.Array, y: jax.Array, rate: float, num_times
         return jnp.sum((y - weights.out @ (weights.into @ x)) ** 2) / (2 * x.shape[1])
 
     def step(_: int, weights: Weights) -> Weights:
-        return jax.tree.map(lambda w, slope: w - rate * slope, weights, jax.grad(loss)(weights))
+        slopes = jax.grad(loss)(weights)
+        return Weights(weights.into - rate * slopes.into, weights.out - rate * slopes.out)
 
     def several(weights: Weights, _: None) -> tuple[Weights, jax.Array]:
         moved = jax.lax.fori_loop(0, steps_between, step, weights)

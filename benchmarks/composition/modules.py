@@ -103,7 +103,7 @@ def _linear(session: Session, network: str, num_bits: int, sizes: Sizes, seeds: 
     settings = [(scale, seed) for scale in sizes.scales for seed in seeds]
     reported = max(1, round(_REPORTED_SHARE * num_bits))
     steps_between = round(_DURATION / sizes.num_times / _RATE) if not session.smoke else 100
-    times: Matrix = _RATE * steps_between * (1 + np.arange(sizes.num_times))
+    times = _RATE * steps_between * np.arange(1, sizes.num_times + 1, dtype=np.float64)
     data = [items(num_bits, reported, scale, 1.0) for scale, _ in settings]
     difference = np.zeros(len(settings))
     for seen, told in MODULES[network]:
