@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.composition import goals, preferences
-from benchmarks.composition.grid_learners import SEEN, UNSEEN
+from benchmarks.composition.grid_learners import ANIL, HYPERNETWORK, SEEN, UNSEEN, claims
 from benchmarks.composition.grid_worlds import (
     DISCOUNT,
     MOVES,
@@ -138,3 +138,17 @@ def test_goals_are_shown_by_a_shortest_path_and_the_deed() -> None:
     ended = tasks.y_train < 0
     assert bool(ended.any())
     assert float(goals.loss(jnp.where(ended[..., None], 7.0, perfect), tasks.y_train)) < 1e-6
+
+
+def test_a_learner_whose_error_is_not_finite_on_a_seed_is_above_nobody() -> None:
+    errors = {(HYPERNETWORK, 1): 0.5, (HYPERNETWORK, 2): None, (ANIL, 1): 0.9, (ANIL, 2): 1.1}
+    columns = [
+        f"error_{which}{when}" for which in (SEEN, UNSEEN) for when in ("", "_at_equal_time", "_at_equal_gradients")
+    ]
+    records = [
+        {"kind": "learner", "case": name, "seed": seed, **dict.fromkeys(columns, error)}
+        for (name, seed), error in errors.items()
+    ]
+    assert {told["held"] for told in claims(records) if told["claim"].startswith(ANIL)} == {False}
+    finite = [row | dict.fromkeys(columns, row[columns[0]] or 0.6) for row in records]
+    assert {told["held"] for told in claims(finite) if told["claim"].startswith(ANIL)} == {True}
