@@ -287,6 +287,63 @@ def draw_in_context(records: Sequence[Record], path: Path) -> Path:
     return _save(figure, path)
 
 
+def draw_modules(records: Sequence[Record], path: Path) -> Path:
+    """The error of unseen items as linear networks learn, closed form dashed; and accuracies of digits in pairs."""
+    plt = _pyplot()
+    linear = [r for r in records if r["kind"] == "linear"]
+    first = min(r["seed"] for r in linear)
+    linear = [r for r in linear if r["seed"] == first and r["num_bits"] == max(r["num_bits"] for r in linear)]
+    figure, (axis, bars) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    networks = list(dict.fromkeys(r["network"] for r in linear))
+    for record in linear:
+        color = f"C{networks.index(record['network'])}"
+        style = {"lw": 3, "alpha": 0.4, "color": color}
+        label = record["network"] if record["scale"] == max(r["scale"] for r in linear) else None
+        axis.plot(record["times"], record["curve"], label=label, **style)
+        axis.plot(record["times"], record["curve_closed"], "--", lw=1, color=color)
+    axis.set(xlabel="time of gradient flow", ylabel="error on bits of unseen items", yscale="log", ylim=(1e-6, 2))
+    axis.set_title(
+        f"{linear[0]['num_bits']} bits, names scaled by "
+        + ", ".join(f"{scale:g}" for scale in sorted({r["scale"] for r in linear})),
+        fontsize=9,
+    )
+    axis.legend(fontsize=9)
+    read = [r for r in records if r["kind"] == "digits"]
+    for place, name in enumerate(dict.fromkeys(r["network"] for r in read)):
+        for shift, kind in ((-0.2, "seen"), (0.2, "unseen")):
+            values = [r[kind] for r in read if r["network"] == name]
+            color = "C7" if kind == "seen" else "C3"
+            bars.bar(place + shift, np.mean(values), 0.36, color=color, label=f"{kind} pairs" if place == 0 else None)
+            bars.plot([place + shift] * len(values), values, "k.", ms=4)
+    bars.set_xticks(range(place + 1), list(dict.fromkeys(r["network"] for r in read)))
+    bars.set(ylabel="digits read right", ylim=(0, 1.05))
+    bars.legend(fontsize=9, loc="lower right")
+    return _save(figure, path)
+
+
+def draw_worlds(records: Sequence[Record], path: Path) -> list[Path]:
+    """Grid worlds of unseen combinations, and the ways that teacher and learners take in them; none without worlds."""
+    plt = _pyplot()
+    worlds = [r for r in records if r["kind"] == "world"]
+    if not worlds:
+        return []
+    figure, axes = plt.subplots(1, len(worlds), figsize=(3.3 * len(worlds), 3.9), squeeze=False, layout="constrained")
+    for axis, world in zip(axes.flat, worlds, strict=True):
+        axis.imshow(np.array(world["walls"]), cmap="Greys", vmin=0, vmax=1.6)
+        for row, column, name in world["objects"]:
+            axis.text(column, row, name, ha="center", va="center", fontsize=9, zorder=3)
+        names = ["teacher", *(name for name in world["paths"] if name != "teacher")]
+        for number, name in enumerate(names):
+            # Ways are drawn beside each other, and a dot ends each.
+            rows, columns = np.array(world["paths"][name], float).T + 0.09 * (number - (len(names) - 1) / 2)
+            style = {"color": "k", "lw": 3} if name == "teacher" else {"color": f"C{number - 1}", "lw": 1.5}
+            axis.plot(columns, rows, label=name, alpha=0.8, zorder=2, **style)
+            axis.plot(columns[-1], rows[-1], "o", color=style["color"], ms=5)
+        axis.set(xticks=[], yticks=[])
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    return [_save(figure, path)]
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

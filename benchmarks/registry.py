@@ -16,7 +16,7 @@ from benchmarks import (
     trust,
     tuning,
 )
-from benchmarks.composition import attention, hyperteacher, in_context
+from benchmarks.composition import attention, goals, hyperteacher, in_context, modules, preferences
 from benchmarks.experiments import (
     analysis,
     bandit,
@@ -88,5 +88,10 @@ BENCHMARKS = {
         ),
         Benchmark(attention.NAME, attention.ABOUT, attention.run, attention.show, attention.draw, main_job=False),
         Benchmark(in_context.NAME, in_context.ABOUT, in_context.run, in_context.show, in_context.draw, main_job=False),
+        Benchmark(
+            preferences.NAME, preferences.ABOUT, preferences.run, preferences.show, preferences.draw, main_job=False
+        ),
+        Benchmark(goals.NAME, goals.ABOUT, goals.run, goals.show, goals.draw, main_job=False),
+        Benchmark(modules.NAME, modules.ABOUT, modules.run, modules.show, modules.draw, main_job=False),
     )
 }

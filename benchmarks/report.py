@@ -23,7 +23,7 @@ from benchmarks import (
     trust,
     tuning,
 )
-from benchmarks.composition import attention, hyperteacher, in_context
+from benchmarks.composition import attention, goals, hyperteacher, in_context, modules, preferences
 from benchmarks.experiments import analysis, bandit, bilevel_suite, regularisation, sinusoids, spiking, where_to_learn
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE, IMPLICIT_CG, TWICE
@@ -44,6 +44,8 @@ _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "records/bilevel_suite.md": (bilevel_suite,),
     "hyperteacher.md": (hyperteacher,),
     "attention.md": (attention, in_context),
+    "grid_worlds.md": (preferences, goals),
+    "modules.md": (modules,),
 }
 # The four rows of README.md.
 _README_ROWS = (CONTRASTIVE, TWICE, IMPLICIT_CG, BACKPROP)
@@ -63,8 +65,8 @@ def report(folder: Path, pictures: Path, *, check: bool) -> int:
         pages[docs / "records" / "estimators.md"] = render_estimators_block(records)
     if newest_runs(records, speed.NAME):
         pages[docs / "records" / "speed.md"] = render_speed_block(records)
-    for name, modules in _SHOWN.items():
-        blocks = [render_shown_block(records, module) for module in modules if newest_runs(records, module.NAME)]
+    for name, shown in _SHOWN.items():
+        blocks = [render_shown_block(records, module) for module in shown if newest_runs(records, module.NAME)]
         if blocks:
             pages[docs / name] = "\n\n".join(blocks)
     if check:
