@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Compare meta-gradient estimators on real data. Without a command: the main job, in about "
-        "six to eight minutes on two cores.",
+        "ten minutes on two cores.",
     )
     parser.set_defaults(
         seed=0,
