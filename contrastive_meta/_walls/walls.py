@@ -137,8 +137,8 @@ def directions(like: Params, function: Callable[[jax.Array], jax.Array]) -> Para
 def _scattered(like: jax.Array, offset: int) -> jax.Array:
     """Numbers between -1 and 1, those of the odd numbers from `2 offset + 1` on."""
     odd = 2 * (jnp.arange(like.size, dtype=jnp.uint32) + jnp.uint32(offset % 2**32)) + jnp.uint32(1)
-    turns = odd * odd * jnp.uint32(_GOLDEN)
-    signed = jax.lax.bitcast_convert_type(turns, jnp.int32).astype(jnp.real(like).dtype)
+    parts = odd * odd * jnp.uint32(_GOLDEN)
+    signed = jax.lax.bitcast_convert_type(parts, jnp.int32).astype(jnp.real(like).dtype)
     return (signed * 2.0**-31).reshape(like.shape)
 
 
