@@ -73,7 +73,7 @@ THUMBNAILS: Mapping[str, Thumbnail] = {
         _method,
         lambda row: row["accuracy"],
         "test accuracy, half of the labels wrong (right is better)",
-        ("alternating", "single loop", "alternating, beta 10"),
+        ("alternating", "single loop"),
     ),
     "regularisation": Thumbnail(
         lambda row: (row["kind"], row["case"]) == ("method", "digits and noise"),
@@ -133,6 +133,34 @@ THUMBNAILS: Mapping[str, Thumbnail] = {
         "squared error on pairs never seen (left is better)",
         ("ring by contrast", "groups by contrast"),
         log=True,
+    ),
+    "attention": Thumbnail(
+        lambda row: row["kind"] == "transformer",
+        _case,
+        lambda row: row["unseen"],
+        "R^2 on combinations never seen, fuzzy logic (right is better)",
+        (),
+    ),
+    "in_context": Thumbnail(
+        lambda row: row["kind"] == "transformer",
+        _case,
+        lambda row: row["unseen"],
+        "error on combinations never seen, in context (left is better)",
+        (),
+    ),
+    "goals": Thumbnail(
+        lambda row: row["kind"] == "learner",
+        _case,
+        lambda row: row["error_unseen"],
+        "error on combinations never seen, grid worlds (left is better)",
+        (),
+    ),
+    "modules": Thumbnail(
+        lambda row: row["kind"] == "digits",
+        lambda row: str(row["network"]),
+        lambda row: row["unseen"],
+        "accuracy on pairs of digits never seen (right is better)",
+        (),
     ),
 }
 
