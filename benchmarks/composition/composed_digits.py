@@ -11,6 +11,7 @@ import numpy.typing as npt
 import optax
 
 from benchmarks.composition.linear_modules import DENSE, SPLIT, SPLIT_OUTPUTS
+from benchmarks.data import digits as small_digits
 from benchmarks.data import images
 from contrastive_meta.architectures import mlp, mlp_params
 
@@ -34,14 +35,23 @@ class Digits(NamedTuple):
     test: npt.NDArray[np.float32]
 
 
-def digits(num_train: int, num_test: int, folder: Path | None) -> Digits:
-    """The first of MNIST's training images and test images of each digit, averaged over 2 x 2 pixels."""
-    x_train, y_train, x_test, y_test = images("mnist", folder)
+def digits(num_train: int, num_test: int, folder: Path | None, *, smoke: bool) -> Digits:
+    """The first of MNIST's training images and test images of each digit, averaged over 2 x 2 pixels.
+
+    A smoke run takes the 8 x 8 pixels that come with scikit-learn, with a margin: it needs no download.
+    """
+    if smoke:
+        split = small_digits(0, 1000, 700)
+        x_train, x_test = (np.pad(x.reshape(-1, 8, 8), ((0, 0), (3, 3), (3, 3))) for x in (split.x_train, split.x_val))
+        y_train, y_test, scale = split.y_train, split.y_val, 1.0
+    else:
+        x_train, y_train, x_test, y_test = images("mnist", folder)
+        x_train, x_test = (x.reshape(-1, 14, 2, 14, 2).mean((2, 4)) for x in (x_train, x_test))
+        scale = 255.0
 
     def first(x: npt.NDArray[Any], y: npt.NDArray[Any], number: int) -> npt.NDArray[np.float32]:
         chosen = np.stack([x[np.flatnonzero(y == digit)[:number]] for digit in range(_DIGITS)])
-        small = chosen.reshape(_DIGITS, number, 14, 2, 14, 2).mean((3, 5)) / 255
-        flat: npt.NDArray[np.float32] = small.reshape(_DIGITS, number, -1).astype(np.float32)
+        flat: npt.NDArray[np.float32] = (chosen / scale).reshape(_DIGITS, number, -1).astype(np.float32)
         return flat
 
     return Digits(first(x_train, y_train, num_train), first(x_test, y_test, num_test))

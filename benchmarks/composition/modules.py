@@ -84,7 +84,7 @@ def run(session: Session) -> None:
     sizes = SMOKE if session.smoke else FULL if session.full else Sizes()
     session.refuse_unknown_cases(NETWORKS)
     seeds = session.seeds(_FIRST_SEED, sizes.num_seeds)
-    images = digits.digits(*sizes.num_images, session.data)
+    images = digits.digits(*sizes.num_images, session.data, smoke=session.smoke)
     # Compiling takes longest: smoke runs leave out a network, and read digits by one alone.
     for network in session.cases or ((DENSE, SPLIT) if session.smoke else NETWORKS):
         with precision(x64=True):
