@@ -91,6 +91,22 @@ def images(name: str, folder: Path | None) -> tuple[npt.NDArray[Any], ...]:
         return tuple(arrays[key] for key in ("x_train", "y_train", "x_test", "y_test"))
 
 
+def resized(x: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
+    """Square images of `side` pixels each way: means of blocks of larger ones, smaller ones with a margin.
+
+    Args:
+      x: images, flat: shape (num, pixels).
+      side: of the images returned, shape (num, side, side).
+    """
+    before = round(x.shape[1] ** 0.5)
+    square = x.reshape(-1, before, before)
+    if before > side:
+        means: npt.NDArray[Any] = square.reshape(-1, side, before // side, side, before // side).mean(axis=(2, 4))
+        return means
+    margin = (side - before) // 2
+    return np.pad(square, ((0, 0), (margin, margin), (margin, margin)))
+
+
 def ijcnn1(seed: int, num_train: int, num_val: int, folder: Path | None) -> Split:
     """Time series of an engine's misfires, 22 features between -1 and 1, labels 0 and 1: of the 49,990 for training."""
     with np.load(find_file("ijcnn1.npz", folder, _DOWNLOAD.format("ijcnn1"))) as arrays:

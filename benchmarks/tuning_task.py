@@ -120,7 +120,7 @@ def load(task: Task, seed: int, folder: Path | None) -> Data:
         split = data.mnist(seed, num_seen, sizes.num_test, folder)
     else:
         split = data.digits(seed, num_seen, sizes.num_test)
-    x_seen, x_test = (_resized(x) for x in (split.x_train, split.x_val))
+    x_seen, x_test = (data.resized(x, SIDE) for x in (split.x_train, split.x_val))
     x_val, y_val = x_seen[spare:], split.y_train[spare:]
     kept = np.arange(spare) if task.ratio == 1 else _rarer(rng, split.y_train[:spare], sizes.num_train, task.ratio)
     x_train, clean = x_seen[kept], jnp.asarray(split.y_train[kept], jnp.int32)
@@ -136,16 +136,6 @@ def load(task: Task, seed: int, folder: Path | None) -> Data:
         jnp.asarray(in_turn(rng, len(kept) + np.arange(sizes.num_val), sizes.num_val_batch, sizes.num_steps)),
         key_params,
     )
-
-
-def _resized(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    side = round(x.shape[1] ** 0.5)
-    images = x.reshape(-1, side, side)
-    if side > SIDE:
-        means: npt.NDArray[Any] = images.reshape(-1, SIDE, side // SIDE, SIDE, side // SIDE).mean(axis=(2, 4))
-        return means
-    margin = (SIDE - side) // 2
-    return np.pad(images, ((0, 0), (margin, margin), (margin, margin)))
 
 
 def _rarer(rng: np.random.Generator, y: npt.NDArray[Any], num: int, ratio: float) -> npt.NDArray[Any]:

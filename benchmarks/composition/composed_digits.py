@@ -12,11 +12,12 @@ import optax
 
 from benchmarks.composition.linear_modules import DENSE, SPLIT, SPLIT_OUTPUTS
 from benchmarks.data import digits as small_digits
-from benchmarks.data import images
+from benchmarks.data import images, resized
 from contrastive_meta.architectures import mlp, mlp_params
 
 FIRST, SECOND, PAIR = "first", "second", "pair"
 _DIGITS = 10
+_SIDE = 14  # pixels
 _SIZES = {FIRST: _DIGITS, SECOND: _DIGITS, PAIR: _DIGITS**2}
 # What each module sees and reports.
 MODULES: Mapping[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
@@ -42,16 +43,15 @@ def digits(num_train: int, num_test: int, folder: Path | None, *, smoke: bool) -
     """
     if smoke:
         split = small_digits(0, 1000, 700)
-        x_train, x_test = (np.pad(x.reshape(-1, 8, 8), ((0, 0), (3, 3), (3, 3))) for x in (split.x_train, split.x_val))
-        y_train, y_test, scale = split.y_train, split.y_val, 1.0
+        x_train, y_train, x_test, y_test, scale = split.x_train, split.y_train, split.x_val, split.y_val, 1.0
     else:
         x_train, y_train, x_test, y_test = images("mnist", folder)
-        x_train, x_test = (x.reshape(-1, 14, 2, 14, 2).mean((2, 4)) for x in (x_train, x_test))
-        scale = 255.0
+        x_train, x_test, scale = x_train.reshape(len(x_train), -1), x_test.reshape(len(x_test), -1), 255.0
 
     def first(x: npt.NDArray[Any], y: npt.NDArray[Any], number: int) -> npt.NDArray[np.float32]:
-        chosen = np.stack([x[np.flatnonzero(y == digit)[:number]] for digit in range(_DIGITS)])
-        flat: npt.NDArray[np.float32] = (chosen / scale).reshape(_DIGITS, number, -1).astype(np.float32)
+        chosen = np.concatenate([x[np.flatnonzero(y == digit)[:number]] for digit in range(_DIGITS)])
+        small = resized(chosen, _SIDE) / scale
+        flat: npt.NDArray[np.float32] = small.reshape(_DIGITS, number, -1).astype(np.float32)
         return flat
 
     return Digits(first(x_train, y_train, num_train), first(x_test, y_test, num_test))
@@ -73,7 +73,7 @@ def network(name: str, hidden: tuple[int, ...], key: jax.Array) -> list[dict[str
     """First parameters of each module. Modules share the dense network's hidden units evenly."""
     of = MODULES[name]
     widths = [max(1, width // len(of)) for width in hidden]
-    num_pixels = 14 * 14
+    num_pixels = _SIDE**2
     return [
         mlp_params(k, (num_pixels * len(seen), *widths, sum(_SIZES[part] for part in reported)))
         for k, (seen, reported) in zip(jax.random.split(key, len(of)), of, strict=True)
