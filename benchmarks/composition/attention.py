@@ -13,7 +13,7 @@ import numpy.typing as npt
 from benchmarks import figures
 from benchmarks.composition.fuzzy_logic import Logic, Tasks, divide, sampler
 from benchmarks.composition.transformers import Kind, Read, Shape, Trainer, first_params, transformer
-from benchmarks.experiments.claims import Claim, above, claim, show_claims
+from benchmarks.experiments.claims import Claim, above, claim, record_claims, show_claims
 from benchmarks.harness import Record, Session, precision
 from benchmarks.tables import decimals, lay_out, seeds_of
 
@@ -67,8 +67,7 @@ def run(session: Session) -> None:
             learner = _Learner(KINDS[name], sizes)
             for share in sizes.shares:
                 _record(session, name, share, sizes, learner)
-    for told in claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **told)
+    record_claims(session, claims(session.records))
 
 
 class _Learner:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import contrastive_meta as cm
-from benchmarks.experiments.claims import Claim, above, show_claims
+from benchmarks.experiments.claims import Claim, above, record_claims, show_claims
 from benchmarks.harness import Record, Session, precision
 from benchmarks.meta_training import (
     Budget,
@@ -152,8 +152,7 @@ def run(session: Session, family: Family, first_seed: int, steps: int) -> None:
                 _record(at, name, programs[name], sizes, data[seed], trained[name][seed], least)
         at = dataclasses.replace(session, seed=seeds[0])
         _draw(at, family, programs, data[seeds[0]], {name: of[seeds[0]] for name, of in trained.items()})
-    for told in claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **told)
+    record_claims(session, claims(session.records))
 
 
 class _Program:

@@ -33,7 +33,7 @@ from benchmarks.composition.hyperteacher_supports import (
     Support,
     combinations_of,
 )
-from benchmarks.experiments.claims import Claim, at_least, at_most, claim, show_claims
+from benchmarks.experiments.claims import Claim, at_least, at_most, claim, record_claims, show_claims
 from benchmarks.harness import Record, Session, precision
 from benchmarks.meta_training import Budget, State, compiled, cosine_decay, outer_step, train
 from benchmarks.tables import lay_out, scientific, seeds_of, wrap
@@ -132,8 +132,7 @@ def run(session: Session) -> None:
                 bank, data = _student(at, name, CASES[name], sizes, programs)
                 if (CASES[name].method == CONTRAST and seed == seeds[0]) or session.smoke:
                     _check(at, name, sizes, bank, data)
-    for told in claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **told)
+    record_claims(session, claims(session.records))
 
 
 def _student(session: Session, name: str, case: Case, sizes: Sizes, programs: dict[Any, Any]) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ from benchmarks.composition.hyperteacher_networks import (
 )
 from benchmarks.composition.hyperteacher_supports import NUM_MODULES, Support, combinations_of, draw_weights
 from benchmarks.composition.transformers import Shape, Trainer, first_params, transformer
-from benchmarks.experiments.claims import Claim, above, at_most, show_claims
+from benchmarks.experiments.claims import Claim, above, at_most, record_claims, show_claims
 from benchmarks.harness import Record, Session, precision
 from benchmarks.tables import lay_out, scientific, seeds_of
 
@@ -87,8 +87,7 @@ def run(session: Session) -> None:
             learner = _Learner(name, sizes)
             for support in SUPPORTS:
                 _record(session, name, support, sizes, learner)
-    for told in claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **told)
+    record_claims(session, claims(session.records))
 
 
 def sampler(sizes: Sizes, num_tasks: int) -> Callable[[jax.Array, Any], Tasks]:

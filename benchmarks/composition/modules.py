@@ -28,7 +28,7 @@ from benchmarks.composition.linear_modules import (
     simulated,
     unseen_error,
 )
-from benchmarks.experiments.claims import Claim, above, at_least, at_most, show_claims
+from benchmarks.experiments.claims import Claim, above, at_least, at_most, record_claims, show_claims
 from benchmarks.harness import Record, Session, precision
 from benchmarks.tables import decimals, lay_out, scientific, seeds_of
 
@@ -93,8 +93,7 @@ def run(session: Session) -> None:
         if network == SPLIT or not session.smoke:
             with precision(x64=False):
                 _digits(session, network, images, sizes, seeds)
-    for told in claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **told)
+    record_claims(session, claims(session.records))
 
 
 def _linear(session: Session, network: str, num_bits: int, sizes: Sizes, seeds: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import contrastive_meta as cm
 from benchmarks import scaling_steps
 from benchmarks.experiments.analysis_problems import Analysed, build, contrast, descend, minimum
-from benchmarks.experiments.claims import Claim, claim, show_claims
+from benchmarks.experiments.claims import Claim, claim, record_claims, show_claims
 from benchmarks.harness import Record, Session, Vector, cosine, precision, relative_error
 from benchmarks.methods import BACKPROP, CONTRASTIVE, IMPLICIT_CG, TWICE
 from benchmarks.tables import lay_out, scientific, seeds_of
@@ -62,8 +62,7 @@ def run(session: Session) -> None:
                         measure(here, analysed)
     if "memory" in (session.cases or ("memory",)):
         _memory(session)
-    for told in claims(session.records):
-        session.record(x64=True, kind="claim", case="claims", **told)
+    record_claims(session, claims(session.records), x64=True)
 
 
 def _beta(session: Session, analysed: Analysed) -> None:

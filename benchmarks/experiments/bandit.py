@@ -24,7 +24,7 @@ from benchmarks.experiments.bandit_methods import (
     methods,
 )
 from benchmarks.experiments.bandit_wheel import offline_tasks, uniform_regret
-from benchmarks.experiments.claims import Claim, above, show_claims
+from benchmarks.experiments.claims import Claim, above, record_claims, show_claims
 from benchmarks.harness import Record, Session, precision
 from benchmarks.meta_training import Budget, Snapshot, State, Trained, compiled, least_spent, outer_step, train, within
 from benchmarks.tables import decimals, lay_out, milliseconds, seeds_of, wrap
@@ -113,8 +113,7 @@ def run(session: Session) -> None:
                     continue
                 least = least_spent(runs[number].snapshots[-1] for runs in trained.values())
                 _meta_record(here, name, method, sizes, trained[name][number], least, of_deltas)
-    for told in claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **told)
+    record_claims(session, claims(session.records))
 
 
 Player = Callable[[list[Any], int], list[Record]]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import contrastive_meta as cm
 from benchmarks.experiments.bilevel_suite_methods import CENTRAL, METHODS, OURS, Choice, Method
 from benchmarks.experiments.bilevel_suite_problems import CLEANING, IJCNN, PROBLEMS, QUADRATIC, Sizes, Suite
-from benchmarks.experiments.claims import Claim, above, show_claims
+from benchmarks.experiments.claims import Claim, above, record_claims, show_claims
 from benchmarks.harness import Record, Session, precision
 from benchmarks.tables import lay_out, scientific, seeds_of
 
@@ -74,8 +74,7 @@ def run(session: Session) -> None:
             for name in methods:
                 session.progress.begin(f"{problem}: {name}", 1)
                 _measure(session, problem, name, budget, suites, seeds, norms)
-    for told in claims(session.records):
-        session.record(x64=True, kind="claim", case="claims", **told)
+    record_claims(session, claims(session.records), x64=True)
 
 
 def _measure(

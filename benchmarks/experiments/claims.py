@@ -1,10 +1,11 @@
 """Comparative claims as records: held or not held beyond the spread over seeds, with the numbers that say so."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import Session
 from benchmarks.tables import lay_out
 
 Claim = dict[str, Any]
@@ -39,6 +40,12 @@ def above(text: str, firsts: Mapping[Any, float], seconds: Mapping[Any, float]) 
     differences = [firsts[seed] - seconds[seed] for seed in shared]
     held = bool(np.mean(differences) > np.std(differences, ddof=1)) if len(shared) > 1 else None
     return claim(text, differences, 0.0, held)
+
+
+def record_claims(session: Session, told: Iterable[Claim], *, x64: bool = False) -> None:
+    """Put claims among the records of a run; `x64` is the precision that they are shown with."""
+    for made in told:
+        session.record(x64=x64, kind="claim", case="claims", **made)
 
 
 def show_claims(told: Sequence[Claim]) -> str:

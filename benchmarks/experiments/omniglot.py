@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from benchmarks.experiments import omniglot_checks, omniglot_tables
+from benchmarks.experiments.claims import record_claims
 from benchmarks.experiments.omniglot_methods import (
     ALL_WEIGHTS,
     ANIL,
@@ -104,8 +105,7 @@ def run(session: Session) -> None:
     with precision(x64=False):
         for shape in sizes.shapes:
             _Experiment(session, sizes, shape, splits).run()
-    for claim in omniglot_tables.claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **claim)
+    record_claims(session, omniglot_tables.claims(session.records))
 
 
 class _Experiment:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import contrastive_meta as cm
-from benchmarks.experiments.claims import Claim, above, at_least, at_most, show_claims
+from benchmarks.experiments.claims import Claim, above, at_least, at_most, record_claims, show_claims
 from benchmarks.experiments.regularisation_methods import (
     CONTRAST,
     FIXED,
@@ -109,8 +109,7 @@ def run(session: Session) -> None:
             experiment.run()
             if number == 0:
                 experiment.memory()
-    for told in claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **told)
+    record_claims(session, claims(session.records))
 
 
 class _Experiment:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import contrastive_meta as cm
-from benchmarks.experiments.claims import Claim, above, at_least, at_most, show_claims
+from benchmarks.experiments.claims import Claim, above, at_least, at_most, record_claims, show_claims
 from benchmarks.experiments.sinusoids_methods import (
     ANCHOR,
     CONTRASTS,
@@ -105,8 +105,7 @@ def run(session: Session) -> None:
                 _record(at, name, tests[name], sizes, start, trained[name][number], least)
         if GAINS in trained:
             _check(session, chosen[GAINS], sizes, trained[GAINS][0])
-    for told in claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **told)
+    record_claims(session, claims(session.records))
 
 
 def _train(session: Session, name: str, method: Method, sizes: Sizes, seeds: Sequence[int]) -> list[Trained]:

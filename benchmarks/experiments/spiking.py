@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.experiments.claims import Claim, above, at_most, show_claims
+from benchmarks.experiments.claims import Claim, above, at_most, record_claims, show_claims
 from benchmarks.experiments.spiking_methods import (
     ANCHOR,
     CONTRASTS,
@@ -101,8 +101,7 @@ def run(session: Session) -> None:
             at = dataclasses.replace(session, seed=seed)
             for name, method in chosen.items():
                 _record(at, name, tests[method.program], scale, trained[name][number], least)
-    for claim in claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **claim)
+    record_claims(session, claims(session.records))
 
 
 def _train(

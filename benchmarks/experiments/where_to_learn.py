@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.experiments import where_to_learn_tables
+from benchmarks.experiments.claims import record_claims
 from benchmarks.experiments.omniglot_network import LAYERS, Layer
 from benchmarks.experiments.where_to_learn_methods import (
     CONTRAST,
@@ -103,8 +104,7 @@ def run(session: Session) -> None:
         for name, setting in table.items():
             here = {m: method for m, method in of[name].items() if not chosen or {name, f"{name}: {m}"} & {*chosen}}
             _Experiment(session, scale, name, setting, here).run()
-    for claim in where_to_learn_tables.claims(session.records):
-        session.record(x64=False, kind="claim", case="claims", **claim)
+    record_claims(session, where_to_learn_tables.claims(session.records))
 
 
 class _Experiment:
