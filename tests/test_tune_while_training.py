@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sklearn.datasets import load_digits
 
 import contrastive_meta as cm
 from contrastive_meta import Status, problems
@@ -152,7 +153,37 @@ def test_a_measured_strength_is_that_of_the_gradients() -> None:
         np.testing.assert_allclose(state.diagnostics.beta, np.divide(*np.sum(norms, axis=0)), rtol=1e-12)
     tx = tune(cm.Alternating(), optax.sgd(0.1), every=1)
     _, state = jax.jit(training_step(tx))(PARAMS, tx.init(PARAMS))
-    np.testing.assert_allclose(state.diagnostics.beta, 10 * norms[0][0] / norms[0][1], rtol=1e-12)
+    np.testing.assert_allclose(state.diagnostics.beta, norms[0][0] / norms[0][1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_steps", [20, 100])
+def test_the_measured_strength_leaves_little_bias_in_a_network(num_steps: int) -> None:
+    """Beside backprop through the same five steps. At ten times this strength the error after 20 steps is 370 %."""
+    images, labels = (jnp.asarray(part) for part in load_digits(return_X_y=True))
+    seen, judged_by = ((images[at] / 16, labels[at]) for at in (slice(60), slice(60, 200)))
+
+    def loss(params: Any, data: Any) -> jax.Array:
+        logits = jnp.tanh(data[0] @ params["in"]) @ params["out"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, data[1]).mean()
+
+    def decayed(params: Any, log_decay: Any, task: Any) -> jax.Array:
+        return loss(params, seen) + sum(jnp.exp(log_decay[name]) * jnp.sum(params[name] ** 2) / 2 for name in params)
+
+    keys = jax.random.split(jax.random.key(0))
+    start = {"in": jax.random.normal(keys[0], (64, 32)) / 8, "out": jax.random.normal(keys[1], (32, 10)) / 6}
+    decays, optimizer = dict.fromkeys(start, jnp.log(1e-3)), optax.sgd(0.5)
+
+    def tuned_from(params: Any) -> cm.BilevelProblem:
+        return cm.BilevelProblem(decayed, lambda params, *_: loss(params, judged_by), lambda *_: params)
+
+    settings = {"problem": tuned_from(start), "init_meta_params": decays, "every": num_steps}
+    tx = cm.tune_while_training(optimizer, meta_optimizer=optax.sgd(1.0), **settings)
+    _, state = train(tx, num_steps, (start, tx.init(start)), task=(), problem=settings["problem"])
+    then, _ = train(tx, num_steps - 1, (start, tx.init(start)), task=(), problem=settings["problem"])
+    exact = cm.BackpropThroughLearning(cm.OptaxDescent(optimizer, num_steps=5)).estimate(tuned_from(then), decays, ())
+    found = jax.tree.map(lambda before, after: before - after, decays, state.meta_params)
+    wrong_by = optax.tree.norm(optax.tree.sub(found, exact.grad)) / optax.tree.norm(exact.grad)
+    assert wrong_by < 0.3
 
 
 def test_meta_gradients_are_averaged_by_multi_steps() -> None:
