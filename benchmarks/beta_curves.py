@@ -11,7 +11,7 @@ import numpy as np
 import contrastive_meta as cm
 from benchmarks import figures
 from benchmarks.cases import LOGISTIC, RIDGE, Case, Prepared, prepare
-from benchmarks.harness import Record, Session, Vector, first_line, precision, relative_error
+from benchmarks.harness import Record, Session, Vector, compiling_cheaply, first_line, precision, relative_error
 from benchmarks.tables import lay_out, scientific, wrap
 
 NAME = "beta_curves"
@@ -33,7 +33,8 @@ def run(session: Session) -> None:
         for case in (RIDGE,) if session.smoke else (RIDGE, LOGISTIC):
             session.progress.begin(f"{case.name}: the reference", 1)
             prepared = prepare(case, session, x64)
-            with precision(x64):
+            # Nothing here is timed.
+            with precision(x64), compiling_cheaply(True):
                 _sweep(session, case, prepared, betas, x64)
 
 

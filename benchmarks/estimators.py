@@ -5,7 +5,7 @@ from typing import Any
 
 import contrastive_meta as cm
 from benchmarks.cases import CASES, MLP, RIDGE, Case, Prepared, prepare
-from benchmarks.harness import Record, Session, cosine, first_line, flatten, precision, relative_error
+from benchmarks.harness import NUM_COMPILING, Record, Session, cosine, first_line, flatten, precision, relative_error
 from benchmarks.methods import BACKPROP, CONTRASTIVE, FORWARD, IMPLICIT_CG, Method, all_methods
 from benchmarks.tables import decimals, lay_out, memory, milliseconds, scientific, wrap
 
@@ -81,6 +81,7 @@ def _row(outcome: cm.Measurement | Exception, prepared: Prepared) -> Record:
         "seconds": outcome.seconds,
         "spread": outcome.spread,
         "compile_seconds": outcome.compile_seconds,
+        "num_compiling": NUM_COMPILING,
         "temp_bytes": outcome.temp_bytes,
         **{name: value.item() for name, value in diagnostics._asdict().items() if name != "status"},
     }
@@ -97,6 +98,8 @@ def show(records: Sequence[Record]) -> str:
         vouched = "" if first["reference_converged"] else ", which did NOT converge: do not trust the errors"
         notes = [about, f"Reference: {first['reference']}{vouched}."]
         notes += [first["left_out"]] if first["left_out"] else []
+        at_a_time = max(row.get("num_compiling", 1) for row in rows)
+        notes += [f"Programs were compiled {at_a_time} at a time."] if at_a_time > 1 else []
         notes += [f"'{row['method']}' raised {row['error']}" for row in rows if "error" in row]
         blocks.append("\n".join([title, "", _table(rows), "", *(wrap(note) for note in [read(rows), *notes])]))
     return "\n\n\n".join(blocks)

@@ -33,6 +33,8 @@ PACKAGE_FOLDER = Path(__file__).resolve().parent
 COMMITTED_RECORDS = PACKAGE_FOLDER / "results"
 PICTURES = Path("results")
 DEFAULT_RECORDS = PICTURES / "records"
+# Programs that are compiled at a time: XLA keeps little more than one core busy with one of them.
+NUM_COMPILING = min(4, os.cpu_count() or 1)
 _QUIET = 10.0  # seconds between lines on a stage that tells of every step
 # They halve the time of compiling programs that run for a millisecond. XLA dies of a flag it does not know, and these
 # two are known until JAX 0.10.
@@ -58,7 +60,7 @@ def use_cheap_xla_flags() -> None:
 
 @contextlib.contextmanager
 def compiling_cheaply(wanted: bool) -> Iterator[None]:
-    """Compile without most optimisations, in a fraction of the time: for smoke runs, whose times mean nothing."""
+    """Compile without most optimisations, in a fraction of the time: where no time is measured, as in smoke runs."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", wanted or before)
     if wanted:
@@ -205,7 +207,7 @@ class Session:
         return record
 
     def measure(self, what: str, calls: Calls, repeats: int) -> dict[str, cm.Measurement | Exception]:
-        """Compile all calls, time them in turn, and let one that raises take nobody else along.
+        """Compile all calls, some at a time, time them in turn, and let one that raises take nobody else along.
 
         Args:
           what: for the progress line.
@@ -221,7 +223,7 @@ class Session:
             # An estimator that cannot see some of the meta-parameters says so in `result.unseen` as well.
             warnings.filterwarnings("ignore", message=".* cannot see the meta-parameters", category=UserWarning)
             try:
-                return dict(cm.measure_interleaved(announced, repeats))
+                return dict(cm.measure_interleaved(announced, repeats, num_compiling=NUM_COMPILING))
             except Exception:
                 return {name: _alone(call, repeats) for name, call in announced.items()}
 

@@ -183,6 +183,22 @@ def test_interleaved_calls_take_turns() -> None:
     assert "".join(order) == "abc" + 3 * "abc"
 
 
+def test_programs_compiled_at_a_time_are_those_compiled_one_by_one() -> None:
+    def power(k: int) -> Any:
+        return lambda x: x**k
+
+    calls = {f"{k}": (power(k), (jnp.arange(3.0),)) for k in range(5)}
+    together = cm.measure_interleaved(calls, repeats=1, num_compiling=3)
+    assert list(together) == list(calls)
+    for k, measurement in enumerate(together.values()):
+        np.testing.assert_array_equal(measurement.output, np.arange(3.0) ** k)
+        assert measurement.compile_seconds > 0
+    with pytest.raises(TypeError, match="cannot reshape"):
+        cm.measure_interleaved(calls | {"bad": (lambda x: x.reshape(7), (jnp.arange(3.0),))}, num_compiling=2)
+    with pytest.raises(ValueError, match="`num_compiling` must be at least 1; got 0"):
+        cm.measure_interleaved(calls, num_compiling=0)
+
+
 def test_repeats_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="`repeats` must be at least 1; got 0"):
         cm.measure(jnp.sin, 1.0, repeats=0)

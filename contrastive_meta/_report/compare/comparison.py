@@ -13,7 +13,13 @@ import numpy as np
 from contrastive_meta._estimators import MetaGradientEstimator
 from contrastive_meta._problem import BilevelProblem, MetaParams, Task, as_float_arrays
 from contrastive_meta._report import text
-from contrastive_meta._report.compare.measurement import Measurement, Prepared, check_repeats, prepare, time_interleaved
+from contrastive_meta._report.compare.measurement import (
+    Measurement,
+    Prepared,
+    check_repeats,
+    prepare_each,
+    time_interleaved,
+)
 from contrastive_meta._report.compare.reference import Reference, Subject, check_reference, resolve_reference
 from contrastive_meta._report.gradients import (
     cosine,
@@ -113,6 +119,7 @@ def compare(
     reference: Any = None,
     repeats: int = 5,
     key: jax.Array | None = None,
+    num_compiling: int = 1,
 ) -> Comparison:
     """Run estimators on one problem and set their gradients, costs and statuses side by side.
 
@@ -129,12 +136,13 @@ def compare(
         `params` has at most 2000 entries and that works; else for the first estimator that did not raise.
       repeats: timed estimates of each.
       key: as in `estimate`; the same for all.
+      num_compiling: programs that are compiled at a time; see `measure_interleaved`.
 
     Returns:
       A table to print or to export. It says what the reference is, and how doubtful.
 
     Raises:
-      ValueError: no estimators; a reference that is none of the above; `repeats` below 1.
+      ValueError: no estimators; a reference that is none of the above; `repeats` or `num_compiling` below 1.
       Exception: what the first estimator raised, if all did.
 
     Example:
@@ -160,17 +168,14 @@ def compare(
     meta_params = as_float_arrays(meta_params, "meta_params", "meta_params must be")
     check_reference(estimators, meta_params, reference)
 
-    prepared: dict[str, Prepared] = {}
-    errors: dict[str, Exception] = {}
+    calls = {name: (_estimate, (estimator, problem, meta_params, task, key)) for name, estimator in estimators.items()}
     with unseen_told_later():
-        for name, estimator in estimators.items():
-            try:
-                prepared[name] = prepare(_estimate, estimator, problem, meta_params, task, key)
-            except Exception as error:
-                errors[name] = error
+        ready = prepare_each(calls, num_compiling)
+        prepared = {name: one for name, one in ready.items() if isinstance(one, Prepared)}
+        errors = {name: one for name, one in ready.items() if isinstance(one, Exception)}
         if not prepared:
             raise_first(errors)
-        results = {name: ready.output for name, ready in prepared.items()}
+        results = {name: one.output for name, one in prepared.items()}
         against = resolve_reference(Subject(problem, estimators, results, meta_params, task, key), reference)
     measurements = time_interleaved(prepared, repeats)
 

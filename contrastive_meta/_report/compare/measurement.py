@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ class Measurement(NamedTuple):
     Attributes:
       output: what the function returned in the warm-up run.
       compile_seconds: tracing, lowering and compiling together. What JAX keeps of a function that was traced or
-        compiled before (inner `jax.jit`s, the persistent compilation cache) comes cheaper.
+        compiled before (inner `jax.jit`s, the persistent compilation cache) comes cheaper. Beside other compilations
+        (`num_compiling`) the time is longer.
       seconds: wall time of a call of the compiled function, the median over the repeats.
       spread: interquartile range of the same, in seconds; NaN for a single repeat.
       temp_bytes: temporary memory that the compiled function allocates besides arguments and outputs; None where
@@ -77,7 +79,7 @@ def measure(function: Callable[..., Any], *args: Any, repeats: int = 5) -> Measu
 
 
 def measure_interleaved(
-    calls: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], repeats: int = 5
+    calls: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], repeats: int = 5, *, num_compiling: int = 1
 ) -> dict[str, Measurement]:
     """Measure several functions in turn, round after round, so that the machine's load is the same for all.
 
@@ -86,12 +88,15 @@ def measure_interleaved(
     Args:
       calls: `{name: (function, args)}`, each as in `measure`.
       repeats: rounds, at least 1.
+      num_compiling: programs that are compiled at a time, in threads. As many as there are cores come soonest; one at a
+        time has compile times that do not depend on the others.
 
     Returns:
       `{name: measurement}`, in the order of `calls`.
 
     Raises:
-      ValueError: `repeats` below 1.
+      ValueError: `repeats` or `num_compiling` below 1.
+      Exception: what the first function that fails raises.
 
     Example:
       >>> import jax.numpy as jnp
@@ -102,7 +107,12 @@ def measure_interleaved(
       {'sum': 6.0, 'max': 3.0}
     """
     check_repeats(repeats)
-    return time_interleaved({name: prepare(function, *args) for name, (function, args) in calls.items()}, repeats)
+    prepared: dict[str, Prepared] = {}
+    for name, ready in prepare_each(calls, num_compiling).items():
+        if isinstance(ready, Exception):
+            raise ready
+        prepared[name] = ready
+    return time_interleaved(prepared, repeats)
 
 
 def check_repeats(repeats: int) -> None:
@@ -115,22 +125,72 @@ def check_repeats(repeats: int) -> None:
         raise ValueError(f"`repeats` must be at least 1; got {repeats}.")
 
 
-def prepare(function: Callable[..., Any], *args: Any) -> Prepared:
-    """Compile `function` for `args` and call it once."""
+def prepare_each(
+    calls: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], num_compiling: int = 1
+) -> dict[str, Prepared | Exception]:
+    """Compile all functions for their arguments and call each once; an exception in the place of one that raises.
+
+    Args:
+      calls: `{name: (function, args)}`.
+      num_compiling: programs that are compiled at a time. Tracing is Python's, one at a time.
+
+    Raises:
+      ValueError: `num_compiling` below 1.
+    """
+    if num_compiling < 1:
+        raise ValueError(f"`num_compiling` must be at least 1; got {num_compiling}.")
+    compiling: dict[str, Future[_Program]] = {}
+    with ThreadPoolExecutor(num_compiling) as pool:
+        for name, (function, args) in calls.items():
+            while len(busy := [future for future in compiling.values() if not future.done()]) >= num_compiling:
+                wait(busy, return_when=FIRST_COMPLETED)
+            compiling[name] = _submit(pool, function, args)
+    return {name: _warmed_up(future) for name, future in compiling.items()}
+
+
+class _Program(NamedTuple):
+    """A compiled function, its arguments, and the seconds that it took to get there."""
+
+    compiled: Any
+    args: Any
+    seconds: float
+
+
+def _submit(pool: ThreadPoolExecutor, function: Callable[..., Any], args: Sequence[Any]) -> "Future[_Program]":
+    """Trace and lower here, where the caller's settings of JAX hold, and compile in a thread of the pool."""
 
     # A function of its own: JAX would hand out the program of a function that it compiled before in no time.
     def fresh(*args: Any) -> Any:
         return function(*args)
 
-    on_device = jax.device_put(args)
+    on_device = jax.device_put(tuple(args))
     start = time.perf_counter()
-    compiled = jax.jit(fresh).lower(*on_device).compile()
-    compile_seconds = time.perf_counter() - start
+    try:
+        lowered = jax.jit(fresh).lower(*on_device)
+    except Exception as error:
+        failed: Future[_Program] = Future()
+        failed.set_exception(error)
+        return failed
+    seconds = time.perf_counter() - start
 
-    def call() -> Any:
-        return jax.block_until_ready(compiled(*on_device))
+    def compile_it() -> _Program:
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        return _Program(compiled, on_device, seconds + time.perf_counter() - start)
 
-    return Prepared(call, call(), compile_seconds, _temp_bytes(compiled))
+    return pool.submit(compile_it)
+
+
+def _warmed_up(future: "Future[_Program]") -> Prepared | Exception:
+    try:
+        program = future.result()
+
+        def call() -> Any:
+            return jax.block_until_ready(program.compiled(*program.args))
+
+        return Prepared(call, call(), program.seconds, _temp_bytes(program.compiled))
+    except Exception as error:
+        return error
 
 
 def time_interleaved(prepared: Mapping[str, Prepared], repeats: int) -> dict[str, Measurement]:
