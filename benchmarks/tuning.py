@@ -28,6 +28,7 @@ from benchmarks.tuning_methods import (
 )
 from benchmarks.tuning_tables import (
     ALTERNATING,
+    AUGMENTATION,
     BOTH,
     CLEAN,
     DARTS,
@@ -45,6 +46,7 @@ from benchmarks.tuning_tables import (
 )
 from benchmarks.tuning_task import (
     CERTAIN,
+    SHIFTED,
     Data,
     Sizes,
     Task,
@@ -72,17 +74,21 @@ NUM_TIMED = 5  # runs, watched and not
 CHOSEN_ON = (100, 101)
 
 _DENSE = Sizes(num_train=1000, num_val=100, num_test=690, batch_size=200, num_val_batch=100, num_steps=600)
+_FEW = Sizes(num_train=200, num_val=200, num_test=1000, batch_size=100, num_val_batch=100, num_steps=600)
 _CONV = Sizes(num_train=500, num_val=250, num_test=1000, num_steps=400)
 # A hundred times off the grid's best decay of the chosen seeds either way, but within the grid.
 _OFF = (("low start", {"decay": 1e-5}), ("high start", {"decay": 1e-1}))
 _DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _PENALTIES = (("decay", _DECAYS), ("smoothing", (0.0, 0.05, 0.1, 0.2)))
+# Pixels sideways; and how many times as far down, the first for the grid of five, which knows no direction.
+_SHIFTS = (("shift", (0.1, 0.3, 0.6, 1.0, 2.0)), ("aspect", (1.0, 0.03, 0.3, 3.0)))
 _POWERS = (("power", (0.0, 0.25, 0.5, 0.75, 1.0)), ("decay", (1e-4, 1e-5, 1e-3, 1e-2)))
 TASKS = (
     Task("MNIST 40 % wrong", "dense", _DENSE, noise=0.4),
     Task("MNIST 50 % wrong", "dense", _DENSE, noise=0.5),
     Task("digits 50 % wrong", "dense", _DENSE, source="digits", noise=0.5),
     Task("MNIST imbalanced", "dense", _DENSE, ratio=1 / 50, tuned=("class",), axes=_POWERS),
+    Task(AUGMENTATION, SHIFTED, _FEW, source="digits", moved=1.0, tuned=("shift",), axes=_SHIFTS),
     Task("CNN", "conv", _CONV, tuned=("decay", "smoothing"), starts=_OFF, axes=_PENALTIES),
     Task("CNN with batch norm", "conv, normalised", _CONV, tuned=("decay", "smoothing"), starts=_OFF, axes=_PENALTIES),
 )
@@ -212,6 +218,7 @@ def _run_seed(session: Session, task: Task, programs: _Programs, *, search: bool
             num_failed=trained.failed,
             statuses={status.name: trained.statuses[status] for status in cm.Status if trained.statuses[status]},
             paths=trained.paths if method in _TUNERS and "decay" in task.tuned else None,
+            shifts=np.exp(trained.paths["shift"][-1]) if "shift" in task.tuned else None,
             weights=_weights(trained, here) if method in _TUNERS and "score" in task.tuned else None,
         )
 

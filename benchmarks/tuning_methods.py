@@ -26,7 +26,7 @@ class Trained(NamedTuple):
       num_tuning: gradients spent on tuning, as estimators count them, Hessian products included.
       failed: meta-steps whose status was a failure.
       statuses: numbers of meta-steps by status.
-      paths: decays and smoothing in use after each twentieth of the run.
+      paths: decays, smoothing and shifts in use after each twentieth of the run.
       scores: of the examples at the end.
     """
 
@@ -80,7 +80,7 @@ def _finished(
     def some(carry: Any, numbers: Any) -> tuple[Any, Any]:
         carry, _ = jax.lax.scan(lambda c, k: (step(c, k), None), carry, numbers)
         hyper = _at(run, read(carry)[1])
-        return carry, {"decay": hyper["decay"], "smoothing": hyper["smoothing"]}
+        return carry, {name: hyper[name] for name in ("decay", "smoothing", "shift") if name in hyper}
 
     carry, paths = jax.lax.scan(some, carry, jnp.arange(sizes.num_steps).reshape(NUM_LOOKS, -1))
     params, deviations, counts = read(carry)
@@ -100,7 +100,7 @@ def _finished(
 
 def _at(run: Run, deviations: Any) -> Any:
     nothing = jnp.zeros((0,))
-    return in_use(deviations, Batch(nothing, nothing, nothing, nothing, nothing, run.start, run.free))
+    return in_use(deviations, Batch(*[nothing] * 6, run.start, run.free))
 
 
 def fixed(network: str, sizes: Sizes) -> Program:
