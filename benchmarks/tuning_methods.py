@@ -100,7 +100,7 @@ def _finished(
 
 def _at(run: Run, deviations: Any) -> Any:
     nothing = jnp.zeros((0,))
-    return in_use(deviations, Batch(*[nothing] * 6, run.start, run.free))
+    return in_use(deviations, Batch(nothing, nothing, nothing, nothing, nothing, nothing, run.start, run.free))
 
 
 def fixed(network: str, sizes: Sizes) -> Program:

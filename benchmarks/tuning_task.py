@@ -154,9 +154,9 @@ def load(task: Task, seed: int, folder: Path | None) -> Data:
 
 def shifted(x: jax.Array, by: jax.Array) -> jax.Array:
     """Images (num, side, side) shifted by (num, 2) pixels, down and to the right, between pixels linearly."""
-    return jax.vmap(lambda image, far: map_coordinates(image, list(jnp.indices(image.shape) - far[:, None, None]), 1))(
-        x, by
-    )
+    grid = jnp.indices(x.shape[1:])
+    result: jax.Array = jax.vmap(lambda image, far: map_coordinates(image, list(grid - far[:, None, None]), 1))(x, by)
+    return result
 
 
 def _moved_sideways(rng: np.random.Generator, x: npt.NDArray[Any], how_far: float) -> npt.NDArray[Any]:
