@@ -71,7 +71,7 @@ NUM_TIMED = 5  # runs, watched and not
 # and 0.15 for the single loop, of 0.02, 0.05 and 0.2 for the step unrolled. For five steps unrolled, on both seeds of
 # every network: 0.1, 0.3 and 0.6 at every tenth step, and 0.03 to 0.6 at every fourth, where it costs as much as the
 # alternating mode. For shifts, on both seeds: 0.05 to 0.3 at every tenth step, 0.03 to 0.2 at every fourth, 0.02 to 0.1
-# at every second and 0.01 to 0.06 at every one; the least validation loss decided. The modes are the package's defaults.
+# at every second and 0.01 to 0.06 at every one; the least validation loss decided. Modes are the package's defaults.
 CHOSEN_ON = (100, 101)
 
 _DENSE = Sizes(num_train=1000, num_val=100, num_test=690, batch_size=200, num_val_batch=100, num_steps=600)
