@@ -26,7 +26,7 @@ class Trained(NamedTuple):
       num_tuning: gradients spent on tuning, as estimators count them, Hessian products included.
       failed: meta-steps whose status was a failure.
       statuses: numbers of meta-steps by status.
-      paths: decays and smoothing in use after each twentieth of the run.
+      paths: decays, smoothing and shifts in use after each twentieth of the run.
       scores: of the examples at the end.
     """
 
@@ -80,7 +80,7 @@ def _finished(
     def some(carry: Any, numbers: Any) -> tuple[Any, Any]:
         carry, _ = jax.lax.scan(lambda c, k: (step(c, k), None), carry, numbers)
         hyper = _at(run, read(carry)[1])
-        return carry, {"decay": hyper["decay"], "smoothing": hyper["smoothing"]}
+        return carry, {name: hyper[name] for name in ("decay", "smoothing", "shift") if name in hyper}
 
     carry, paths = jax.lax.scan(some, carry, jnp.arange(sizes.num_steps).reshape(NUM_LOOKS, -1))
     params, deviations, counts = read(carry)
@@ -100,7 +100,7 @@ def _finished(
 
 def _at(run: Run, deviations: Any) -> Any:
     nothing = jnp.zeros((0,))
-    return in_use(deviations, Batch(nothing, nothing, nothing, nothing, nothing, run.start, run.free))
+    return in_use(deviations, Batch(nothing, nothing, nothing, nothing, nothing, nothing, run.start, run.free))
 
 
 def fixed(network: str, sizes: Sizes) -> Program:
@@ -157,12 +157,30 @@ def tuned(network: str, sizes: Sizes, mode: cm.TuningMode, tell: Callable[[Any],
     return train
 
 
-def one_step_unrolled(sizes: Sizes) -> cm.MetaGradientEstimator:
+# From the state of the optimiser in training to what measures the meta-gradient there.
+Measure = Callable[[Any], cm.MetaGradientEstimator]
+
+
+def one_step_unrolled(opt_state: Any) -> cm.MetaGradientEstimator:
     """Backprop through one step of descent from the current parameters: DARTS of second order (Liu et al. 2019)."""
     return cm.BackpropThroughLearning(cm.OptaxDescent(optax.sgd(_UNROLLED_RATE), num_steps=1))
 
 
-def identity_hessian(sizes: Sizes) -> cm.MetaGradientEstimator:
+def steps_unrolled(sizes: Sizes, num_steps: int) -> Measure:
+    """Backprop through the next steps of training, by its own optimiser with its own state (Wu et al. 2018).
+
+    It is what `Alternating` comes to with as many steps and a nudge that vanishes.
+    """
+    adam = optax.adam(sizes.rate)
+
+    def measure(opt_state: Any) -> cm.MetaGradientEstimator:
+        goes_on = optax.GradientTransformation(lambda _: opt_state, adam.update)
+        return cm.BackpropThroughLearning(cm.OptaxDescent(goes_on, num_steps=num_steps))
+
+    return measure
+
+
+def identity_hessian(opt_state: Any) -> cm.MetaGradientEstimator:
     """T1-T2 (Luketina et al. 2016): the curvature of the inner loss is taken to be one."""
     return cm.ImplicitDifferentiation(
         cm.OptaxDescent(optax.sgd(_UNROLLED_RATE), num_steps=0), cm.IdentityHessian(1.0), estimate_error=False
@@ -173,7 +191,7 @@ def identity_hessian(sizes: Sizes) -> cm.MetaGradientEstimator:
 _UNROLLED_RATE = 0.05
 
 
-def estimated(network: str, sizes: Sizes, estimator: cm.MetaGradientEstimator) -> Program:
+def estimated(network: str, sizes: Sizes, measure: Measure) -> Program:
     """Now and then a step along what an estimator says at the current parameters."""
     losses, optimizer = problem_of(network), optax.adam(sizes.rate)
     problem = cm.BilevelProblem(
@@ -189,7 +207,7 @@ def estimated(network: str, sizes: Sizes, estimator: cm.MetaGradientEstimator) -
             grads = jax.grad(losses.inner_loss)(params, tuning[0], batch)
 
             def meta_step(deviations: Any, meta_state: Any, counts: Watched) -> Any:
-                result = estimator.estimate(problem, deviations, (batch, params))
+                result = measure(state).estimate(problem, deviations, (batch, params))
                 updates, meta_state = _META_OPTIMIZER.update(result.grad, meta_state, deviations)
                 told = result.diagnostics
                 counts = Watched(

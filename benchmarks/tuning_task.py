@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.scipy.ndimage import map_coordinates
 
 import contrastive_meta as cm
 from benchmarks import data
@@ -17,6 +18,7 @@ NUM_CLASSES = 10
 SIDE = 14  # MNIST in means of 2 x 2 pixels; digits of 8 x 8 pixels with a margin
 # A score whose weight is 2, or 0 with the sign turned, to rounding.
 CERTAIN = 30.0
+SHIFTED = "dense, shifted"
 # In the place of 0 and 1, whose logits are not finite.
 _LEAST_SMOOTHING = 1e-4
 _EPSILON = 1e-5  # of batch normalisation, as usual (Ioffe & Szegedy 2015)
@@ -49,11 +51,12 @@ class Task(NamedTuple):
 
     Attributes:
       name: of the case.
-      network: `dense`, `conv` or `conv, normalised`.
+      network: `dense`, `dense, shifted` (whose training images are shifted), `conv` or `conv, normalised`.
       sizes: of its data and its run.
       source: MNIST or digits.
       noise: part of the training labels that is wrong.
       ratio: between examples of the rarest class and of the most frequent one.
+      moved: pixels that validation and test images are shifted sideways, in the root of the mean square.
       tuned: names of the hyperparameters that are tuned.
       starts: where tuning starts, by name: arguments of `hyperparameters`.
       axes: of grids and random search: the values of two arguments; the first axis alone, at the second's first value,
@@ -66,6 +69,7 @@ class Task(NamedTuple):
     source: str = "MNIST"
     noise: float = 0.0
     ratio: float = 1.0
+    moved: float = 0.0
     tuned: tuple[str, ...] = ("score",)
     starts: tuple[tuple[str, dict[str, float]], ...] = (("usual", {}),)
     axes: tuple[tuple[str, tuple[float, ...]], tuple[str, tuple[float, ...]]] = (
@@ -75,7 +79,10 @@ class Task(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Images (num, side, side) and labels (num,) of one seed: training examples first, then validation examples."""
+    """Images (num, side, side) and labels (num,) of one seed: training examples first, then validation examples.
+
+    `normals` (num_steps, batch_size, 2) are what shifts of training images are drawn from, down and to the right.
+    """
 
     x: jax.Array
     y: jax.Array
@@ -84,6 +91,7 @@ class Data(NamedTuple):
     wrong: jax.Array
     batches: jax.Array
     val_batches: jax.Array
+    normals: jax.Array
     key: jax.Array
 
 
@@ -94,6 +102,7 @@ class Batch(NamedTuple):
       x: training images, shape (batch_size, side, side).
       y: their labels.
       places: their places among the examples, where their scores are.
+      normals: what their shifts are drawn from, shape (batch_size, 2).
       x_val: validation images.
       y_val: their labels.
       start: hyperparameters where tuning starts.
@@ -103,6 +112,7 @@ class Batch(NamedTuple):
     x: jax.Array
     y: jax.Array
     places: jax.Array
+    normals: jax.Array
     x_val: jax.Array
     y_val: jax.Array
     start: Any
@@ -122,6 +132,9 @@ def load(task: Task, seed: int, folder: Path | None) -> Data:
         split = data.digits(seed, num_seen, sizes.num_test)
     x_seen, x_test = (data.resized(x, SIDE) for x in (split.x_train, split.x_val))
     x_val, y_val = x_seen[spare:], split.y_train[spare:]
+    normals = np.random.default_rng([seed, 3]).normal(size=(sizes.num_steps, sizes.batch_size, 2))
+    if task.moved:
+        x_val, x_test = (_moved_sideways(rng, x, task.moved) for x in (x_val, x_test))
     kept = np.arange(spare) if task.ratio == 1 else _rarer(rng, split.y_train[:spare], sizes.num_train, task.ratio)
     x_train, clean = x_seen[kept], jnp.asarray(split.y_train[kept], jnp.int32)
     key_labels, key_params = jax.random.split(jax.random.key(seed))
@@ -134,8 +147,21 @@ def load(task: Task, seed: int, folder: Path | None) -> Data:
         noisy != clean,
         jnp.asarray(in_turn(rng, np.arange(len(kept)), sizes.batch_size, sizes.num_steps)),
         jnp.asarray(in_turn(rng, len(kept) + np.arange(sizes.num_val), sizes.num_val_batch, sizes.num_steps)),
+        jnp.asarray(normals, jnp.float32),
         key_params,
     )
+
+
+def shifted(x: jax.Array, by: jax.Array) -> jax.Array:
+    """Images (num, side, side) shifted by (num, 2) pixels, down and to the right, between pixels linearly."""
+    grid = jnp.indices(x.shape[1:])
+    result: jax.Array = jax.vmap(lambda image, far: map_coordinates(image, list(grid - far[:, None, None]), 1))(x, by)
+    return result
+
+
+def _moved_sideways(rng: np.random.Generator, x: npt.NDArray[Any], how_far: float) -> npt.NDArray[Any]:
+    by = np.stack([np.zeros(len(x)), how_far * rng.normal(size=len(x))], axis=1)
+    return np.asarray(shifted(jnp.asarray(x, jnp.float32), jnp.asarray(by, jnp.float32)))
 
 
 def _rarer(rng: np.random.Generator, y: npt.NDArray[Any], num: int, ratio: float) -> npt.NDArray[Any]:
@@ -158,7 +184,13 @@ def in_turn(rng: np.random.Generator, places: npt.NDArray[Any], size: int, num_s
 
 
 def hyperparameters(
-    here: Data, network: str, decay: float = 1e-4, smoothing: float = 0.0, power: float = 0.0
+    here: Data,
+    network: str,
+    decay: float = 1e-4,
+    smoothing: float = 0.0,
+    power: float = 0.0,
+    shift: float = 0.2,
+    aspect: float = 1.0,
 ) -> dict[str, Any]:
     """All hyperparameters as unbounded numbers.
 
@@ -168,16 +200,21 @@ def hyperparameters(
       decay: of the weights of each layer.
       smoothing: part of a label that is spread over all classes.
       power: classes weigh their number of training examples to the power of minus this.
+      shift: pixels that training images are shifted sideways, in the root of the mean square; `dense, shifted` alone.
+      aspect: how many times as far they are shifted down.
     """
     num = here.wrong.shape[0]
     counts = jnp.bincount(here.y[:num], length=NUM_CLASSES)
     smoothing = min(max(smoothing, _LEAST_SMOOTHING), 1 - _LEAST_SMOOTHING)
-    return {
+    start = {
         "score": jnp.zeros(here.y.shape, jnp.float32),
         "class": -jnp.float32(power) * jnp.log(jnp.maximum(counts, 1).astype(jnp.float32)),
         "decay": {name: jnp.log(jnp.float32(decay)) for name in SHAPES[network]},
         "smoothing": jnp.log(jnp.float32(smoothing / (1 - smoothing))),
     }
+    if network == SHIFTED:
+        start["shift"] = jnp.log(shift * jnp.array([aspect, 1.0], jnp.float32))
+    return start
 
 
 def in_use(deviations: Any, batch: Batch) -> Any:
@@ -188,13 +225,15 @@ def in_use(deviations: Any, batch: Batch) -> Any:
 def batch_of(here: Data, batches: jax.Array, step: Any, start: Any, free: Any) -> Batch:
     """The training and validation batch of a step; every method sees the same ones."""
     places, there = batches[step], here.val_batches[step]
-    return Batch(here.x[places], here.y[places], places, here.x[there], here.y[there], start, free)
+    normals = here.normals[step]
+    return Batch(here.x[places], here.y[places], places, normals, here.x[there], here.y[there], start, free)
 
 
 # --- Networks.
 
 SHAPES = {
     "dense": {"hidden": (SIDE**2, 100), "readout": (100, NUM_CLASSES)},
+    SHIFTED: {"hidden": (SIDE**2, 100), "readout": (100, NUM_CLASSES)},
     "conv": {"first": (9, 8), "second": (72, 16), "readout": (256, NUM_CLASSES)},
     "conv, normalised": {"first": (9, 8), "second": (72, 16), "readout": (256, NUM_CLASSES)},
 }
@@ -214,7 +253,7 @@ def init_params(network: str, key: jax.Array) -> dict[str, Any]:
 
 def logits(network: str, params: Any, x: jax.Array, num_known: int | None = None) -> jax.Array:
     """Shape (num, NUM_CLASSES), of images (num, side, side); batches are normalised by their first `num_known`."""
-    if network == "dense":
+    if network.startswith("dense"):
         hidden = jax.nn.softplus(_affine(params["hidden"], x.reshape(len(x), -1)))
         return _affine(params["readout"], hidden)
     hidden = _convolved(params["first"], x[..., None], 2, num_known)
@@ -243,9 +282,10 @@ def _convolved(layer: Any, x: jax.Array, stride: int, num_known: int | None) -> 
 def inner_loss(network: str, params: Any, deviations: Any, batch: Batch) -> jax.Array:
     """Cross-entropy with smoothed labels, each example weighted by itself and by its class, and weight decay."""
     hyper = in_use(deviations, batch)
+    x = shifted(batch.x, jnp.exp(hyper["shift"]) * batch.normals) if network == SHIFTED else batch.x
     smoothing = jax.nn.sigmoid(hyper["smoothing"])
     targets = (1 - smoothing) * jax.nn.one_hot(batch.y, NUM_CLASSES) + smoothing / NUM_CLASSES
-    losses = -jnp.sum(targets * jax.nn.log_softmax(logits(network, params, batch.x)), axis=1)
+    losses = -jnp.sum(targets * jax.nn.log_softmax(logits(network, params, x)), axis=1)
     weights = 2 * jax.nn.sigmoid(hyper["score"][batch.places])
     weights = weights * NUM_CLASSES * jax.nn.softmax(hyper["class"])[batch.y]
     penalties = [jnp.exp(hyper["decay"][name]) * jnp.sum(params[name]["kernel"] ** 2) for name in hyper["decay"]]

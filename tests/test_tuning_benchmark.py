@@ -7,12 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 pytest.importorskip("sklearn", reason='the benchmarks need pip install ".[bench]"')
 
+import contrastive_meta as cm
 from benchmarks import report, tuning, tuning_tables
 from benchmarks.__main__ import main
+from benchmarks.tuning_methods import steps_unrolled
 from benchmarks.tuning_task import SIDE, Sizes, Task, batch_of, hyperparameters, init_params, load, logits, problem_of
 
 SIZES = Sizes(num_train=100, num_val=50, num_test=200, batch_size=20, num_val_batch=25, num_steps=12)
@@ -67,7 +70,9 @@ def test_claims_are_held_or_not_by_their_numbers() -> None:
 def test_the_table_says_what_the_records_say(tmp_path: Path) -> None:
     told = tuning.show(ROWS)
     # Accuracies 90 and 80: the half-width of the interval of two values is 12.706 times half of their distance.
-    assert "85.0 ±63.5" in told and "82.0 ±0.0" in told and "NO" in told
+    assert "85.0 ±63.5" in told and "82.0 ±0.0" in told and "NO" in told and "Shifts" not in told
+    moved = [_record(tuning.ALTERNATING, seed, 0.9, 0.4, 4, smoke=True, shifts=[0.1, 1.0 + seed]) for seed in (0, 1)]
+    assert "sideways and down: alternating 1.50 and 0.10." in tuning.show(moved)
     block = report.render_shown_block(ROWS, tuning)
     assert told in block and "python -m benchmarks run tuning" in block
     assert tuning.draw(ROWS, tmp_path)[0].read_bytes().startswith(b"\x89PNG")
@@ -124,6 +129,48 @@ def test_a_normalisation_takes_the_length_of_a_kernel_away() -> None:
     # Statistics of the first examples alone: what stands behind these changes nothing for the others.
     few, many = (logits("conv, normalised", params, here.x[:n], 20)[:30] for n in (30, 60))
     np.testing.assert_allclose(few, many, atol=1e-5)
+
+
+def test_images_are_shifted_as_far_as_hyperparameters_say() -> None:
+    task = WRONG._replace(network="dense, shifted", noise=0.0)
+    here, still = load(task._replace(moved=1.0), seed=0, folder=None), load(task, seed=0, folder=None)
+    moved, known = (np.concatenate([x.x[100:], x.x_test], dtype=np.float64) for x in (here, still))
+    np.testing.assert_array_equal(here.x[:100], still.x[:100])
+    # Sideways alone, about one pixel: rows keep their sums but where a digit leaves the image, 3 pixels and more away.
+    same_rows = np.isclose(moved.sum(axis=2), known.sum(axis=2), atol=1e-4).all(axis=1)
+    centres = [(x.sum(axis=1) @ np.arange(SIDE)) / x.sum(axis=(1, 2)) for x in (moved, known)]
+    assert same_rows.mean() > 0.95 and 0.85 < np.std((centres[0] - centres[1])[same_rows]) < 1.15
+    # In training by what hyperparameters and noise say: here two pixels down and one to the left.
+    start = hyperparameters(here, "dense, shifted", shift=0.5, aspect=2.0)
+    free = jax.tree.map(jnp.zeros_like, start)
+    params, batch = init_params("dense", here.key), batch_of(here, here.batches, 0, start, free)
+    batch = batch._replace(normals=jnp.tile(jnp.array([2.0, -2.0]), (20, 1)))
+    rolled = batch._replace(x=jnp.roll(batch.x, (2, -1), axis=(1, 2)))
+    got = problem_of("dense, shifted").inner_loss(params, free, batch)
+    np.testing.assert_allclose(got, problem_of("dense").inner_loss(params, free, rolled), rtol=1e-5)
+
+
+def test_steps_unrolled_are_those_of_training() -> None:
+    """The derivative of the validation loss after three more steps of Adam, beside finite differences."""
+    here, adam, losses = load(WRONG, seed=0, folder=None), optax.adam(SIZES.rate), problem_of("dense")
+    start = hyperparameters(here, "dense", decay=0.1)
+    batch = batch_of(here, here.batches, 0, start, jax.tree.map(jnp.ones_like, start))
+
+    @jax.jit
+    def learned(decay: Any, params: Any, state: Any) -> Any:
+        at = jax.tree.map(jnp.zeros_like, start) | {"decay": {"hidden": decay, "readout": decay}}
+        for _ in range(3):
+            updates, state = adam.update(jax.grad(losses.inner_loss)(params, at, batch), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state, losses.outer_loss(params, at, batch)
+
+    first = init_params("dense", here.key)
+    params, state, _ = learned(0.0, first, adam.init(first))
+    problem = cm.BilevelProblem(losses.inner_loss, losses.outer_loss, lambda *_: params)
+    found = steps_unrolled(SIZES, 3)(state).estimate(problem, jax.tree.map(jnp.zeros_like, start), batch)
+    up, down = (learned(by, params, state)[2] for by in (0.05, -0.05))
+    # float32: differences of 1.5e-3 in losses of about 2.
+    np.testing.assert_allclose(sum(jax.tree.leaves(found.grad["decay"])), (up - down) / 0.1, rtol=0.02)
 
 
 @pytest.mark.benchmarks
