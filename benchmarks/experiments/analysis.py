@@ -215,7 +215,7 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
             values = [r["below"] for r in records if r["kind"] == kind and (r["case"], r["scheme"]) == (case, scheme)]
             text = f"{case}, {scheme}: errors are below the fitted bound, against {kind}"
             yield claim(text, values, 1.0, min(values) == 1.0)
-    for name, most in ((CONTRASTIVE, True), (TWICE, True), (BACKPROP, False)):
+    for name, most in ((CONTRASTIVE, True), (TWICE, True), (IMPLICIT_CG, True), (BACKPROP, False)):
         sizes = sorted((r["num_steps"], r["temp_bytes"]) for r in records if _measured(r) and r["method"] == name)
         if len(sizes) > 1:
             grown = sizes[-1][1] / sizes[0][1]
