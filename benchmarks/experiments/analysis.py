@@ -225,6 +225,11 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
             else:
                 text = f"memory of {name} grows with the steps, at least half as fast"
                 yield claim(text, [grown], longer / 2, grown >= longer / 2)
+                # A constant part hides the growth of short runs from the ratio above.
+                further = [(steps - sizes[0][0], size - sizes[0][1]) for steps, size in sizes[1:]]
+                if len(further) > 1:
+                    text = f"memory of {name} beyond that of {sizes[0][0]} steps: exponent in the further steps"
+                    yield _near(text, [_slope(*zip(*further, strict=True))], 1.0, _EXPONENT_SLACK)
 
 
 def _measured(record: Record) -> bool:
