@@ -62,10 +62,10 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
     for record in records:
         if record["kind"] == "gradients":
             for name, told in record["estimators"].items():
-                text = f"cosine to the exact meta-gradient at trained weights is above .999: {name}"
+                text = f"cosine to the exact meta-gradient at weights of {record['case']} is above .999: {name}"
                 yield at_least(text, [told["cosine"]], _COSINE_AIM)
         if record["kind"] == "overhead":
-            yield at_most("a step of the package over the bare contrast", [record["ratio"]], _OVERHEAD_AIM)
+            yield at_most(f"a step of {record['case']} over the bare contrast", [record["ratio"]], _OVERHEAD_AIM)
 
 
 def _of(records: Sequence[Record], name: str, column: str) -> dict[Any, float]:
