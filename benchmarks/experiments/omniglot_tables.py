@@ -32,12 +32,13 @@ _COSINE_AIM, _STATUS_AIM, _OVERHEAD_AIM = 0.999, 0.95, 1.3
 
 
 def claims(records: Sequence[Record]) -> Iterator[Claim]:
-    """Each claim of the experiment."""
-    for shape in _shapes(records):
-        here = [r for r in records if r["kind"] == "method" and _name(r) == shape]
-        if shape == "5-way 1-shot":
+    """Each claim of the experiment that has a record of the method that it is about."""
+    for title, here in _groups(records, "method"):
+        told = {r["case"] for r in here}
+        if title.startswith("5-way 1-shot"):
             for name, aim in ((HEAD, _HEAD_AIM), (HEAD_TO_REST, _HEAD_AIM), (ANCHOR, _EVERY_AIM), (MAML, _EVERY_AIM)):
-                yield at_least(f"{shape}: {name} is at least {aim}", list(_of(here, name, "accuracy").values()), aim)
+                if name in told:
+                    yield at_least(f"{title}: {name} is at least {aim}", [*_of(here, name, "accuracy").values()], aim)
         for first, second in (
             (HEAD, ANIL), (HEAD, ANIL_RIDGE), (HEAD_TO_REST, ANIL), (HEAD_TO_REST, HEAD), (HEAD, UNTRAINED),
             (UNTRAINED, PIXELS), (ANCHOR, MAML), (ANCHOR, IMAML), (ANCHOR, FOMAML), (ANCHOR, REPTILE), (GAINS, MAML),
@@ -45,20 +46,18 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
         ):  # fmt: skip
             columns = ("accuracy", "time"), ("accuracy_at_equal_gradients", "gradients")
             for column, at in columns[: 1 if second in (UNTRAINED, PIXELS) else 2]:
-                text = f"{shape}: {first} is above {second} at equal {at}"
-                # A method that does not train spends nothing: seeds alone are shared with it.
-                of = _by_seed if second in (UNTRAINED, PIXELS) else _of
-                yield above(text, of(here, first, column), of(here, second, column))
+                if first in told:
+                    text = f"{title}: {first} is above {second} at equal {at}"
+                    yield above(text, _of(here, first, column), _of(here, second, column))
         for name in (HEAD, HEAD_TO_REST, ANCHOR, GAINS, BANK):
-            passed = list(_of(here, name, "passed").values())
-            yield at_least(f"{shape}: statuses of {name} pass in 95 % of the tasks", passed, _STATUS_AIM)
-    others = [r for r in records if r["kind"] == "other shape"]
-    for shape in dict.fromkeys(map(_name, others)):
-        here = [r for r in others if _name(r) == shape]
+            if name in told:
+                passed = list(_of(here, name, "passed").values())
+                yield at_least(f"{title}: statuses of {name} pass in 95 % of the tasks", passed, _STATUS_AIM)
+    for title, here in _groups(records, "other shape"):
         for first, second in ((HEAD, ANIL_RIDGE), (HEAD_TO_REST, ANIL_RIDGE), (HEAD, UNTRAINED)):
-            text = f"{shape}, bodies trained for another shape: {first} is above {second} at equal time"
-            of = _by_seed if second == UNTRAINED else _of
-            yield above(text, of(here, first, "accuracy"), of(here, second, "accuracy"))
+            if any(r["case"] == first for r in here):
+                text = f"{title}, bodies trained for another shape: {first} is above {second} at equal time"
+                yield above(text, _of(here, first, "accuracy"), _of(here, second, "accuracy"))
     for record in records:
         if record["kind"] == "gradients":
             for name, told in record["estimators"].items():
@@ -68,29 +67,43 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
             yield at_most(f"a step of {record['case']} over the bare contrast", [record["ratio"]], _OVERHEAD_AIM)
 
 
+def _groups(records: Sequence[Record], kind: str) -> Iterator[tuple[str, list[Record]]]:
+    """What may be compared: of each shape the methods of one budget, and with each what does not train."""
+    for shape in dict.fromkeys(_name(r) for r in records if r["kind"] == kind):
+        here = [r for r in records if r["kind"] == kind and _name(r) == shape]
+        budgets = dict.fromkeys(_budget(r) for r in here if r["case"] not in (UNTRAINED, PIXELS))
+        for budget in budgets or (None,):
+            rows = [r for r in here if r["case"] in (UNTRAINED, PIXELS) or _budget(r) == budget]
+            yield shape if budget is None else f"{shape}, {budget:g} s", rows
+
+
+def _budget(record: Record) -> float | None:
+    """Seconds of the processor; of records that do not say, those that were spent."""
+    budget: float | None = record["budget"] if "budget" in record else round(record["seconds"])
+    return budget
+
+
 def _of(records: Sequence[Record], name: str, column: str) -> dict[Any, float]:
-    """By seed and what was to be spent: seconds, or at equal gradients their number, which runs made together share."""
-    here = [r for r in records if r["case"] == name]
-    if column == "accuracy_at_equal_gradients":
-        return {(r["seed"], r.get("fewest_gradients")): r[column] for r in here}
-    return {(r["seed"], r.get("budget", round(r.get("seconds", 0)))): r[column] for r in here}
-
-
-def _by_seed(records: Sequence[Record], name: str, column: str) -> dict[Any, float]:
-    return {r["seed"]: r[column] for r in records if r["case"] == name}
+    """By seed; at equal gradients by their number as well, which only runs that were made together share."""
+    key = "seed" if column != "accuracy_at_equal_gradients" else "equal"
+    rows = [{**r, "equal": (r["seed"], r.get("fewest_gradients"))} for r in records if r["case"] == name]
+    return {row[key]: row[column] for row in rows}
 
 
 def show(records: Sequence[Record]) -> str:
     """Accuracies with their spread, then every claim."""
     blocks = []
-    for shape in _shapes(records):
-        here = [r for r in records if r["kind"] == "method" and _name(r) == shape]
-        blocks.append("\n".join([f"{shape} [{here[0]['data']}, {seeds_of(here)}]", "", _accuracies(here)]))
+    for title, here in _groups(records, "method"):
+        blocks.append("\n".join([f"{title} [{here[0]['data']}, {seeds_of(here)}]", "", _accuracies(here)]))
         stopped = [f"{r['case']}, seed {r['seed']}: {r['stopped']}" for r in here if r["stopped"]]
         blocks += [wrap(text) for text in stopped]
-    others = [r for r in records if r["kind"] == "other shape"]
-    if others:
-        blocks.append(_others(others))
+    for title, here in _groups(records, "other shape"):
+        rows = [
+            [name, _mean([r for r in here if r["case"] == name], "accuracy")]
+            for name in _ORDER
+            if name in {r["case"] for r in here}
+        ]
+        blocks.append(f"{title}: the same bodies\n\n{lay_out(['body', 'accuracy'], rows, left=(0,))}")
     return "\n\n".join([*blocks, show_claims([*claims(records)])]).rstrip()
 
 
@@ -128,25 +141,10 @@ def _accuracies(records: Sequence[Record]) -> str:
     return lay_out(header, rows, left=(0,))
 
 
-def _others(records: Sequence[Record]) -> str:
-    """A row for each body, a column for each shape that it was not trained for."""
-    shapes = list(dict.fromkeys(map(_name, records)))
-    rows = []
-    for name in dict.fromkeys(r["case"] for r in records):
-        here = [[r for r in records if (r["case"], _name(r)) == (name, shape)] for shape in shapes]
-        rows.append([name, *(_mean(of, "accuracy") for of in here)])
-    title = "The same bodies on tasks of other shapes, with a readout that learns with a penalty"
-    return f"{title}\n\n{lay_out(['body', *shapes], rows, left=(0,))}"
-
-
 def _mean(records: Sequence[Record], field: str) -> str:
     values = [r[field] for r in records]
     spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"
-
-
-def _shapes(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(_name(r) for r in records if r["kind"] == "method"))
 
 
 def _name(record: Record) -> str:
