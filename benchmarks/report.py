@@ -47,7 +47,7 @@ _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "records/plasticity.md": (plasticity,),
     "sparse.md": (sparse,),
     "records/experiments.md": (sinusoids, regularisation),
-    "omniglot.md": (omniglot,),
+    "records/omniglot.md": (omniglot,),
     "spiking.md": (spiking,),
     "where_to_learn.md": (where_to_learn,),
     "bandit.md": (bandit,),
