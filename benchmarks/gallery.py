@@ -94,7 +94,13 @@ THUMBNAILS: Mapping[str, Thumbnail] = {
         _case,
         lambda row: row["accuracy_at_equal_gradients"],
         "accuracy at equal gradients (right is better)",
-        ("fast head by contrast",),
+        (
+            "fast head by contrast",
+            "fast head by contrast at rest",
+            "anchor by contrast",
+            "gains by contrast",
+            "module bank by contrast",
+        ),
     ),
     "spiking": Thumbnail(
         lambda row: row["kind"] == "method",

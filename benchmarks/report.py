@@ -24,7 +24,16 @@ from benchmarks import (
     tuning,
 )
 from benchmarks.composition import attention, goals, hyperteacher, in_context, modules, preferences
-from benchmarks.experiments import analysis, bandit, bilevel_suite, regularisation, sinusoids, spiking, where_to_learn
+from benchmarks.experiments import (
+    analysis,
+    bandit,
+    bilevel_suite,
+    omniglot,
+    regularisation,
+    sinusoids,
+    spiking,
+    where_to_learn,
+)
 from benchmarks.harness import PACKAGE_FOLDER, Record
 from benchmarks.methods import BACKPROP, CONTRASTIVE, IMPLICIT_CG, TWICE
 from benchmarks.registry import BENCHMARKS, Benchmark
@@ -38,10 +47,12 @@ _SHOWN: Mapping[str, Sequence[ModuleType]] = {
     "records/plasticity.md": (plasticity,),
     "sparse.md": (sparse,),
     "records/experiments.md": (sinusoids, regularisation),
+    "records/omniglot.md": (omniglot,),
     "spiking.md": (spiking,),
     "where_to_learn.md": (where_to_learn,),
     "bandit.md": (bandit,),
     "records/bilevel_suite.md": (bilevel_suite,),
+    "records/analysis.md": (analysis,),
     "hyperteacher.md": (hyperteacher,),
     "attention.md": (attention, in_context),
     "grid_worlds.md": (preferences, goals),
@@ -106,13 +117,13 @@ def load(folder: Path) -> list[Record]:
 
 
 def newest_runs(records: Sequence[Record], benchmark: str) -> list[list[Record]]:
-    """Of each precision the newest run of each case and seed of a benchmark, float32 first.
+    """Of each precision the newest run of each case, seed and budget of a benchmark, float32 first.
 
     A run of a few cases or seeds leaves what an earlier run measured of the others standing; a run with several
     precisions stays whole.
     """
     here = [record for record in records if record["benchmark"] == benchmark]
-    newest: dict[tuple[str, str, Any], str] = {}
+    newest: dict[tuple[str, str, Any, str], str] = {}
     for record in sorted(here, key=lambda record: str(record["date"])):
         newest[_part(record)] = record["run"]
     current = [record for record in here if newest[_part(record)] == record["run"]]
@@ -125,8 +136,8 @@ def newest_runs(records: Sequence[Record], benchmark: str) -> list[list[Record]]
     return [[record for record in current if record["run"] in group] for group in whole]
 
 
-def _part(record: Record) -> tuple[str, str, Any]:
-    return record["precision"], str(record.get("case")), record.get("seed")
+def _part(record: Record) -> tuple[str, str, Any, str]:
+    return record["precision"], str(record.get("case")), record.get("seed"), str(record.get("budget"))
 
 
 def draw(benchmark: Benchmark, records: Sequence[Record], folder: Path) -> list[Path]:

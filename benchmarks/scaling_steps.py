@@ -42,9 +42,12 @@ def measure(session: Session, lengths: Sequence[int], chosen: Sequence[str], **f
             if isinstance(outcome, Exception):
                 session.record(x64=x64, status="RAISED", error=first_line(outcome), **common)
                 continue
+            told = outcome.output.diagnostics
             session.record(
                 x64=x64,
-                status=cm.Status(int(outcome.output.diagnostics.status)).name,
+                status=cm.Status(int(told.status)).name,
+                num_gradients=int(told.num_gradients),
+                num_hvps=int(told.num_hvps),
                 relative_error=relative_error(outcome.output.grad, prepared.reference),
                 seconds=outcome.seconds,
                 spread=outcome.spread,
@@ -62,12 +65,13 @@ def _estimate(
 
 def show(records: Sequence[Record]) -> str:
     """A row for each estimator and number of steps."""
-    header = ["estimator", "inner steps", "memory", "time (ms)", "+-", "rel. error", "status"]
+    header = ["estimator", "inner steps", "memory", "gradients", "time (ms)", "+-", "rel. error", "status"]
     rows = [
         [
             record["method"],
             f"{record['num_steps']:,}",
             memory(record.get("temp_bytes")),
+            _evaluated(record),
             milliseconds(record.get("seconds")),
             milliseconds(record.get("spread")),
             scientific(record.get("relative_error")),
@@ -80,6 +84,11 @@ def show(records: Sequence[Record]) -> str:
     first = records[0]
     title = f"Memory and time against inner steps: {first['title']}  [{first['precision']}, seed {first['seed']}]"
     return "\n".join([title, "", lay_out(header, rows), "", wrap(read(records))])
+
+
+def _evaluated(record: Record) -> str:
+    """Gradients and Hessian-vector products that were executed; a dash where an older record does not say."""
+    return f"{record['num_gradients'] + record['num_hvps']:,}" if "num_gradients" in record else "-"
 
 
 def read(records: Sequence[Record]) -> str:

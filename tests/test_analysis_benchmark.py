@@ -16,6 +16,7 @@ from benchmarks.__main__ import main
 from benchmarks.experiments import analysis
 from benchmarks.experiments.analysis_problems import build, contrast, descend, minimum
 from benchmarks.harness import flatten
+from benchmarks.methods import BACKPROP, CONTRASTIVE
 from tests.oracles import finite_difference_meta_gradient, relative_error
 
 
@@ -85,6 +86,22 @@ def test_a_claim_that_fails_is_said() -> None:
     assert missed[0]["held"] is False and missed[0]["measured"] == pytest.approx(1.3)
     text = analysis.show([row(1.4, 0), row(1.2, 1)])
     assert "NO" in text and "1 of 2 claims" in text
+
+
+def test_memory_that_grows_with_the_steps_is_told_from_memory_that_does_not() -> None:
+    def rows(method: str, size: Any) -> list[dict[str, Any]]:
+        steps = (10, 100, 1000)
+        return [{"kind": "memory", "method": method, "num_steps": n, "temp_bytes": size(n)} for n in steps]
+
+    def linear(n: int) -> int:
+        return 7000 + 124 * n
+
+    told = {c["claim"]: c for c in analysis.claims([*rows(CONTRASTIVE, lambda n: 9000), *rows(BACKPROP, linear)])}
+    assert told[f"memory of {CONTRASTIVE} is the same for all numbers of steps"]["held"] is True
+    exponent = told[f"memory of {BACKPROP} beyond that of 10 steps: exponent in the further steps is 1.00 +- 0.1"]
+    assert exponent["measured"] == pytest.approx(1) and exponent["held"] is True
+    told = {c["claim"]: c for c in analysis.claims([*rows(CONTRASTIVE, linear), *rows(BACKPROP, lambda n: n**2)])}
+    assert [c["held"] for c in told.values()] == [False, True, False]
 
 
 @pytest.mark.benchmarks

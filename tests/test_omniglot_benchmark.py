@@ -18,13 +18,17 @@ from benchmarks.experiments import omniglot_checks, omniglot_tables
 from benchmarks.experiments.omniglot_methods import (
     ANCHOR,
     ANIL,
+    ANIL_RIDGE,
+    BANK,
     FOMAML,
+    GAINS,
     HEAD,
     MAML,
     REPTILE,
     Steps,
     init_network,
     methods,
+    modulated_split,
     nearest_neighbour,
 )
 from benchmarks.experiments.omniglot_network import LAYERS, SMALL, Layer, features, init_body, num_features
@@ -144,6 +148,24 @@ def test_the_bare_contrast_is_that_of_the_package() -> None:
     assert relative_error(grad, bare) < 1e-12
 
 
+@pytest.mark.parametrize("name", [GAINS, BANK])
+def test_rules_of_gains_and_modules_measure_the_derivative_of_the_loss(name: str) -> None:
+    split = modulated_split(name, KEY, SMALL[:1], 3)
+    task = jax.tree.map(lambda x: x[0], sample_tasks(KEY, numbered(), 1, Shape(3, 1, 2), rotate=True))
+    # Away from where they start: gains of 1 and coefficients of one module alone would hide a factor.
+    start = split.problem.init(split.meta_params, task)
+    keys = jax.random.split(KEY, len(start))
+    params = {k: v + 0.3 * jax.random.normal(key, v.shape) for key, (k, v) in zip(keys, start.items(), strict=True)}
+    rules = (split.rule, cm.Autodiff())
+    found, expected = jax.jit(lambda p: [r.statistic(split.problem, p, split.meta_params, task, 0.1) for r in rules])(
+        params
+    )
+    # The same sums in float64, in another order.
+    assert relative_error(found["slow"], expected["slow"]) < 1e-12
+    modulating = "gain" if name == GAINS else "coefficients"
+    assert {k.split("/")[-1] for k in params} >= {modulating} and set(found["slow"]).isdisjoint(params)
+
+
 def test_judges_learn_what_can_be_learned() -> None:
     """Classes that a pixel tells apart: whoever learns at all gets them right, and wrong where labels are swapped."""
     x = np.zeros((3, 28, 28))
@@ -185,14 +207,39 @@ def test_a_difference_holds_beyond_its_spread_only() -> None:
     rows += [_row(ANCHOR, seed, a) for seed, a in enumerate((0.80, 0.90, 0.85))]
     rows += [_row(MAML, seed, a) for seed, a in enumerate((0.85, 0.84, 0.82))]  # by -.05, .06, .03: .013 +- .057
     told = {claim["claim"]: claim for claim in omniglot_tables.claims(rows)}
-    above = told[f"5-way 1-shot: {HEAD} is above {ANIL} at equal time"]
+    above = told[f"5-way 1-shot, 9 s: {HEAD} is above {ANIL} at equal time"]
     assert above["held"] is True and above["measured"] == pytest.approx(0.03) and above["spread"] == pytest.approx(0.02)
-    assert told[f"5-way 1-shot: {ANCHOR} is above {MAML} at equal gradients"]["held"] is False
-    assert told[f"5-way 1-shot: {HEAD} is at least 0.93"]["held"] is True
-    assert told[f"5-way 1-shot: {ANCHOR} is above {REPTILE} at equal time"]["held"] is None
-    assert told[f"5-way 1-shot: statuses of {HEAD} pass in 95 % of the tasks"]["held"] is False
+    assert told[f"5-way 1-shot, 9 s: {ANCHOR} is above {MAML} at equal gradients"]["held"] is False
+    assert told[f"5-way 1-shot, 9 s: {HEAD} is at least 0.93"]["held"] is True
+    assert told[f"5-way 1-shot, 9 s: {ANCHOR} is above {REPTILE} at equal time"]["held"] is None
+    assert told[f"5-way 1-shot, 9 s: statuses of {HEAD} pass in 95 % of the tasks"]["held"] is False
     text = omniglot_tables.show(rows)
     assert "0.940 +- 0.010" in text and "NO" in text
+    # Runs of other lengths are not at equal time.
+    longer = [{**row, "seconds": 99.0} if row["case"] == ANIL else row for row in rows]
+    told = {claim["claim"]: claim for claim in omniglot_tables.claims(longer)}
+    assert told[f"5-way 1-shot, 9 s: {HEAD} is above {ANIL} at equal time"]["held"] is None
+
+
+def test_a_body_is_compared_on_the_shape_it_was_tested_on() -> None:
+    found = ((HEAD, (0.80, 0.81)), (ANIL_RIDGE, (0.70, 0.72)))
+    rows = [
+        {
+            "kind": "other shape",
+            "case": case,
+            "seed": seed,
+            "shape": {"ways": 20, "shots": 1},
+            "accuracy": accuracy,
+            "budget": 40.0,
+        }
+        for case, accuracies in found
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    told = {claim["claim"]: claim["held"] for claim in omniglot_tables.claims(rows)}
+    start = f"20-way 1-shot, 40 s, bodies trained for another shape: {HEAD} is above"
+    assert told[f"{start} {ANIL_RIDGE} at equal time"] is True
+    assert told[f"{start} untrained body at equal time"] is None
+    assert "0.805 +- 0.007" in omniglot_tables.show(rows)
 
 
 @pytest.mark.benchmarks

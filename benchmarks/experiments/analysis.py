@@ -215,7 +215,7 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
             values = [r["below"] for r in records if r["kind"] == kind and (r["case"], r["scheme"]) == (case, scheme)]
             text = f"{case}, {scheme}: errors are below the fitted bound, against {kind}"
             yield claim(text, values, 1.0, min(values) == 1.0)
-    for name, most in ((CONTRASTIVE, True), (TWICE, True), (BACKPROP, False)):
+    for name, most in ((CONTRASTIVE, True), (TWICE, True), (IMPLICIT_CG, True), (BACKPROP, False)):
         sizes = sorted((r["num_steps"], r["temp_bytes"]) for r in records if _measured(r) and r["method"] == name)
         if len(sizes) > 1:
             grown = sizes[-1][1] / sizes[0][1]
@@ -225,6 +225,11 @@ def claims(records: Sequence[Record]) -> Iterator[Claim]:
             else:
                 text = f"memory of {name} grows with the steps, at least half as fast"
                 yield claim(text, [grown], longer / 2, grown >= longer / 2)
+                # A constant part hides the growth of short runs from the ratio above.
+                further = [(steps - sizes[0][0], size - sizes[0][1]) for steps, size in sizes[1:]]
+                if len(further) > 1:
+                    text = f"memory of {name} beyond that of {sizes[0][0]} steps: exponent in the further steps"
+                    yield _near(text, [_slope(*zip(*further, strict=True))], 1.0, _EXPONENT_SLACK)
 
 
 def _measured(record: Record) -> bool:

@@ -53,8 +53,9 @@ def gradients(
             **{f"{n} + {n} steps": published(head_learner(n), head_learner(n), HEAD_BETA, HEAD_NUDGE) for n in lengths},
         }
         references, residuals = [], []
+        estimate = jax.jit(functools.partial(exact.estimate, problem))
         for task in _each(batch):
-            result = exact.estimate(problem, meta, task)
+            result = estimate(meta, task)
             references.append(flatten(result.grad))
             residuals.append(float(result.diagnostics.free_residual))
         told = {name: _compared(estimator, problem, meta, batch, references) for name, estimator in compared.items()}
@@ -62,7 +63,8 @@ def gradients(
 
 
 def _compared(estimator: Any, problem: Any, meta: Any, batch: Any, references: list[Any]) -> Record:
-    results = [estimator.estimate(problem, meta, task) for task in _each(batch)]
+    estimate = jax.jit(functools.partial(estimator.estimate, problem))
+    results = [estimate(meta, task) for task in _each(batch)]
     pairs = [(result.grad, reference) for result, reference in zip(results, references, strict=True)]
     mean = np.mean([flatten(grad) for grad, _ in pairs], axis=0)
     cosines, errors = [cosine(*pair) for pair in pairs], [relative_error(*pair) for pair in pairs]

@@ -1,5 +1,6 @@
 """What competes on Omniglot: for each method its problem, its estimator, its tasks, and how it is judged."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,15 +18,20 @@ from benchmarks.experiments.omniglot_network import (
     init_body,
     logits,
     num_features,
+    with_gains,
+    with_modules,
 )
 from benchmarks.experiments.omniglot_tasks import Shape
 from contrastive_meta.problems import SplitData
 
 HEAD, ANIL, ANIL_RIDGE = "fast head by contrast", "ANIL", "ANIL with ridge head"
 ANCHOR, IMAML, MAML, FOMAML, REPTILE = "anchor by contrast", "iMAML with CG", "MAML", "FOMAML", "Reptile"
+HEAD_TO_REST = "fast head by contrast at rest"
+GAINS, BANK = "gains by contrast", "module bank by contrast"
 UNTRAINED, PIXELS = "untrained body", "nearest pixels"
-HEADS = (HEAD, ANIL)
-ALL_WEIGHTS = (ANCHOR, IMAML, MAML, FOMAML, REPTILE)
+HEADS = (HEAD, HEAD_TO_REST, ANIL)
+# Methods of which every layer learns a task.
+ALL_LAYERS = (ANCHOR, GAINS, BANK, IMAML, MAML, FOMAML, REPTILE)
 
 # Penalty of a readout on features of length 10, and its descent: the curvature of 10-way cross-entropy on them is at
 # most 30, so rate 1 / 30.1 and the momentum of Nesterov (2004), eq. 2.2.22, for a condition number of 300.
@@ -38,6 +44,8 @@ ANCHOR_BETA, ANCHOR_STRENGTH = 0.1, 0.5
 HEAD_BETA, HEAD_NUDGE = 0.01, cm.LinearNudge()
 ANCHOR_RATE, ANCHOR_MOMENTUM = 0.03, 0.8
 MAML_RATE, MAML_STEPS, CG_STEPS = 0.05, 5, 5
+# Modules of each layer. Not tuned; a bank of one module is the network itself.
+NUM_MODULES = 4
 # Not tuned: a step changes a logit by some 0.3 * 10^2 / 10, three units, on features of length 10 in ten classes.
 ANIL_RATE = 0.3
 OUTER_RATE = 0.02
@@ -50,12 +58,13 @@ class Steps(NamedTuple):
 
     Attributes:
       head: free steps, and as many nudged ones, of a readout.
-      free: steps of all weights.
-      nudged: steps of all weights in each nudged phase.
+      free: steps where all layers learn.
+      nudged: steps of these in each nudged phase.
       head_shape: of the tasks that a body is trained on.
       head_tasks: in a batch.
-      shape: of the tasks that all weights are trained on.
+      shape: of the tasks where all layers learn.
       tasks: in a batch.
+      rested: free steps, and as many nudged ones, of a readout that runs to rest.
     """
 
     head: int = 30
@@ -65,6 +74,8 @@ class Steps(NamedTuple):
     head_tasks: int = 16
     shape: Shape = Shape(5, 1, 5)
     tasks: int = 8
+    # At the condition number of 300 a step leaves 1 - 300^-1/2 of the distance, and so 150 steps leave 2e-4 of it.
+    rested: int = 150
 
 
 class Method(NamedTuple):
@@ -97,9 +108,15 @@ def head_learner(num_steps: int) -> cm.OptaxDescent:
     return nesterov(HEAD_RATE, HEAD_MOMENTUM, num_steps)
 
 
-def published(free: cm.OptaxDescent, nudged: cm.OptaxDescent, beta: float, nudge: cm.Nudge) -> cm.Contrastive:
+def published(
+    free: cm.OptaxDescent,
+    nudged: cm.OptaxDescent,
+    beta: float,
+    nudge: cm.Nudge,
+    rule: cm.PlasticityRule = cm.Autodiff(),
+) -> cm.Contrastive:
     """The contrast as published, symmetric: a fixed strength, and a learner that runs again."""
-    return cm.Contrastive(free, nudged, cm.central_difference(beta), nudge, estimate_error=False)
+    return cm.Contrastive(free, nudged, cm.central_difference(beta), nudge, rule, estimate_error=False)
 
 
 def head_split(layers: tuple[Layer, ...], ways: int, strength: float) -> cm.architectures.Architecture:
@@ -121,6 +138,27 @@ def anchored_split(layers: tuple[Layer, ...], ways: int, strength: float) -> cm.
 
     network = init_network(jax.random.key(0), layers, ways)
     return cm.architectures.learned_initialisation(apply, cross_entropy, network, strength)
+
+
+def modulated_split(name: str, key: jax.Array, layers: tuple[Layer, ...], ways: int) -> cm.architectures.Architecture:
+    """A network of which gains and shifts, or the coefficients of modules, learn with the readout.
+
+    Args:
+      name: `GAINS` or `BANK`.
+      key: of the first weights.
+      layers: of the body.
+      ways: classes.
+    """
+
+    def apply(network: Any, x: jax.Array) -> jax.Array:
+        return logits(network, x, layers)
+
+    network = init_network(key, layers, ways)
+    if name == GAINS:
+        network["body"] = with_gains(network["body"])
+        return cm.architectures.gain_modulation(apply, cross_entropy, network, ANCHOR_STRENGTH)
+    network["body"] = with_modules(network["body"], NUM_MODULES, jax.random.fold_in(key, 1))
+    return cm.architectures.modular_hypernetwork(apply, cross_entropy, network, ANCHOR_STRENGTH)
 
 
 def init_network(key: jax.Array, layers: tuple[Layer, ...], ways: int) -> dict[str, Any]:
@@ -153,7 +191,20 @@ def methods(steps: Steps = Steps(), layers: tuple[Layer, ...] = LAYERS, ways: in
             steps.shape._replace(ways=ways), steps.tasks, judge,
         )  # fmt: skip
 
+    def modulated(name: str) -> Method:
+        split = modulated_split(name, jax.random.key(0), layers, ways)
+        judge = judge_of(split, slow, lambda net, x: logits(net, x, layers))
+        return Method(
+            split.problem, published(slow, nudged, ANCHOR_BETA, cm.LinearNudge(), split.rule),
+            lambda key: modulated_split(name, key, layers, ways).meta_params,
+            steps.shape._replace(ways=ways), steps.tasks, judge,
+        )  # fmt: skip
+
+    rested = head_learner(steps.rested)
     return {
+        HEAD_TO_REST: head(published(rested, rested, HEAD_BETA, HEAD_NUDGE), RIDGE, head_learner(100)),
+        GAINS: modulated(GAINS),
+        BANK: modulated(BANK),
         HEAD: head(published(learner, learner, HEAD_BETA, HEAD_NUDGE), RIDGE, head_learner(100)),
         ANIL: head(cm.BackpropThroughLearning(anil), 0.0, anil),
         ANCHOR: every(published(slow, nudged, ANCHOR_BETA, cm.LinearNudge()), ANCHOR_STRENGTH, slow),
@@ -180,6 +231,7 @@ def judge_of(
     return judge
 
 
+@functools.cache
 def ridge_judge(layers: tuple[Layer, ...], ways: int) -> Judge:
     """Of a body: the readout learns with a penalty, for 100 steps."""
     split = head_split(layers, ways, RIDGE)

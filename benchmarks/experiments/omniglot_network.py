@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import contrastive_meta as cm
+
 # Length of the feature vector of an image: a strength of the readout's penalty means the same all along.
 FEATURE_NORM = 10.0
 
@@ -37,11 +39,38 @@ def init_body(key: jax.Array, layers: tuple[Layer, ...] = LAYERS) -> dict[str, A
     return params
 
 
+def with_gains(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The same body with a gain of 1 and a shift of 0 for every channel of every layer."""
+    return {
+        name: {**layer, "gain": jnp.ones_like(layer["bias"]), "shift": jnp.zeros_like(layer["bias"])}
+        for name, layer in body.items()
+    }
+
+
+def with_modules(body: Mapping[str, Any], num_modules: int, key: jax.Array) -> dict[str, Any]:
+    """The same body, each kernel a mixture of modules: the first is the kernel, and the others, drawn, have weight 0.
+
+    Args:
+      body: as `init_body` makes it.
+      num_modules: of each layer.
+      key: PRNG key of the modules.
+    """
+
+    def modular(layer: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        kernel = layer["kernel"]
+        others = jax.random.normal(key, (num_modules - 1, *kernel.shape)) * (2 / len(kernel)) ** 0.5
+        bank = jnp.concatenate([kernel[None], others])
+        return {"bank": bank, "coefficients": jnp.zeros(num_modules).at[0].set(1), "bias": layer["bias"]}
+
+    keys = jax.random.split(key, len(body))
+    return {name: modular(layer, k) for (name, layer), k in zip(body.items(), keys, strict=True)}
+
+
 def features(body: Mapping[str, Any], images: jax.Array, layers: tuple[Layer, ...] = LAYERS) -> jax.Array:
     """Features of length `FEATURE_NORM`.
 
     Args:
-      body: as `init_body` makes it.
+      body: as `init_body` makes it, or with gains or modules.
       images: shape (..., 28, 28).
       layers: of the body.
 
@@ -51,10 +80,11 @@ def features(body: Mapping[str, Any], images: jax.Array, layers: tuple[Layer, ..
     x = images[..., None]
     for number, layer in enumerate(layers):
         weights = body[f"layer_{number}"]
-        x = _patches(x, layer) @ weights["kernel"] + weights["bias"]
+        x = _affine(weights, _patches(x, layer))
         # Each image by itself, over places and channels: no batch statistics.
         centred = x - jnp.mean(x, (-3, -2, -1), keepdims=True)
-        x = jax.nn.relu(centred * jax.lax.rsqrt(jnp.mean(centred**2, (-3, -2, -1), keepdims=True) + 1e-5))
+        x = centred * jax.lax.rsqrt(jnp.mean(centred**2, (-3, -2, -1), keepdims=True) + 1e-5)
+        x = jax.nn.relu(weights["gain"] * x + weights["shift"] if "gain" in weights else x)
     flat = x.reshape(*x.shape[:-3], -1)
     return FEATURE_NORM * flat * jax.lax.rsqrt(jnp.sum(flat**2, -1, keepdims=True) + 1e-6)
 
@@ -81,6 +111,14 @@ def cross_entropy(scores: jax.Array, labels: jax.Array) -> jax.Array:
 def accuracy(scores: jax.Array, labels: jax.Array) -> jax.Array:
     """The fraction of examples."""
     return jnp.mean((jnp.argmax(scores, -1) == labels).astype(jnp.float32))
+
+
+def _affine(weights: Mapping[str, jax.Array], patches: jax.Array) -> jax.Array:
+    """What the synapses of a layer pass on, so that a rule of plasticity can listen to them."""
+    if "bank" in weights:
+        mixed = cm.ModuleBank().mix(patches, weights["bank"], weights["coefficients"])
+        return cm.transmit(mixed, None, weights["bias"])
+    return cm.transmit(patches, weights["kernel"], weights["bias"])
 
 
 def _patches(x: jax.Array, layer: Layer) -> jax.Array:

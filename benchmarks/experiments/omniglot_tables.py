@@ -10,8 +10,11 @@ from benchmarks.experiments.omniglot_methods import (
     ANCHOR,
     ANIL,
     ANIL_RIDGE,
+    BANK,
     FOMAML,
+    GAINS,
     HEAD,
+    HEAD_TO_REST,
     IMAML,
     MAML,
     PIXELS,
@@ -21,36 +24,63 @@ from benchmarks.experiments.omniglot_methods import (
 from benchmarks.harness import Record
 from benchmarks.tables import decimals, lay_out, milliseconds, seeds_of, wrap
 
-_ORDER = (PIXELS, UNTRAINED, HEAD, ANIL, ANIL_RIDGE, ANCHOR, IMAML, MAML, FOMAML, REPTILE)
+_ORDER = (
+    PIXELS, UNTRAINED, HEAD, HEAD_TO_REST, ANIL, ANIL_RIDGE, ANCHOR, GAINS, BANK, IMAML, MAML, FOMAML, REPTILE,
+)  # fmt: skip
 _HEAD_AIM, _EVERY_AIM = 0.93, 0.80
 _COSINE_AIM, _STATUS_AIM, _OVERHEAD_AIM = 0.999, 0.95, 1.3
 
 
 def claims(records: Sequence[Record]) -> Iterator[Claim]:
-    """Each claim of the experiment."""
-    for shape in _shapes(records):
-        here = [r for r in records if r["kind"] == "method" and _name(r) == shape]
-        if shape == "5-way 1-shot":
-            for name, aim in ((HEAD, _HEAD_AIM), (ANCHOR, _EVERY_AIM), (MAML, _EVERY_AIM)):
-                yield at_least(f"{shape}: {name} is at least {aim}", list(_of(here, name, "accuracy").values()), aim)
+    """Each claim of the experiment that has a record of the method that it is about."""
+    for title, here in _groups(records, "method"):
+        told = {r["case"] for r in here}
+        if title.startswith("5-way 1-shot"):
+            for name, aim in ((HEAD, _HEAD_AIM), (HEAD_TO_REST, _HEAD_AIM), (ANCHOR, _EVERY_AIM), (MAML, _EVERY_AIM)):
+                if name in told:
+                    yield at_least(f"{title}: {name} is at least {aim}", [*_of(here, name, "accuracy").values()], aim)
         for first, second in (
-            (HEAD, ANIL), (HEAD, ANIL_RIDGE), (HEAD, UNTRAINED), (UNTRAINED, PIXELS), (ANCHOR, MAML), (ANCHOR, IMAML),
-            (ANCHOR, FOMAML), (ANCHOR, REPTILE),
+            (HEAD, ANIL), (HEAD, ANIL_RIDGE), (HEAD_TO_REST, ANIL), (HEAD_TO_REST, HEAD), (HEAD, UNTRAINED),
+            (UNTRAINED, PIXELS), (ANCHOR, MAML), (ANCHOR, IMAML), (ANCHOR, FOMAML), (ANCHOR, REPTILE), (GAINS, MAML),
+            (BANK, MAML),
         ):  # fmt: skip
             columns = ("accuracy", "time"), ("accuracy_at_equal_gradients", "gradients")
             for column, at in columns[: 1 if second in (UNTRAINED, PIXELS) else 2]:
-                text = f"{shape}: {first} is above {second} at equal {at}"
-                yield above(text, _of(here, first, column), _of(here, second, column))
-        for name in (HEAD, ANCHOR):
-            passed = list(_of(here, name, "passed").values())
-            yield at_least(f"{shape}: statuses of {name} pass in 95 % of the tasks", passed, _STATUS_AIM)
+                if first in told:
+                    text = f"{title}: {first} is above {second} at equal {at}"
+                    yield above(text, _of(here, first, column), _of(here, second, column))
+        for name in (HEAD, HEAD_TO_REST, ANCHOR, GAINS, BANK):
+            if name in told:
+                passed = list(_of(here, name, "passed").values())
+                yield at_least(f"{title}: statuses of {name} pass in 95 % of the tasks", passed, _STATUS_AIM)
+    for title, here in _groups(records, "other shape"):
+        for first, second in ((HEAD, ANIL_RIDGE), (HEAD_TO_REST, ANIL_RIDGE), (HEAD, UNTRAINED)):
+            if any(r["case"] == first for r in here):
+                text = f"{title}, bodies trained for another shape: {first} is above {second} at equal time"
+                yield above(text, _of(here, first, "accuracy"), _of(here, second, "accuracy"))
     for record in records:
         if record["kind"] == "gradients":
             for name, told in record["estimators"].items():
-                text = f"cosine to the exact meta-gradient at trained weights is above .999: {name}"
+                text = f"cosine to the exact meta-gradient at weights of {record['case']} is above .999: {name}"
                 yield at_least(text, [told["cosine"]], _COSINE_AIM)
         if record["kind"] == "overhead":
-            yield at_most("a step of the package over the bare contrast", [record["ratio"]], _OVERHEAD_AIM)
+            yield at_most(f"a step of {record['case']} over the bare contrast", [record["ratio"]], _OVERHEAD_AIM)
+
+
+def _groups(records: Sequence[Record], kind: str) -> Iterator[tuple[str, list[Record]]]:
+    """What may be compared: of each shape the methods of one budget, and with each what does not train."""
+    for shape in dict.fromkeys(_name(r) for r in records if r["kind"] == kind):
+        here = [r for r in records if r["kind"] == kind and _name(r) == shape]
+        budgets = dict.fromkeys(_budget(r) for r in here if r["case"] not in (UNTRAINED, PIXELS))
+        for budget in budgets or (None,):
+            rows = [r for r in here if r["case"] in (UNTRAINED, PIXELS) or _budget(r) == budget]
+            yield shape if budget is None else f"{shape}, {budget:g} s", rows
+
+
+def _budget(record: Record) -> float | None:
+    """Seconds of the processor; of records that do not say, those that were spent."""
+    budget: float | None = record["budget"] if "budget" in record else round(record["seconds"])
+    return budget
 
 
 def _of(records: Sequence[Record], name: str, column: str) -> dict[Any, float]:
@@ -63,11 +93,17 @@ def _of(records: Sequence[Record], name: str, column: str) -> dict[Any, float]:
 def show(records: Sequence[Record]) -> str:
     """Accuracies with their spread, then every claim."""
     blocks = []
-    for shape in _shapes(records):
-        here = [r for r in records if r["kind"] == "method" and _name(r) == shape]
-        blocks.append("\n".join([f"{shape} [{here[0]['data']}, {seeds_of(here)}]", "", _accuracies(here)]))
+    for title, here in _groups(records, "method"):
+        blocks.append("\n".join([f"{title} [{here[0]['data']}, {seeds_of(here)}]", "", _accuracies(here)]))
         stopped = [f"{r['case']}, seed {r['seed']}: {r['stopped']}" for r in here if r["stopped"]]
         blocks += [wrap(text) for text in stopped]
+    for title, here in _groups(records, "other shape"):
+        rows = [
+            [name, _mean([r for r in here if r["case"] == name], "accuracy")]
+            for name in _ORDER
+            if name in {r["case"] for r in here}
+        ]
+        blocks.append(f"{title}: the same bodies\n\n{lay_out(['body', 'accuracy'], rows, left=(0,))}")
     return "\n\n".join([*blocks, show_claims([*claims(records)])]).rstrip()
 
 
@@ -109,10 +145,6 @@ def _mean(records: Sequence[Record], field: str) -> str:
     values = [r[field] for r in records]
     spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"
-
-
-def _shapes(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(_name(r) for r in records if r["kind"] == "method"))
 
 
 def _name(record: Record) -> str:
