@@ -45,6 +45,11 @@ _FIRST_SEED = 3
 _CLIP, _RATE = 1.0, 2e-2
 # Levenberg-Marquardt steps of the learner while the modules are learned, and where they are tested.
 _LEARNER_STEPS, _TEST_STEPS = 6, 20
+# By contrast: steps of nudged phases, which begin where learning ended; and the share of a loss, eight roundings of
+# float32, below which gradients compare steps. On seed 0, 97 % of statuses pass where the error is 4e-4 (80 % at 1e-2).
+# Six nudged steps compared by the loss alone took twice the time, and 91 % (68 %) passed. More steps, and float64, do
+# not mend the rest.
+_NUDGED_STEPS, _LEVEL = 4, 1e-6
 JOINT, CONTRAST, IMPLICIT, BACKPROP = "joint", "contrast", "implicit", "backprop"
 # An error on unseen pairs below which a student has found how to recombine: between what was calibrated for connected
 # supports, at most 3e-3, and for others, at least .03.
@@ -65,7 +70,7 @@ class Sizes(NamedTuple):
     """
 
     joint: tuple[int, int] = (8000, 32)
-    split: tuple[int, int] = (2500, 16)
+    split: tuple[int, int] = (8000, 16)
     num_examples: int = 96
     num_tests: int = 128
     num_checked: int = 20
@@ -108,9 +113,10 @@ def estimator_of(method: str) -> cm.MetaGradientEstimator:
     modules is the direct term alone (the envelope theorem); `FirstOrder` returns that term where the start is fixed.
     """
     learner = newton_learner(_LEARNER_STEPS)
+    free, nudged = (newton_learner(steps, _LEVEL) for steps in (_LEARNER_STEPS, _NUDGED_STEPS))
     estimators: dict[str, Callable[[], cm.MetaGradientEstimator]] = {
         JOINT: lambda: cm.FirstOrder(newton_learner(_LEARNER_STEPS - 1)),
-        CONTRAST: lambda: cm.Contrastive(learner),
+        CONTRAST: lambda: cm.Contrastive(free, nudged_solver=nudged),
         IMPLICIT: lambda: cm.ImplicitDifferentiation(learner, cm.DenseInverse()),
         BACKPROP: lambda: cm.BackpropThroughLearning(learner),
     }
