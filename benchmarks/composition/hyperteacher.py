@@ -74,7 +74,7 @@ class Sizes(NamedTuple):
 
     joint: tuple[int, int] = (8000, 32)
     split: tuple[int, int] = (8000, 16)
-    rivals: tuple[int, int] = (3000, 16)
+    rivals: tuple[int, int] = (1000, 16)
     num_examples: int = 96
     num_tests: int = 128
     num_checked: int = 20
@@ -104,7 +104,7 @@ class Case(NamedTuple):
 
 
 # Its errors on training combinations come down to those of monolithic rivals, and are compared there.
-_SHORT = f"{RING}, a twentieth of the steps"
+_SHORT = f"{RING} in short"
 _DEFAULT = (RING, GROUPS)
 CASES = (
     {name: Case(name) for name in SUPPORTS}
@@ -406,7 +406,7 @@ def show(records: Sequence[Record]) -> str:
         errors = [_range([r[where][-1] for r in of]) for where in ("inside", "unseen")]
         spent = [f"{np.mean([r[key] for r in of]):.{digits}f}" for key, digits in (("seconds", 0), ("passed", 2))]
         rows.append([f"{name}, on the {of[0]['support']}", "-", *errors, "-", "-", *spent])
-    title = f"Error 1 - R^2 of students of {NUM_MODULES} modules [{seeds_of(students)}]"
+    title = f"Error 1 - R^2 of students of {NUM_MODULES} modules [{seeds_of(students + rivals)}]"
     stopped = [wrap(f"{r['case']}, seed {r['seed']}: {r['stopped']}") for r in students + rivals if r["stopped"]]
     parts = [title, lay_out(header, rows, left=(0, 1)), *stopped]
     parts += ["Error by the number of modules in a task", lay_out(["student", *sizes], by_size, left=(0,))]

@@ -20,15 +20,16 @@ from contrastive_meta.problems import SplitData
 MAML, ANIL = "MAML", "ANIL"
 _CLIP = 1.0
 _WIDTHS = (64, 64)
-# Steps of descent within a task.
-_INNER = 10
+# Steps of Adam within a task, as published (Schug et al. 2024); by plain descent tasks ran away at rates of .1 and .3.
+# The root of 0 has no derivative: this is added beneath it, a gradient of 1e-4.
+_INNER, _EPS_ROOT = 10, 1e-8
 
 
 class Rates(NamedTuple):
     """How fast a rival learns.
 
     Attributes:
-      inner: of descent within a task.
+      inner: of Adam within a task.
       outer: of Adam at first; it falls by a half cosine.
     """
 
@@ -36,7 +37,8 @@ class Rates(NamedTuple):
     outer: float
 
 
-RIVALS = {MAML: Rates(0.1, 3e-3), ANIL: Rates(0.1, 3e-3)}
+# After 200 (MAML) and 400 steps on seeds 0 and 1, errors on training combinations were smallest with these.
+RIVALS = {MAML: Rates(0.03, 3e-3), ANIL: Rates(0.03, 1e-2)}
 
 
 class Rival:
@@ -60,7 +62,7 @@ class Rival:
     ) -> None:
         self.name, self.rates = name, rates or RIVALS[name]
         self._steps, num_tasks = budget
-        self._learner = cm.OptaxDescent(optax.sgd(self.rates.inner), num_steps=_INNER)
+        self._learner = cm.OptaxDescent(optax.adam(self.rates.inner, eps_root=_EPS_ROOT), num_steps=_INNER)
         self._transformation = optax.chain(optax.clip_by_global_norm(_CLIP), optax.scale_by_adam())
         self._drawn = sampler(num_tests, num_examples, joint=False)
         self._training = sampler(num_tasks, num_examples, joint=False)
