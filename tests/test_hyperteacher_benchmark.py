@@ -72,7 +72,7 @@ def test_tasks_are_made_of_the_combinations_of_their_support() -> None:
             np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
 
 
-def test_anil_is_scored_after_ten_steps_of_descent_of_its_readout() -> None:
+def test_anil_is_scored_after_ten_steps_of_adam_in_its_readout() -> None:
     rival = Rival(ANIL, (1, 2), 24, 3, Rates(0.2, 0.0))
     teacher, meta_params = teacher_of(0), rival.of_seed(1).meta_params
     data = {"teacher": teacher, "support": UNSEEN.to_sample()}
@@ -89,8 +89,12 @@ def test_anil_is_scored_after_ten_steps_of_descent_of_its_readout() -> None:
     for k in range(3):
         h, y = features(tasks["x"][k]), tasks["y"][k]
         readout = np.vstack([network["readout"]["kernel"], network["readout"]["bias"]])
-        for _ in range(10):
-            readout = readout - 0.2 * 2 * h.T @ (h @ readout - y) / (y.size * y.var())
+        first = second = np.zeros_like(readout)
+        for step in range(1, 11):
+            slope = 2 * h.T @ (h @ readout - y) / (y.size * y.var())
+            first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+            scale = np.sqrt(second / (1 - 0.999**step) + 1e-8) + 1e-8
+            readout = readout - 0.2 * first / (1 - 0.9**step) / scale
         missed = features(tasks["x_query"][k]) @ readout - tasks["y_query"][k]
         errors.append(np.mean(missed**2) / tasks["y_query"][k].var())
     assert rival.errors(meta_params, teacher, UNSEEN) == pytest.approx(np.mean(errors), rel=1e-4)
