@@ -37,7 +37,8 @@ class Rates(NamedTuple):
     outer: float
 
 
-# After 200 (MAML) and 400 steps on seeds 0 and 1, errors on training combinations were smallest with these.
+# ANIL: better than an inner rate of .1 on seed 0, and than an outer rate of 3e-3 on seed 1, after 400 steps. MAML's
+# were the only ones tried with Adam, on both seeds.
 RIVALS = {MAML: Rates(0.03, 3e-3), ANIL: Rates(0.03, 1e-2)}
 
 
