@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.composition.hyperteacher import SMOKE, Evaluation
 from benchmarks.composition.hyperteacher_networks import modules, network, newton_learner, problem, sampler
+from benchmarks.composition.hyperteacher_rivals import ANIL, Rates, Rival
 from benchmarks.composition.hyperteacher_supports import (
     NUM_MODULES,
     RING,
@@ -15,6 +16,7 @@ from benchmarks.composition.hyperteacher_supports import (
     combinations_of,
     draw_weights,
 )
+from contrastive_meta.architectures import mlp_params
 
 SIZES = SMOKE._replace(num_tests=24, num_examples=48)
 
@@ -68,3 +70,46 @@ def test_tasks_are_made_of_the_combinations_of_their_support() -> None:
             assert weights.max() <= 1
         else:
             np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+
+
+def test_anil_is_scored_after_ten_steps_of_adam_in_its_readout() -> None:
+    rival = Rival(ANIL, (1, 2), 24, 3, Rates(0.2, 0.0))
+    teacher, meta_params = teacher_of(0), rival.of_seed(1).meta_params
+    data = {"teacher": teacher, "support": UNSEEN.to_sample()}
+    tasks = jax.tree.map(np.asarray, sampler(3, 24, joint=False)(jax.random.key(17), data))
+    # ANIL starts at the network that `mlp_params` draws.
+    network = jax.tree.map(np.asarray, mlp_params(jax.random.key(1), (8, 64, 64, 4)))
+
+    def features(x: np.ndarray) -> np.ndarray:
+        for layer in (network["hidden_0"], network["hidden_1"]):
+            x = np.maximum(x @ layer["kernel"] + layer["bias"], 0)
+        return np.column_stack([x, np.ones(len(x))])
+
+    errors = []
+    for k in range(3):
+        h, y = features(tasks["x"][k]), tasks["y"][k]
+        readout = np.vstack([network["readout"]["kernel"], network["readout"]["bias"]])
+        first = second = np.zeros_like(readout)
+        for step in range(1, 11):
+            slope = 2 * h.T @ (h @ readout - y) / (y.size * y.var())
+            first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+            scale = np.sqrt(second / (1 - 0.999**step) + 1e-8) + 1e-8
+            readout = readout - 0.2 * first / (1 - 0.9**step) / scale
+        missed = features(tasks["x_query"][k]) @ readout - tasks["y_query"][k]
+        errors.append(np.mean(missed**2) / tasks["y_query"][k].var())
+    assert rival.errors(meta_params, teacher, UNSEEN) == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_a_learner_by_gradients_comes_closer_than_one_by_losses_that_round() -> None:
+    # A loss whose smallest value is large beside its differences, in float32.
+    def loss(z: jax.Array) -> jax.Array:
+        return 1 + jnp.sum(jnp.arange(1.0, 3.0) * (jnp.sqrt(1 + (z - 1) ** 2) - 1))
+
+    @jax.jit
+    def distances_from(start: jax.Array) -> list[jax.Array]:
+        ends = [newton_learner(12, level).solve(loss, start).params for level in (0.0, 1e-4)]
+        return [jnp.linalg.norm(end - 1) for end in ends]
+
+    distances = distances_from(jnp.array([1.5, 0.4]))
+    assert distances[1] < 1e-6
+    assert distances[0] > 10 * distances[1]

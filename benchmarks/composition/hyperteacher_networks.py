@@ -96,7 +96,7 @@ def _ridged(curvature: jax.Array, share: Any) -> jax.Array:
     return ridged
 
 
-def newton_learner(num_steps: int) -> cm.CallableSolver:
+def newton_learner(num_steps: int, level: float = 0.0) -> cm.CallableSolver:
     """A few steps of Newton's method with the damping of Levenberg (1944) and Marquardt (1963).
 
     The network is linear in the weights of its modules wherever no rectifier switches, and so the Hessian of its mean
@@ -104,6 +104,8 @@ def newton_learner(num_steps: int) -> cm.CallableSolver:
 
     Args:
       num_steps: each evaluates the loss, its gradient and its Hessian once.
+      level: losses that differ by a smaller share are taken to be equal, and the smaller gradient decides. Near its
+        minimum a loss in float32 tells steps apart only to the square root of its rounding.
     """
 
     def learn(loss: Callable[[jax.Array], jax.Array], start: jax.Array) -> jax.Array:
@@ -111,7 +113,8 @@ def newton_learner(num_steps: int) -> cm.CallableSolver:
             trial, best, damping = carry
             value, gradient = jax.value_and_grad(loss)(trial)
             found = trial, value, gradient, jax.hessian(loss)(trial)
-            falls = value < best[1]
+            lower, flatter = value < best[1], jnp.linalg.norm(gradient) < jnp.linalg.norm(best[2])
+            falls = jnp.where(jnp.abs(value - best[1]) < level * best[1], flatter, lower)
             best = jax.tree.map(lambda new, old: jnp.where(falls, new, old), found, best)
             damping = damping * jnp.where(falls, _EASED, _TIGHTENED)
             at, _, slope, curvature = best
