@@ -50,7 +50,7 @@ _LEARNER_STEPS, _TEST_STEPS = 6, 20
 # By contrast: steps of nudged phases, which begin where learning ended; and the share of a loss below which gradients
 # compare steps. Measured in float32, whose outputs round to 1e-7, where residuals of good students are 1e-2 to 1e-3 of
 # them. On seed 0, 97 % of statuses pass where the error is 4e-4 (80 % at 1e-2). Six nudged steps compared by the loss
-# alone took twice the time, and 91 % (68 %) passed. At 5e-5, 96 % pass with a share of 1e-6, 99 % with 1e-4 (six steps).
+# alone took twice the time, and 91 % (68 %) passed. At 5e-5, 96 % pass with a share of 1e-6, 99 with 1e-4 (six steps).
 _NUDGED_STEPS, _LEVEL = 4, 1e-4
 JOINT, CONTRAST, IMPLICIT, BACKPROP = "joint", "contrast", "implicit", "backprop"
 # An error on unseen pairs below which a student has found how to recombine: between what was calibrated for connected
