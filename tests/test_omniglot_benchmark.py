@@ -252,4 +252,6 @@ def test_omniglot_in_small(tmp_path: Path, monkeypatch: Any, capsys: Any) -> Non
     trained = [row for row in rows if row["kind"] == "method"]
     assert {row["case"] for row in trained} >= {ANIL, FOMAML}
     assert all(row["num_steps"] == 2 and 0 <= row["accuracy"] <= 1 and not row["stopped"] for row in trained)
-    assert "claims that could be decided hold" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    # A row for each; what is claimed is of methods by contrast, which take long to compile.
+    assert all(f"\n{name} " in printed for name in (ANIL, FOMAML))
