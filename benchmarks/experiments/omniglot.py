@@ -146,9 +146,10 @@ class _Experiment:
                 fewest = min((runs[number].snapshots[-1].num_gradients for runs in here.values()), default=0)
                 for name, runs in here.items():
                     self._record(name, seed, runs[number], fewest)
-        for name, num_steps in self.lengths.items():
-            if name in results:
-                self._check(name, num_steps, results[name][0].state.meta_params)
+        checked = [name for name in self.lengths if name in results]
+        # A check compiles five programs in float64: one shows that it runs.
+        for name in checked[:1] if self.session.smoke else checked:
+            self._check(name, self.lengths[name], results[name][0].state.meta_params)
 
     def _check(self, name: str, num_steps: int, meta_params: Any) -> None:
         """How right the meta-gradients are at trained weights, and what the package costs."""
