@@ -172,6 +172,13 @@ def test_the_clock_waits_for_what_is_dispatched() -> None:
     assert cm.measure(products, x, repeats=3).seconds > 0.3 * min(by_hand() for _ in range(3))
 
 
+def test_an_estimator_that_cannot_be_moved_to_the_device_is_a_row(case: Case) -> None:
+    estimators: Any = {"good": ESTIMATORS["identity"], "bad": object()}
+    table = cm.compare(PROBLEM, estimators, case.meta_params, case.task, repeats=1)
+    assert [row.relative_error is None for row in table.rows] == [False, True]
+    assert any(note.startswith("bad raised TypeError") for note in table.notes)
+
+
 def test_interleaved_calls_take_turns() -> None:
     order: list[str] = []
 

@@ -163,9 +163,9 @@ def _submit(pool: ThreadPoolExecutor, function: Callable[..., Any], args: Sequen
     def fresh(*args: Any) -> Any:
         return function(*args)
 
-    on_device = jax.device_put(tuple(args))
-    start = time.perf_counter()
     try:
+        on_device = jax.device_put(tuple(args))
+        start = time.perf_counter()
         lowered = jax.jit(fresh).lower(*on_device)
     except Exception as error:
         failed: Future[_Program] = Future()
